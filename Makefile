@@ -1,0 +1,55 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; they create .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A fixed torch: what the tests were run with, and no newer download behind the reader's back.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check bench fixtures format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python fixtures/make.py demo
+	@echo; echo '$$ gradscope weights fixtures/fetched/mobilenet_v2.pth'
+	$(BIN)/gradscope weights fixtures/fetched/mobilenet_v2.pth
+	@echo; echo '$$ gradscope weights fixtures/fetched/damaged.safetensors    # the digits model, spoiled'
+	$(BIN)/gradscope weights fixtures/fetched/damaged.safetensors --fail-on never
+
+test: $(VENV)/.test
+	$(BIN)/python fixtures/make.py corpus
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/weights.py
+
+fixtures: $(VENV)/.test
+	$(BIN)/python fixtures/make.py all
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Each stamp is newer than pyproject.toml once its extra is installed.
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet '$(TORCH)' --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet '$(TORCH)' --editable '.[test]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet '$(TORCH)' --editable '.[dev]'
+	touch $@ $(VENV)/.demo $(VENV)/.test
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("gradscope needs Python 3.11 or newer (make PYTHON=…)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

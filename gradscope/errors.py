@@ -1,0 +1,35 @@
+"""The errors a user can cause. Each carries the exit code it ends in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+InputKind = Literal["missing", "malformed", "truncated", "unsafe", "unsupported", "changed"]
+
+
+class GradscopeError(Exception):
+    """Base of the errors whose message is meant for the user; anything else is a bug."""
+
+    exit_code: int = 70
+
+
+class UsageError(GradscopeError):
+    """The request is wrong: an option, a rule name, a device, a missing optional dependency."""
+
+    exit_code = 2
+
+
+class InputError(GradscopeError):
+    """An input is missing, malformed, refused as unsafe, or changed while it was read.
+
+    ``message`` says what is wrong, where, and what to do; it does not repeat the path.
+    """
+
+    exit_code = 3
+
+    def __init__(self, path: str | Path, kind: InputKind, message: str) -> None:
+        super().__init__(f"{path}: {message}")
+        self.path = str(path)
+        self.kind: InputKind = kind
+        self.message = message
