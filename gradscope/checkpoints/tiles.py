@@ -1,0 +1,163 @@
+"""Tiles: runs of a tensor's elements on a fixed grid, and the only code that reads tensor data."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
+from gradscope.errors import InputError
+
+#: Elements per piece that ``Tile.pieces`` yields; every grid of statistics.kernels divides it.
+PIECE = 1 << 18
+
+#: The NumPy type of a stored element. 4- and 6-bit codes come unpacked, one a byte.
+STORED: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype("u1"),
+    "U8": np.dtype("u1"), "I8": np.dtype("i1"), "U16": np.dtype("u2"), "I16": np.dtype("i2"),
+    "U32": np.dtype("u4"), "I32": np.dtype("i4"), "U64": np.dtype("u8"), "I64": np.dtype("i8"),
+    "F4": np.dtype("u1"), "F6_E2M3": np.dtype("u1"), "F6_E3M2": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"), "F8_E5M2": np.dtype("u1"), "F8_E8M0": np.dtype("u1"),
+    "F8_E4M3FNUZ": np.dtype("u1"), "F8_E5M2FNUZ": np.dtype("u1"),
+    "F16": np.dtype("u2"), "BF16": np.dtype("u2"), "F32": np.dtype("f4"), "F64": np.dtype("f8"),
+    "C64": np.dtype("c8"), "C128": np.dtype("c16"),
+}  # fmt: skip
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Elements ``start`` to ``stop`` of a tensor in row-major order; ``start`` is on the grid."""
+
+    ref: TensorRef
+    start: int
+    stop: int
+
+    def pieces(self) -> Iterator[tuple[int, Array]]:
+        """Yield (flat index, stored elements) piece by piece.
+
+        The array is a view of a buffer of this thread that the next piece overwrites. Floats of
+        16 bits or fewer come as their codes, in the machine's byte order.
+        Raises InputError when the file has become shorter than its headers said.
+        """
+        read = _read_strided if self.ref.strides is not None else _read_contiguous
+        for first in range(self.start, self.stop, PIECE):
+            yield first, read(self.ref, first, min(first + PIECE, self.stop))
+
+
+def tiles(ref: TensorRef, elements: int = 64 * PIECE) -> Iterator[Tile]:
+    """Cut a tensor into tiles of ``elements``, a multiple of PIECE; an empty tensor has none."""
+    for start in range(0, ref.numel, elements):
+        yield Tile(ref, start, min(start + elements, ref.numel))
+
+
+def read_range(ref: TensorRef, start: int, stop: int) -> Array:
+    """Read elements ``start`` to ``stop`` (at most a piece) into an array of their own."""
+    read = _read_strided if ref.strides is not None else _read_contiguous
+    return read(ref, start, stop).copy()
+
+
+class _Local(threading.local):
+    """One open file and one buffer a thread: tiles come in file order, so one is enough."""
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self.descriptor = -1
+        self.buffer = np.empty(PIECE * 16, np.uint8)
+
+    def open(self, path: str) -> int:
+        if self.path != path:
+            self.close()
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.path = path
+        return self.descriptor
+
+    def close(self) -> None:
+        if self.path is not None:
+            os.close(self.descriptor)
+            self.path = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+_local = _Local()
+
+
+def _read_contiguous(ref: TensorRef, start: int, stop: int) -> Array:
+    bits = DTYPE_BITS[ref.dtype]
+    offset, size = ref.offset + start * bits // 8, -(-(stop - start) * bits // 8)
+    raw = _read_bytes(ref, offset, size)
+    if bits == 4:
+        return _unpack4(raw)[: stop - start]
+    if bits == 6:
+        return _unpack6(raw)[: stop - start]
+    values = raw.view(STORED[ref.dtype])
+    return values.byteswap() if ref.big_endian else values
+
+
+def _read_bytes(ref: TensorRef, offset: int, size: int) -> npt.NDArray[np.uint8]:
+    buffer = _local.buffer[:size]
+    done = 0
+    try:
+        descriptor = _local.open(ref.source)
+        while done < size:
+            got = os.preadv(descriptor, [buffer[done:].data], offset + done)
+            if got == 0:
+                break
+            done += got
+    except OSError as error:
+        raise InputError(
+            ref.file, "malformed", f"tensor {ref.name!r} cannot be read: {error.strerror}"
+        ) from None
+    if done < size:
+        raise InputError(
+            ref.file,
+            "changed",
+            f"ended at byte {offset + done:,}, inside tensor {ref.name!r}: the file became shorter "
+            "while it was being read. Wait for the writer to finish and run again",
+        )
+    return buffer
+
+
+def _read_strided(ref: TensorRef, start: int, stop: int) -> Array:
+    """Gather a run of a view whose elements do not lie in row-major order."""
+    view = _strided_view(ref)
+    if len(ref.shape) == 1:
+        values = np.ascontiguousarray(view[start:stop])
+    else:
+        first_row, last_row = start // ref.row_numel, -(-stop // ref.row_numel)
+        rows = np.ascontiguousarray(view[first_row:last_row]).reshape(-1)
+        values = rows[start - first_row * ref.row_numel : stop - first_row * ref.row_numel]
+    return values.byteswap() if ref.big_endian else values
+
+
+def _strided_view(ref: TensorRef) -> Array:
+    assert ref.strides is not None
+    stored = STORED[ref.dtype]
+    last = sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
+    flat = np.memmap(ref.source, np.uint8, "r", ref.offset, (last + 1) * stored.itemsize)
+    return np.lib.stride_tricks.as_strided(
+        flat.view(stored), ref.shape, [s * stored.itemsize for s in ref.strides], writeable=False
+    )
+
+
+def _unpack4(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Two codes a byte, the low nibble first (torch's float4_e2m1fn_x2)."""
+    return np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)
+
+
+def _unpack6(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Four codes in three bytes, least significant bits first."""
+    padded = np.zeros(-(-raw.size // 3) * 3, np.uint8)
+    padded[: raw.size] = raw
+    a, b, c = padded.reshape(-1, 3).T
+    codes = [a & 63, (a >> 6) | ((b & 15) << 2), (b >> 4) | ((c & 3) << 4), c >> 2]
+    return np.stack(codes, axis=1).reshape(-1)
