@@ -1,0 +1,416 @@
+"""The one pass: every statistic of every tensor from one read of the data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
+from gradscope.checkpoints.tiles import Tile, read_range, tiles
+from gradscope.statistics import codings
+from gradscope.statistics.distribution import Distribution
+from gradscope.statistics.kernels import BLOCK
+from gradscope.statistics.moments import Moments
+from gradscope.statistics.records import (
+    Element,
+    Numerics,
+    Outliers,
+    Statistics,
+    TensorProfile,
+    Units,
+)
+from gradscope.statistics.scan import scan as cpu_scan
+from gradscope.statistics.tally import Scan, Tally, merged, tally
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: "Something with map": applies a function to tasks and yields the results in their order.
+Engine = Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]
+
+#: Elements a unit of work covers: many small tensors, or one tile of a large one.
+TASK_ELEMENTS = 16 << 20
+#: Farthest elements listed per tensor, and non-finite ones.
+LISTED = 10
+#: A row is dead when its L2 norm is below this share of the tensor's median row norm.
+DEAD_ROW = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The tensors in file order, and their elements pooled by group."""
+
+    tensors: tuple[TensorProfile, ...]
+    pools: Mapping[str, Pool]
+
+
+def profile(
+    refs: Sequence[TensorRef],
+    *,
+    group: Callable[[TensorRef], str | None] = lambda _: None,
+    engine: Engine[Any, Any] | None = None,
+    scan: Scan = cpu_scan,
+    tile_elements: int = TASK_ELEMENTS,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Profile:
+    """Measure every tensor in one read.
+
+    ``group`` names the pool a tensor's elements join, or None. ``progress`` is told bytes done.
+    The result is the same to the bit for every engine and tile size.
+    Raises InputError when a file changes or ends while it is read.
+    """
+    run = engine or threads()
+    work = _Work(scan)
+    found: dict[TensorRef, TensorProfile] = {}
+    pools: dict[str, Pool] = {}
+    parts: list[Tally] = []
+    for results in run(work, _tasks(refs, tile_elements)):
+        for tile, result in results:
+            progress(tile_bytes(tile))
+            if isinstance(result, Tally):
+                parts.append(result)
+                if tile.stop < tile.ref.numel:
+                    continue
+                result = finish(merged(parts))
+                parts = []
+            found[tile.ref] = result.profile
+            if (name := group(tile.ref)) is not None:
+                pools.setdefault(name, Pool()).add(result)
+    return Profile(tuple(found.get(ref) or _empty(ref) for ref in refs), pools)
+
+
+def threads(jobs: int | None = None) -> Engine[Any, Any]:
+    """Map over threads of this process: the kernels and reads leave the GIL."""
+    workers = jobs or available_cores()
+
+    def run(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+        if workers == 1:
+            yield from map(function, tasks)
+            return
+        remaining = iter(tasks)
+        with ThreadPoolExecutor(workers) as pool:
+            ahead: list[Future[R]] = [
+                pool.submit(function, task) for task in islice(remaining, 2 * workers)
+            ]
+            try:
+                while ahead:
+                    result = ahead.pop(0).result()
+                    ahead += [pool.submit(function, task) for task in islice(remaining, 1)]
+                    yield result
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    return run
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tile_bytes(tile: Tile) -> int:
+    """Bytes a tile covers."""
+    return (tile.stop - tile.start) * DTYPE_BITS[tile.ref.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor's profile with the little that pooling needs of its distribution."""
+
+    profile: TensorProfile
+    moments: Moments
+    buckets: npt.NDArray[np.uint32]
+    counts: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Measure a task's tiles; whole tensors are finished where they were measured."""
+
+    scan: Scan
+
+    def __call__(self, task: Sequence[Tile]) -> list[tuple[Tile, Tally | Finished]]:
+        done: list[tuple[Tile, Tally | Finished]] = []
+        for tile in task:
+            part = tally(tile, self.scan)
+            whole = tile.start == 0 and tile.stop == tile.ref.numel
+            done.append((tile, finish(part) if whole else part))
+        return done
+
+
+def _tasks(refs: Iterable[TensorRef], elements: int) -> Iterator[list[Tile]]:
+    """Tiles in file order, small tensors together."""
+    task: list[Tile] = []
+    size = 0
+    for tile in (tile for ref in refs for tile in tiles(ref, elements)):
+        if task and size + tile.stop - tile.start > elements:
+            yield task
+            task, size = [], 0
+        task.append(tile)
+        size += tile.stop - tile.start
+    if task:
+        yield task
+
+
+def _empty(ref: TensorRef) -> TensorProfile:
+    return TensorProfile(ref, Statistics())
+
+
+def finish(whole: Tally) -> Finished:
+    """Reduce a complete tally to the tensor's profile."""
+    ref = whole.ref
+    moments = whole.moments()
+    distribution = whole.distribution()
+    statistics = _statistics(whole, moments, distribution)
+    buckets, counts = _coarse(distribution)
+    if not (codings.is_float(ref.dtype) or ref.dtype in codings.COMPLEX) or distribution is None:
+        return Finished(TensorProfile(ref, statistics), moments, buckets, counts)
+    described = distribution.n > 0
+    result = TensorProfile(
+        ref,
+        statistics,
+        units=_units(whole),
+        outliers=_outliers(whole, distribution) if described else None,
+        numerics=_numerics(whole, statistics),
+        nonfinite=_nonfinite(whole),
+        sparkline=tuple(distribution.sparkline()) if described else (),
+        content_hash=whole.content_hash(),
+    )
+    return Finished(result, moments, buckets, counts)
+
+
+def _statistics(whole: Tally, moments: Moments, distribution: Distribution | None) -> Statistics:
+    zero, nan, posinf, neginf = whole.counts()
+    low, high = whole.extremes()
+    basic = Statistics(
+        count=whole.ref.numel,
+        nan_count=nan,
+        posinf_count=posinf,
+        neginf_count=neginf,
+        zero_count=zero,
+        zero_fraction=zero / whole.ref.numel,
+        subnormal_count=whole.subnormals(),
+        min=low,
+        max=high,
+        abs_max=None if low is None or high is None else max(abs(low), abs(high)),
+        mean=moments.mean if moments.n else None,
+        std=moments.std,
+        rms=moments.rms,
+        l2_norm=moments.l2_norm,
+        entropy_bits=whole.code_entropy(),
+    )
+    if whole.ref.dtype in codings.INTEGERS:
+        return basic
+    return described(basic, distribution, moments)
+
+
+def described(basic: Statistics, distribution: Distribution | None, moments: Moments) -> Statistics:
+    """``basic`` with what the shape of the distribution gives."""
+    if distribution is None or distribution.n == 0:
+        return basic
+    trimmed = distribution.trimmed()
+    return replace(
+        basic,
+        skewness=moments.skewness,
+        kurtosis=moments.kurtosis,
+        trimmed_kurtosis=trimmed.kurtosis,
+        trimmed_skewness=trimmed.skewness,
+        median=distribution.median,
+        mad=distribution.mad,
+        negentropy_bits=distribution.negentropy_bits(moments),
+        quantiles=distribution.quantiles(),
+    )
+
+
+def _numerics(whole: Tally, statistics: Statistics) -> Numerics:
+    greatest = codings.greatest_finite(whole.kind)
+    peak = statistics.abs_max
+    headroom = math.log2(greatest) - math.log2(peak) if peak else None
+    if whole.kind not in codings.CODED or whole.table is None:
+        return Numerics(headroom, None, whole.payload(), None)
+    at_limit = whole.table[np.abs(codings.code_values(whole.kind)) == greatest].sum()
+    return Numerics(
+        headroom, int(at_limit) / statistics.count, None, int(np.count_nonzero(whole.table))
+    )
+
+
+def _units(whole: Tally) -> Units | None:
+    norms = whole.row_norms()
+    if norms is None:
+        return None
+    median = float(np.median(norms))
+    dead = np.flatnonzero((norms < DEAD_ROW * median) | (norms == 0))
+    duplicates = (
+        _duplicate_rows(whole.row_hashes(), norms) if whole.ref.dtype not in codings.COMPLEX else []
+    )
+    return Units(
+        rows=len(norms),
+        dead_rows=len(dead),
+        dead=tuple(map(int, dead[:LISTED])),
+        duplicate_rows=len(duplicates),
+        duplicates=tuple(duplicates[:LISTED]),
+        norm_min=float(norms.min()),
+        norm_median=median,
+        norm_max=float(norms.max()),
+    )
+
+
+def _duplicate_rows(
+    hashes: npt.NDArray[np.uint64], norms: npt.NDArray[np.float64]
+) -> list[tuple[int, int]]:
+    """(earlier row, row that repeats it bit by bit), rows of zeros aside."""
+    candidates = np.flatnonzero(norms > 0)
+    order = candidates[np.argsort(hashes[candidates], kind="stable")]
+    same = hashes[order[1:]] == hashes[order[:-1]]
+    if not same.any():
+        return []
+    runs = np.concatenate([[0], np.cumsum(~same)])
+    first = order[np.searchsorted(runs, runs)]
+    pairs = zip(first[1:][same], order[1:][same], strict=True)
+    return sorted(((int(a), int(b)) for a, b in pairs), key=lambda pair: pair[1])
+
+
+def _outliers(whole: Tally, distribution: Distribution) -> Outliers:
+    scale = distribution.robust_scale
+    top = _farthest(whole, distribution.median, scale) if scale > 0 else ()
+    farthest = abs(top[0].value - distribution.median) if top else 0.0
+    return Outliers(distribution.counts_above(), distribution.peak_ratio(farthest), scale, top)
+
+
+def _farthest(whole: Tally, median: float, scale: float) -> tuple[Element, ...]:
+    """The elements farthest from the median, found by reading again the few blocks they are in.
+
+    Each of the k farthest lies in one of the k blocks whose extremes are farthest, ties going to
+    the earlier block as they go to the earlier element.
+    """
+    low, high = whole.block_extremes()
+    reach = np.where(low <= high, np.maximum(np.abs(low - median), np.abs(high - median)), -1.0)
+    limit = np.partition(reach, -LISTED)[-LISTED] if len(reach) > LISTED else -1.0
+    blocks = np.flatnonzero(reach > limit)
+    ties = np.flatnonzero(reach == limit)[: LISTED - len(blocks)]
+    flat, values = _read_blocks(whole.ref, np.sort(np.concatenate([blocks, ties])))
+    finite = np.isfinite(values)
+    flat, values = flat[finite], values[finite]
+    distance = np.abs(values - median)
+    near = np.partition(distance, -LISTED)[-LISTED] if len(values) > LISTED else 0.0
+    candidates = np.flatnonzero(distance >= near)  # a full sort would cost more than the read
+    order = candidates[np.argsort(-distance[candidates], kind="stable")[:LISTED]]
+    return tuple(
+        Element(
+            _index(whole.ref, flat[i]), float(values[i]), float(abs(values[i] - median) / scale)
+        )
+        for i in order
+    )
+
+
+def _nonfinite(whole: Tally) -> tuple[Element, ...]:
+    """The first elements that are NaN or infinite."""
+    found: list[Element] = []
+    for block in whole.dirty_blocks():
+        flat, values = _read_blocks(whole.ref, np.array([block]))
+        bad = np.flatnonzero(~np.isfinite(values))[: LISTED - len(found)]
+        found += [Element(_index(whole.ref, flat[i]), float(values[i])) for i in bad]
+        if len(found) == LISTED:
+            break
+    return tuple(found)
+
+
+def _read_blocks(ref: TensorRef, blocks: npt.NDArray[Any]) -> tuple[Any, Any]:
+    """Flat indices and float64 values of some blocks, in order."""
+    starts = [int(b) * BLOCK for b in blocks]
+    flat = [np.arange(s, min(s + BLOCK, ref.numel)) for s in starts]
+    values = [_decoded(ref, read_range(ref, s, min(s + BLOCK, ref.numel))) for s in starts]
+    return np.concatenate(flat), np.concatenate(values)
+
+
+def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    if ref.dtype in codings.COMPLEX:
+        magnitude = np.hypot(stored.real.astype(np.float64), stored.imag)
+        return np.asarray(magnitude.astype(stored.real.dtype), np.float64)
+    if ref.dtype in codings.CODED:
+        return np.asarray(codings.code_values(ref.dtype)[stored])
+    return np.asarray(stored, np.float64)
+
+
+def _index(ref: TensorRef, flat: int) -> tuple[int, ...]:
+    return tuple(map(int, np.unravel_index(int(flat), ref.shape))) if ref.shape else ()
+
+
+def _coarse(
+    distribution: Distribution | None,
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """A distribution on the buckets that all dtypes share: the top 17 bits of float32."""
+    if distribution is None:
+        return np.empty(0, np.uint32), np.empty(0, np.int64)
+    with np.errstate(over="ignore"):
+        narrow = distribution.values.astype(np.float32)
+    limit = np.finfo(np.float32).max
+    return np.clip(narrow, -limit, limit).view(np.uint32) >> np.uint32(15), distribution.counts
+
+
+class Pool:
+    """Several tensors' elements as one: exact counts and moments, quantiles within 0.4 %."""
+
+    def __init__(self) -> None:
+        self.tensors = 0
+        self._statistics: list[Statistics] = []
+        self._moments: list[Moments] = []
+        self._table = np.zeros(1 << 17, np.int64)
+
+    def add(self, part: Finished) -> None:
+        """Take in one tensor."""
+        self.tensors += 1
+        self._statistics.append(part.profile.statistics)
+        self._moments.append(part.moments)
+        np.add.at(self._table, part.buckets, part.counts)
+
+    def merge(self, other: Pool) -> Pool:
+        """Both pools' elements, as a new pool."""
+        both = Pool()
+        both.tensors = self.tensors + other.tensors
+        both._statistics = self._statistics + other._statistics
+        both._moments = self._moments + other._moments
+        both._table = self._table + other._table
+        return both
+
+    def statistics(self) -> Statistics:
+        """The statistics of all elements together."""
+        moments = Moments.merged(np.array([m.row for m in self._moments]).reshape(-1, 5))
+        total = {name: sum(getattr(s, name) for s in self._statistics) for name in _COUNTERS}
+        lows = [s.min for s in self._statistics if s.min is not None]
+        highs = [s.max for s in self._statistics if s.max is not None]
+        basic = Statistics(
+            **total,
+            zero_fraction=total["zero_count"] / total["count"] if total["count"] else None,
+            min=min(lows, default=None),
+            max=max(highs, default=None),
+            abs_max=max((abs(v) for v in lows + highs), default=None),
+            mean=moments.mean if moments.n else None,
+            std=moments.std,
+            rms=moments.rms,
+            l2_norm=moments.l2_norm,
+        )
+        return described(basic, self._distribution(basic), moments)
+
+    def _distribution(self, basic: Statistics) -> Distribution | None:
+        buckets = np.flatnonzero(self._table)
+        if not len(buckets) or basic.min is None or basic.max is None:
+            return None
+        middle = (buckets.astype(np.uint32) << np.uint32(15)) | np.uint32(1 << 14)
+        values = middle.view(np.float32).astype(np.float64)
+        values[(buckets == 0) | (buckets == 1 << 16)] = 0.0
+        values = np.clip(values, basic.min, basic.max)
+        order = np.argsort(values, kind="stable")
+        return Distribution(values[order], self._table[buckets][order])
+
+
+_COUNTERS = ("count", "nan_count", "posinf_count", "neginf_count", "zero_count", "subnormal_count")

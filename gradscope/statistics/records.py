@@ -1,0 +1,103 @@
+"""What is measured of one tensor, as plain records. Importing them costs no numerical library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gradscope.checkpoints.tensors import TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The statistics of contract.md §4 of one tensor or of several pooled; None is undefined."""
+
+    count: int = 0
+    nan_count: int = 0
+    posinf_count: int = 0
+    neginf_count: int = 0
+    zero_count: int = 0
+    zero_fraction: float | None = None
+    subnormal_count: int = 0
+    min: float | int | None = None
+    max: float | int | None = None
+    abs_max: float | int | None = None
+    mean: float | None = None
+    std: float | None = None
+    rms: float | None = None
+    l2_norm: float | None = None
+    skewness: float | None = None
+    kurtosis: float | None = None
+    trimmed_kurtosis: float | None = None
+    trimmed_skewness: float | None = None
+    median: float | None = None
+    mad: float | None = None
+    entropy_bits: float | None = None
+    negentropy_bits: float | None = None
+    quantiles: Mapping[str, float] | None = None
+
+    @property
+    def finite_count(self) -> int:
+        """Elements that are neither NaN nor infinite."""
+        return self.count - self.nan_count - self.posinf_count - self.neginf_count
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One element: its multi-index, its value, and its robust score where it has one."""
+
+    index: tuple[int, ...]
+    value: float
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """Elements far from the median, in units of ``scale``, a robust standard deviation."""
+
+    counts: Mapping[str, int]
+    peak_ratio: float | None
+    scale: float
+    top: tuple[Element, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Rows, the slices along dimension 0: one output unit, filter or token each."""
+
+    rows: int
+    dead_rows: int
+    dead: tuple[int, ...]
+    duplicate_rows: int
+    duplicates: tuple[tuple[int, int], ...]
+    norm_min: float
+    norm_median: float
+    norm_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How the values sit in their type."""
+
+    #: Doublings left between the greatest magnitude and the type's greatest finite value.
+    headroom_bits: float | None
+    #: Share of elements at the type's greatest finite magnitude (8- and 16-bit floats).
+    saturated_fraction: float | None
+    #: The narrower type all elements fit without loss.
+    payload: str | None
+    #: Distinct stored values (8- and 16-bit types).
+    distinct: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorProfile:
+    """Everything measured of one tensor; there is no data behind it."""
+
+    ref: TensorRef
+    statistics: Statistics
+    units: Units | None = None
+    outliers: Outliers | None = None
+    numerics: Numerics | None = None
+    nonfinite: tuple[Element, ...] = ()
+    sparkline: tuple[int, ...] = ()
+    content_hash: str | None = None

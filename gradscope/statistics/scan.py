@@ -1,0 +1,96 @@
+"""One piece measured on the CPU: which kernel a type goes to, and the arrays it fills."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.checkpoints.tiles import PIECE
+from gradscope.statistics import codings, kernels
+from gradscope.statistics.kernels import BLOCK
+from gradscope.statistics.tally import SHIFT, Piece, row_numel
+
+Array = npt.NDArray[Any]
+
+_DECODING = {"BF16": kernels.BFLOAT16, "F16": kernels.FLOAT16}
+_NO_VALUES = np.zeros(1, np.float32)
+_scratch = threading.local()
+
+
+def scan(ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piece:
+    """Measure one piece with the compiled kernels; adds to ``table``."""
+    if ref.dtype in codings.INTEGERS:
+        return scan_integers(ref, first, stored, table)
+    if ref.dtype in codings.COMPLEX:
+        magnitude = np.hypot(stored.real.astype(np.float64), stored.imag)
+        return _scan_floats(ref, first, magnitude.astype(stored.real.dtype), table)
+    if ref.dtype in codings.CODED:
+        return _scan_codes(ref, first, stored, table)
+    return _scan_floats(ref, first, stored, table)
+
+
+def scan_integers(ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piece:  # noqa: ARG001
+    """Integers: a histogram up to 16 bits; exact extremes and float64 moments above."""
+    if table is not None:
+        kernels.count_codes(stored.view(f"u{stored.itemsize}"), table)
+        return Piece(first // PIECE)
+    values = stored.astype(np.float64)
+    mean = values.mean()
+    d = values - mean
+    moments = np.array([len(d), mean, (d**2).sum(), (d**3).sum(), (d**4).sum()])
+    zeros = int(len(stored) - np.count_nonzero(stored))
+    least, greatest = int(stored.min()), int(stored.max())
+    return Piece(first // PIECE, moments, (zeros, 0, 0, 0), least=least, greatest=greatest)
+
+
+def _scan_codes(ref: TensorRef, first: int, codes: Array, table: Array | None) -> Piece:
+    decoding = _DECODING.get(ref.dtype, kernels.BY_TABLE)
+    values = _NO_VALUES
+    if decoding == kernels.BY_TABLE:
+        values = codings.code_values(ref.dtype).astype(np.float32)
+    rows, blocks = _row_arrays(ref, first, len(codes)), _block_arrays(len(codes), np.uint32)
+    kernels.scan_codes(
+        codes, first, decoding, values, table, row_numel(ref), *rows, *blocks, kernels.HASH_KEYS
+    )
+    return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *rows, *blocks)
+
+
+def _scan_floats(ref: TensorRef, first: int, x: Array, table: Array | None) -> Piece:
+    narrow = x.dtype == np.float32
+    unsigned: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
+    shift = unsigned(SHIFT["F32" if narrow else "F64"])
+    order = kernels.ORDER32 if narrow else kernels.ORDER64
+    scratch = _scratch_for(x.dtype)
+    moments, counts, union = np.zeros(5), np.zeros(4, np.int64), np.zeros(1, unsigned)
+    rows, blocks = _row_arrays(ref, first, len(x)), _block_arrays(len(x), unsigned)
+    kernels.scan_floats(
+        x, x.view(unsigned), first, shift, order, scratch, scratch.view(unsigned),
+        table, moments, counts, union, row_numel(ref), *rows, *blocks, kernels.HASH_KEYS,
+    )  # fmt: skip
+    zero, nan, posinf, neginf = map(int, counts)
+    return Piece(
+        first // PIECE, moments, (zero, nan, posinf, neginf), int(union[0]), *rows, *blocks
+    )
+
+
+def _row_arrays(ref: TensorRef, first: int, n: int) -> tuple[Array, Array]:
+    length = row_numel(ref)
+    rows = (first + n - 1) // length - first // length + 1
+    return np.zeros(rows), np.zeros(rows, np.uint64)
+
+
+def _block_arrays(n: int, unsigned: Any) -> tuple[Array, Array, Array]:
+    blocks = -(-n // BLOCK)
+    return np.empty(blocks, unsigned), np.empty(blocks, unsigned), np.zeros(blocks, np.bool_)
+
+
+def _scratch_for(dtype: np.dtype[Any]) -> Array:
+    name = dtype.name
+    if not hasattr(_scratch, name):
+        setattr(_scratch, name, np.empty((2, BLOCK), dtype))
+    array: Array = getattr(_scratch, name)
+    return array
