@@ -1,0 +1,53 @@
+"""The command line: one module per command; the only code that prints, reads the environment
+or exits. This module imports typer and nothing heavier, so that ``--help`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import typer
+
+from gradscope import __version__
+from gradscope.cli import rules, schema, weights
+from gradscope.cli.terminal import guarded
+
+app = typer.Typer(
+    name="gradscope",
+    help="Diagnostics for neural networks: checkpoints, gradient histories, attributions.",
+    epilog=(
+        "Exit codes: 0 nothing at or above --fail-on, 1 the gate failed, 2 wrong request, "
+        "3 an input is missing, malformed or unsafe, 4 nothing was analysed, 70 a bug, "
+        "130 interrupted."
+    ),
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("weights")(guarded(weights.weights))
+app.command("rules")(guarded(rules.rules))
+app.command("schema")(guarded(schema.schema))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gradscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def gradscope(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Diagnostics for neural networks: checkpoints, gradient histories, attributions."""
+
+
+def main() -> None:
+    """Run the program and exit with the codes of contract.md §2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    app()

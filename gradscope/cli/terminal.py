@@ -1,0 +1,169 @@
+"""What commands share of the outside world: printing, colours, progress, errors to exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TextIO
+
+from gradscope.errors import GradscopeError
+
+ISSUES = "https://github.com/gradscope/gradscope/issues"
+
+
+def guarded(command: Callable[..., int]) -> Callable[..., None]:
+    """Turn what a command returns or raises into an exit code; a bug is 70, never 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            code = command(*args, **options)
+        except KeyboardInterrupt:
+            say("interrupted")
+            code = 130
+        except GradscopeError as error:
+            say(f"error: {error}")
+            code = error.exit_code
+        except MemoryError:
+            say("error: out of memory; use fewer --jobs")
+            code = 70
+        except Exception as error:
+            code = _bug(error, debug=bool(options.get("debug")))
+        leave(code)
+
+    return run
+
+
+def _bug(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    first = str(error).split("\n", 1)[0]
+    say(
+        f"internal error: {type(error).__name__}: {first}. This is a bug in gradscope; please "
+        f"report it at {ISSUES}" + ("" if debug else " with the output of --debug")
+    )
+    return 70
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; a closed pipe is no error and gives no traceback, now or at interpreter shutdown."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def say(message: str) -> None:
+    """One line on stderr, control characters escaped."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    try:
+        sys.stderr.write(f"gradscope: {line}\n")
+        sys.stderr.flush()
+    except (BrokenPipeError, ValueError):
+        pass
+
+
+def emit(text: str) -> None:
+    """The report, on stdout and nowhere else; whatever the stream's encoding can show of it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def coloured(stream: TextIO, wish: str) -> bool:
+    """Whether to colour: --color, then NO_COLOR, then FORCE_COLOR, then a terminal."""
+    if wish != "auto":
+        return wish == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (is_terminal(stream) and not _dumb())
+
+
+def _dumb() -> bool:
+    return os.environ.get("TERM") == "dumb"
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal, whatever Rich or the environment think."""
+    try:
+        return stream.isatty()
+    except ValueError:
+        return False
+
+
+def columns(stream: TextIO) -> int | None:
+    """Width of a terminal; None for a file or pipe, where nothing is cut."""
+    if not is_terminal(stream):
+        return None
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        width = 0
+    return int(os.environ.get("COLUMNS", "0") or 0) or width or 80
+
+
+Tick = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_bar(label: str, wanted: bool) -> Iterator[Tick]:
+    """A bar of bytes on stderr, drawn only on a terminal and only when work lasts a second."""
+    if not wanted or not is_terminal(sys.stderr):
+        yield lambda _done, _total: None
+        return
+    bar = _Bar(label)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Bar:
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._began = time.monotonic()
+        self._progress: Any = None
+        self._task: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            if time.monotonic() - self._began < 0.8:
+                return
+            self._open(total)
+        self._progress.update(self._task, completed=done)
+
+    def _open(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(self._label, total=total)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

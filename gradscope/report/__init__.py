@@ -1,0 +1,1 @@
+"""What every command shares: the report model, rules and their registry, the gate, formats."""

@@ -1,0 +1,59 @@
+"""Formats: one module each, a function ``render(report, display) -> str``.
+
+A third party adds one through the entry point group ``gradscope.formats``; its name is the
+format's, its object the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from gradscope.errors import UsageError
+
+#: The built-in formats and the modules they live in, imported when one is asked for.
+BUILT_IN: Mapping[str, str] = {
+    name: f"gradscope.report.formats.{name}_" for name in ("table", "json", "jsonl", "csv")
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Display:
+    """Where a report will be shown. The default is a file: no colour, nothing cut off."""
+
+    #: Columns of a terminal; None off a terminal.
+    width: int | None = None
+    colour: bool = False
+    unicode: bool = True
+    #: 0 findings and verdict, 1 the usual, 2 every tensor.
+    detail: int = 1
+
+
+Render = Callable[[Any, Display], str]
+
+
+def format_names() -> list[str]:
+    """Every format, built-in first."""
+    return [*BUILT_IN, *sorted(_plugins())]
+
+
+def renderer(name: str) -> Render:
+    """The function of a format. Raises UsageError when there is none of that name."""
+    if name in BUILT_IN:
+        render: Render = import_module(BUILT_IN[name]).render
+        return render
+    plugins = _plugins()
+    if name not in plugins:
+        raise UsageError(f"no format is called {name!r}; there are {', '.join(format_names())}")
+    try:
+        loaded: Render = plugins[name].load()
+    except Exception as error:
+        raise UsageError(f"the format plugin {name!r} failed to load: {error}") from error
+    return loaded
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="gradscope.formats")}

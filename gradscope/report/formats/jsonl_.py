@@ -1,0 +1,16 @@
+"""JSON lines: one finding a line, for streams and log collectors."""
+
+from __future__ import annotations
+
+import json
+
+from gradscope.report.formats import Display
+from gradscope.report.model import AnyReport
+
+
+def render(report: AnyReport, display: Display) -> str:  # noqa: ARG001
+    """Findings first, then inputs that failed (with ``kind`` and ``input`` instead of a rule)."""
+    records = (*report.findings, *report.errors)
+    return "".join(
+        json.dumps(record.model_dump(mode="json"), allow_nan=False) + "\n" for record in records
+    )

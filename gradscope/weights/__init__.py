@@ -1,0 +1,1 @@
+"""One checkpoint examined: roles, statistics, health, and the rules that judge them."""

@@ -1,0 +1,195 @@
+"""What a tensor is for: judged by name, shape, siblings and dtype together, never by name alone.
+
+A role decides which rules apply and with which limits: a norm gain, an embedding and a
+convolution are not healthy in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.statistics.dtypes import INTEGERS
+
+
+class Role(StrEnum):
+    """The roles, with the field's names."""
+
+    LINEAR = "linear"
+    CONV = "conv"
+    DEPTHWISE = "depthwise-conv"
+    RECURRENT = "recurrent"
+    EXPERTS = "experts"
+    EMBEDDING = "embedding"
+    UNEMBEDDING = "unembedding"
+    LORA_A = "lora-a"
+    LORA_B = "lora-b"
+    BIAS = "bias"
+    NORM_GAIN = "norm-gain"
+    BATCH_NORM_GAIN = "batch-norm-gain"
+    LAYER_SCALE = "layer-scale"
+    RUNNING_MEAN = "running-mean"
+    RUNNING_VAR = "running-var"
+    SCALE = "scale"
+    PACKED = "packed"
+    QUANTIZED = "quantized"
+    OPTIMIZER = "optimizer-state"
+    BUFFER = "buffer"
+    COUNTER = "counter"
+    SCALAR = "scalar"
+    VECTOR = "vector"
+    OTHER = "other"
+
+
+#: Roles whose values multiply activations: what the shape rules and unit rules are about.
+MATRICES = frozenset(
+    {
+        Role.LINEAR, Role.CONV, Role.DEPTHWISE, Role.RECURRENT, Role.EXPERTS,
+        Role.EMBEDDING, Role.UNEMBEDDING, Role.LORA_A, Role.LORA_B,
+    }
+)  # fmt: skip
+TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
+GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
+#: Roles that are no part of what was trained: pooled statistics and health leave them out.
+AUXILIARY = frozenset(
+    {
+        Role.COUNTER, Role.BUFFER, Role.OPTIMIZER, Role.PACKED, Role.SCALE,
+        Role.RUNNING_MEAN, Role.RUNNING_VAR,
+    }
+)  # fmt: skip
+
+_EIGHT_BIT = re.compile(r"^F(4|6|8)")
+
+#: Leaf names (or whole names) that decide alone, because nothing else is called so.
+_BY_LEAF: tuple[tuple[Role, str], ...] = (
+    (Role.COUNTER, r"num_batches_tracked|step|global_step"),
+    (Role.RUNNING_MEAN, r"running_mean|moving_mean"),
+    (Role.RUNNING_VAR, r"running_var|moving_variance|running_std"),
+    (Role.OPTIMIZER, r"exp_avg(_sq)?|max_exp_avg_sq|momentum_buffer|square_avg|master_param"),
+    (
+        Role.SCALE,
+        r"(weight|input|output|k|v|q|kv|act|activation)_scale(_inv|_2)?|scales|scale_inv|absmax|"
+        r"scale_weight|nested_absmax|SCB|weight_global_scale|quant_map",
+    ),
+    (
+        Role.PACKED,
+        r"qweight|qzeros|g_idx|weight_packed|weight_zero_point|zero_point|weight_shape|"
+        r".*quant_state.*|_packed_params.*",
+    ),
+    (
+        Role.BUFFER,
+        r"position_ids|inv_freq|masked_bias|relative_position_index|relative_coords_table|"
+        r"attn_mask|causal_mask|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
+    ),
+    (Role.LORA_A, r"lora_A(\..*)?|lora_down|lora_a"),
+    (Role.LORA_B, r"lora_B(\..*)?|lora_up|lora_b"),
+    (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
+    (Role.SCALAR, r"logit_scale|logit_bias|temperature"),
+)
+_EMBEDDING = re.compile(
+    r"(^|[._])(wte|wpe|embed(ding)?s?|embed_tokens|tok_embeddings|word_embeddings|shared|emb|"
+    r"position_embeddings?|token_type_embeddings|embed_positions)$|embeddings?(\.|$)|(^|\.)embed_",
+    re.IGNORECASE,
+)
+_UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|unembed)$")
+_NORM = re.compile(r"norm|(^|[._])(ln|bn|gn|rms)(_?\w*)?\d*$", re.IGNORECASE)
+_RECURRENT = re.compile(r"^(weight|bias)_(ih|hh)(_l\d+)?(_reverse)?$")
+
+
+def roles(refs: Iterable[TensorRef]) -> dict[str, Role]:
+    """The role of every tensor of one checkpoint, by name."""
+    listed = list(refs)
+    siblings: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+    for ref in listed:
+        module, leaf = split(ref.name)
+        siblings[module][leaf] = ref
+    return {ref.name: _role(ref, siblings[split(ref.name)[0]]) for ref in listed}
+
+
+def split(name: str) -> tuple[str, str]:
+    """A tensor's module path and leaf name."""
+    module, _, leaf = name.rpartition(".")
+    if re.fullmatch(r"lora_[AB]", module.rpartition(".")[2]) or leaf == "default":
+        module, _, head = module.rpartition(".")
+        leaf = f"{head}.{leaf}"
+    return module, leaf
+
+
+def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
+    module, leaf = split(ref.name)
+    for role, pattern in _BY_LEAF:
+        if re.fullmatch(pattern, leaf) and _fits(role, ref, siblings):
+            return role
+    if ref.dtype in INTEGERS:
+        return Role.PACKED if len(ref.shape) >= 2 and ref.numel > 4096 else Role.BUFFER
+    if not ref.shape:
+        return Role.SCALAR
+    if _RECURRENT.match(leaf):
+        return Role.RECURRENT if len(ref.shape) >= 2 else Role.BIAS
+    return _vector(module, leaf, siblings) if _is_vector(ref) else _matrix(ref, module, leaf)
+
+
+def _fits(role: Role, ref: TensorRef, siblings: Mapping[str, TensorRef]) -> bool:
+    """Whether a name that means a role is borne by a tensor that can have it."""
+    if role is Role.LAYER_SCALE:  # TensorFlow calls norm gains gamma, too
+        return sum(n != 1 for n in ref.shape) <= 1 and "beta" not in siblings
+    if role in (Role.RUNNING_MEAN, Role.RUNNING_VAR):
+        return ref.dtype not in INTEGERS
+    if role is Role.SCALE:
+        return ref.dtype not in INTEGERS or "quant_state" in ref.name or ref.dtype == "U8"
+    return role is not Role.COUNTER or ref.numel == 1
+
+
+def _is_vector(ref: TensorRef) -> bool:
+    return len(ref.shape) == 1
+
+
+def _vector(module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
+    if "running_var" in siblings or "moving_variance" in siblings:
+        return Role.BIAS if leaf in ("bias", "beta") else Role.BATCH_NORM_GAIN
+    if leaf in ("bias", "beta", "b", "in_proj_bias") or leaf.endswith("_bias"):
+        return Role.BIAS
+    own = module.rpartition(".")[2] or module
+    if re.search(r"relu|act", own, re.IGNORECASE):  # the slopes of a PReLU
+        return Role.VECTOR
+    if leaf in ("weight", "gamma", "g", "scale") and (_NORM.search(own) or _alone(siblings)):
+        return Role.NORM_GAIN
+    return Role.NORM_GAIN if _NORM.search(leaf) else Role.VECTOR
+
+
+def _alone(siblings: Mapping[str, TensorRef]) -> bool:
+    """A one-dimensional weight without a matrix beside it can only scale its input."""
+    return all(len(s.shape) <= 1 for s in siblings.values()) and "weight" in siblings
+
+
+def _matrix(ref: TensorRef, module: str, leaf: str) -> Role:
+    if _EIGHT_BIT.match(ref.dtype):
+        return Role.QUANTIZED
+    if len(ref.shape) == 2:
+        return _two_dimensional(ref, module, leaf)
+    if len(ref.shape) == 3 and re.search(r"experts?(\.|_|$)", ref.name):
+        return Role.EXPERTS
+    if _EMBEDDING.search(leaf) or leaf in ("cls_token", "pos_embed", "mask_token"):
+        return Role.EMBEDDING
+    if len(ref.shape) in (3, 4, 5) and re.search(r"mask$|(^|\.)attn\.bias$", ref.name):
+        return Role.BUFFER
+    if len(ref.shape) in (3, 4, 5):
+        return Role.DEPTHWISE if ref.shape[1] == 1 and ref.shape[0] > 1 else Role.CONV
+    return Role.OTHER
+
+
+def _two_dimensional(ref: TensorRef, module: str, leaf: str) -> Role:
+    path = module if leaf in ("weight", "kernel", "w") else ref.name
+    if _UNEMBEDDING.search(path):
+        return Role.UNEMBEDDING
+    if _EMBEDDING.search(path) or (leaf == "weight" and _vocabulary_like(ref)):
+        return Role.EMBEDDING
+    return Role.BIAS if "bias" in leaf else Role.LINEAR
+
+
+def _vocabulary_like(ref: TensorRef) -> bool:
+    """Far more rows than columns, and as many as vocabularies have."""
+    return ref.shape[0] >= 16_000 and ref.shape[0] >= 16 * ref.shape[1]
