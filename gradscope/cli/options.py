@@ -84,6 +84,15 @@ def split_commas(values: Sequence[str] | None) -> list[str]:
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
+def check_request(format_: str, selected: Sequence[str], ignored: Sequence[str]) -> None:
+    """Refuse an unknown format or rule before anything heavy is imported. Raises UsageError."""
+    from gradscope.report.formats import renderer
+    from gradscope.report.rules import load_rules, select
+
+    renderer(format_)
+    select(load_rules().values(), selected, ignored)
+
+
 def parse_reports(values: Sequence[str] | None) -> list[tuple[str, Path]]:
     """``FORMAT=PATH`` pairs, their formats checked before any work. Raises UsageError."""
     from gradscope.report.formats import renderer

@@ -55,10 +55,9 @@ def weights(
     debug: o.Debug = False,
 ) -> int:
     """Statistics, outliers, dead units, numerics and health of checkpoints of any size."""
+    selected, ignored = o.split_commas(select), o.split_commas(ignore)
+    o.check_request(format_, selected, ignored)
     reports = o.parse_reports(report)
-    from gradscope.report.formats import renderer
-
-    renderer(format_)
     from gradscope.cli.terminal import progress_bar
     from gradscope.weights import table as _table  # noqa: F401  registers what the table shows
     from gradscope.weights.analysis import analyze_weights
@@ -70,8 +69,8 @@ def weights(
             include=include or (),
             exclude=exclude or (),
             headers_only=headers_only,
-            select=o.split_commas(select),
-            ignore=o.split_commas(ignore),
+            select=selected,
+            ignore=ignored,
             fail_on=fail_on.value,
             allow_empty=allow_empty,
             keep_going=keep_going,

@@ -31,9 +31,9 @@ Fact = int | Number | str
 
 
 class Record(BaseModel):
-    """Base of the report's parts: frozen, complete, non-finite numbers as strings."""
+    """Base of the report's parts: frozen and complete."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Tool(Record):
@@ -128,14 +128,32 @@ class Report(Record, Generic[R]):
 AnyReport = Report[Any]
 
 
+def as_json(record: Record) -> Any:
+    """A report's part as JSON values, non-finite numbers as strings.
+
+    Not pydantic's own JSON: that cannot write names with lone surrogates, which a JSON header may
+    spell, and leaves non-finite floats as they are in this mode.
+    """
+    return _strict(record.model_dump(mode="python"))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _spelled(value)
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+def _spelled(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
 def fingerprint(rule: str, subject: str, artefact: str = "") -> str:
     """The identity of a finding: the rule and what it is about, never a measured value.
 
     ``artefact`` tells several inputs of one run apart.
     """
     return hashlib.sha256("\0".join((rule, artefact, subject)).encode()).hexdigest()[:32]
-
-
-def finite(value: float | None) -> float | None:
-    """None for what is not a number worth writing."""
-    return value if value is not None and math.isfinite(value) else None

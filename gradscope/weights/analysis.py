@@ -144,11 +144,12 @@ def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[
         return included and not any(fnmatchcase(ref.name, glob) for glob in exclude)
 
     kept = tuple(ref for ref in checkpoint.tensors if wanted(ref))
-    left_out = len(checkpoint.tensors) - len(kept)
-    if not left_out:
-        return checkpoint
-    skipped = Skipped(f"{left_out} tensors", "left out by --include or --exclude", deliberate=True)
-    return replace(checkpoint, tensors=kept, skipped=(*checkpoint.skipped, skipped))
+    left_out = (
+        Skipped(ref.name, "left out by --include or --exclude", deliberate=True)
+        for ref in checkpoint.tensors
+        if not wanted(ref)
+    )
+    return replace(checkpoint, tensors=kept, skipped=(*checkpoint.skipped, *left_out))
 
 
 def _headers(checkpoint: Checkpoint) -> _Examination:

@@ -116,7 +116,7 @@ def extreme_value(
         if (s.abs_max or 0) > magnitude and tensor.role in MATRICES | GAINS | {Role.BIAS}:
             reasons.append(f"a magnitude of {s.abs_max:.3g}")
         if widest > limit:
-            reasons.append(f"{apart} alone, {widest:.3g} times farther out than the next")
+            reasons.append(f"{widest:.3g} times farther out than the next")
         if reasons:
             yield _extreme(tensor, outliers, reasons, max(apart, 1), limit)
 
@@ -127,7 +127,7 @@ def _extreme(
     peak = outliers.top[0]
     return Observation(
         tensor.name,
-        f"element {list(peak.index)} is {peak.value:.6g}: {' and '.join(reasons)}",
+        f"element {list(peak.index)} is {peak.value:.6g}: {', '.join(reasons)}",
         f"compare the file's hash with its source; if it agrees, look at how {tensor.dtype} values "
         "were converted or scaled, and at element "
         f"{list(peak.index)} in an earlier checkpoint",
@@ -344,6 +344,7 @@ def outliers(
     examined: Examined,
     *,
     peak_ratio: float = 50.0,
+    extreme: float = 1e4,
     least: int = 1000,
     score: float = 20.0,
     least_tensors: int = 3,
@@ -351,16 +352,17 @@ def outliers(
     """Single weights far beyond the rest of their matrix, and dimensions where they repeat.
 
     The peak ratio is the greatest robust score over sqrt(2 ln n), which is 1 for a Gaussian of
-    any size; the greatest of 113 healthy matrices was 37. Outliers in one and the same row or
+    any size; the greatest of 113 healthy matrices was 37, and from 1e4 on it is `extreme-value`
+    that speaks. Outliers in one and the same row or
     column of three or more layers are a feature of trained transformers (Kovaleva et al. 2021,
     arXiv 2105.06990; Yu et al. 2024, arXiv 2411.07191): info, and worth keeping when quantising.
     """
     for tensor, _, found in _with_outliers(examined, MATRICES - TABLES):
-        if tensor.numel >= least and (found.peak_ratio or 0) > peak_ratio:
+        if tensor.numel >= least and peak_ratio < (found.peak_ratio or 0) <= extreme:
             peak = found.top[0]
             yield Observation(
                 tensor.name,
-                f"element {list(peak.index)} = {peak.value:.4g} is {peak.score:,.0f} robust "
+                f"element {list(peak.index)} = {peak.value:.4g} is {peak.score:.4g} robust "
                 f"deviations out, {found.peak_ratio:.3g} times what {tensor.numel:,} Gaussian "
                 "values reach",
                 "keep it in high precision when quantising; a single scale for the tensor would "

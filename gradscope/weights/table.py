@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -18,8 +19,10 @@ from gradscope.report.formats.table_ import (
     table,
 )
 from gradscope.weights.result import TensorResult, WeightsResult
+from gradscope.weights.roles import MATRICES, Role
 
 _SHOWN = 24
+_NARROW_NAME = 32
 
 
 @section("weights")
@@ -54,24 +57,32 @@ def _by_role(result: WeightsResult) -> RenderableType:
 
 
 def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[RenderableType]:
-    groups = _groups(tensors, together=display.width is not None and display.detail < 2)
-    shown = groups if display.width is None or display.detail > 1 else groups[:_SHOWN]
+    """Every tensor off a terminal or when asked; else what multiplies, and what is unhealthy."""
+    brief = display.width is not None and display.detail < 2
+    groups = _brief(tensors) if brief else [[t] for t in tensors]
+    shown = groups[:_SHOWN] if brief else groups
+    wide = display.width is None or display.width >= 130
+    room = display.width is None or display.width >= 110
     made = table(
-        ("tensor", "left"), ("shape", "left"), ("dtype", "left"), "mean", "std", "abs max",
-        "peak", "zeros", "health", ("distribution", "left"),
+        ("tensor", "left"), ("shape", "left"), ("dtype", "left"), *(("mean",) if wide else ()),
+        "std", "abs max", "peak", "zeros", "health", *((("distribution", "left"),) if room else ()),
     )  # fmt: skip
+    made.columns[0].min_width = min(_NARROW_NAME, max((len(g[0].name) for g in shown), default=0))
     for group in shown:
-        made.add_row(*_row(group, display))
-    yield Text("")
-    yield made
-    if len(groups) > len(shown):
-        rest = sum(len(g) for g in groups[len(shown) :])
-        yield Text(f"… {rest} more tensors; -v shows every one", style="dim")
+        made.add_row(*_row(group, display, wide)[: len(made.columns)])
+    if shown:
+        yield Text("")
+        yield made
+    rest = len(tensors) - sum(map(len, shown))
+    if rest:
+        yield Text(f"… {rest:,} more tensors; -v shows every one", style="dim")
 
 
-def _row(group: Sequence[TensorResult], display: Display) -> list[str | Text]:
-    first = min(group, key=lambda t: t.health.score if t.health else 100.0)
+def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[str | Text]:
+    first = min(group, key=_score)
     name = clean(_pattern(first.name) if len(group) > 1 else first.name)
+    if not wide and len(name) > _NARROW_NAME:
+        name = "…" + name[1 - _NARROW_NAME :]
     s = first.statistics
     row: list[str | Text] = [
         name + (f"  ×{len(group)}" if len(group) > 1 else ""),
@@ -79,26 +90,32 @@ def _row(group: Sequence[TensorResult], display: Display) -> list[str | Text]:
         first.dtype,
     ]
     if s is None:
-        return [*row, *["–"] * 6, ""]
+        return [*row, *["–"] * (6 if wide else 5), ""]
     peak = first.outliers.peak_ratio if first.outliers is not None else None
     health = health_text(first.health.score, first.health.status) if first.health else "–"
-    drawing = sparkline(first.histogram, display.unicode)
-    return [*row, number(s.mean), number(s.std), number(s.abs_max), number(peak),
-            _share(s.zero_fraction), health, drawing]  # fmt: skip
+    counts = first.histogram if wide else _halved(first.histogram)
+    drawing = sparkline(counts, display.unicode)
+    return [*row, *([number(s.mean)] if wide else []), number(s.std), number(s.abs_max),
+            number(peak), _share(s.zero_fraction), health, drawing]  # fmt: skip
 
 
-def _groups(tensors: Sequence[TensorResult], together: bool) -> list[list[TensorResult]]:
-    """Tensors of the same place of different layers together, the unhealthy first."""
+def _brief(tensors: Sequence[TensorResult]) -> list[list[TensorResult]]:
+    """Tensors of one place of different layers together: the unhealthy first, then the largest."""
     groups: dict[object, list[TensorResult]] = {}
-    for place, tensor in enumerate(tensors):
-        band = tensor.health.status if tensor.health else ""
-        key = (_pattern(tensor.name), tensor.shape, tensor.dtype, band) if together else place
-        groups.setdefault(key, []).append(tensor)
-    if not together:
-        return list(groups.values())
-    return sorted(
-        groups.values(), key=lambda g: min(t.health.score if t.health else 100 for t in g)
-    )
+    for tensor in tensors:
+        if tensor.role in MATRICES | {Role.QUANTIZED} or _score(tensor) < 100:
+            band = tensor.health.status if tensor.health else ""
+            key = (_pattern(tensor.name), tensor.shape, tensor.dtype, band)
+            groups.setdefault(key, []).append(tensor)
+    return sorted(groups.values(), key=lambda g: (min(map(_score, g)), -sum(t.numel for t in g)))
+
+
+def _halved(counts: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(counts[::2], counts[1::2], fillvalue=0)]
+
+
+def _score(tensor: TensorResult) -> float:
+    return tensor.health.score if tensor.health is not None else 100.0
 
 
 def _pattern(name: str) -> str:

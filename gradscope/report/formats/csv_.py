@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gradscope.report.formats import Display
-from gradscope.report.model import AnyReport
+from gradscope.report.model import AnyReport, as_json
 
 
 def render(report: AnyReport, display: Display) -> str:  # noqa: ARG001
     """Nested values become columns with dotted names; lists are JSON; undefined is empty."""
-    result = report.model_dump(mode="json").get("result") or {}
+    result = as_json(report)["result"] or {}
     rows = [
         dict(_flat(item)) for item in next((v for v in result.values() if isinstance(v, list)), [])
     ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from gradscope.report.formats import Display
-from gradscope.report.model import AnyReport
+from gradscope.report.model import AnyReport, as_json
 
 
 def render(report: AnyReport, display: Display) -> str:  # noqa: ARG001
     """One object, indented; non-finite numbers are strings, names stand verbatim."""
-    return json.dumps(report.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+    return json.dumps(as_json(report), indent=1, allow_nan=False) + "\n"

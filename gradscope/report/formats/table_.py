@@ -128,18 +128,21 @@ def _others(group: Sequence[Finding]) -> str:
 
 
 def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
-    coverage = report.coverage
-    lines = [(clean(s.subject), clean(s.reason, None)) for s in coverage.skipped]
-    shown = lines if display.width is None or display.detail > 1 else lines[:8]
-    if lines:
+    """What was not analysed, by reason, and which rules could not be asked."""
+    by_reason: dict[str, list[str]] = {}
+    for skip in report.coverage.skipped:
+        by_reason.setdefault(skip.reason, []).append(clean(skip.subject))
+    if by_reason:
         yield Text("\nNot analysed", style="bold")
-    for subject, reason in shown:
-        yield Text.assemble(f"  {subject}", (f"  {reason}", "dim"))
-    if len(lines) > len(shown):
-        yield Text(f"  … {len(lines) - len(shown)} more; -v shows them all", style="dim")
-    if coverage.not_evaluated:
-        names = ", ".join(dict.fromkeys(n.rule for n in coverage.not_evaluated))
-        yield Text(f"\nNot evaluated: {names} ({coverage.not_evaluated[0].reason})", style="dim")
+    for reason, subjects in by_reason.items():
+        listed = subjects if display.width is None or display.detail > 1 else subjects[:3]
+        more = f" and {len(subjects) - len(listed):,} more" if len(subjects) > len(listed) else ""
+        yield Text.assemble(f"  {', '.join(listed)}{more}", (f"  {clean(reason, None)}", "dim"))
+    not_evaluated: dict[str, list[str]] = {}
+    for rule in report.coverage.not_evaluated:
+        not_evaluated.setdefault(rule.reason, []).append(rule.rule)
+    for reason, rules in not_evaluated.items():
+        yield Text(f"\nNot evaluated: {', '.join(rules)} ({reason})", style="dim")
 
 
 def _verdict(report: AnyReport) -> RenderableType:
@@ -148,7 +151,10 @@ def _verdict(report: AnyReport) -> RenderableType:
     found = ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "no findings"
     analysed = f"{coverage.analyzed:,} of {coverage.total:,} {coverage.unit}"
     style = "bold red" if gate.failed else "bold green"
-    reasons = f": {'; '.join(clean(r) for r in gate.reasons)}" if gate.failed else ""
+    # Failed inputs are written out above; here they are counted.
+    failed = len(report.errors)
+    unread = [f"{failed} input{'s' * (failed > 1)} could not be read in full"] if failed else []
+    reasons = "".join(f": {clean(r)}" for r in (*unread, *gate.reasons[failed:]))
     return Text.assemble(
         ("\nFAILED" if gate.failed else "\nPASSED", style),
         f"  {found} · {analysed}, {size(coverage.bytes)} · exit {gate.exit_code}{reasons}",
@@ -163,7 +169,7 @@ def table(*columns: str | tuple[str, str]) -> Table:
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
         heading, justify = (column, "right") if isinstance(column, str) else column
-        made.add_column(heading, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
+        made.add_column(heading, justify=justify, no_wrap=heading != "tensor", overflow="fold")  # type: ignore[arg-type]
     return made
 
 

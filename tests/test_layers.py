@@ -1,0 +1,53 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradscope
+
+ROOT = Path(gradscope.__file__).parent
+
+#: What each part may import of the others; ``cli`` may import anything.
+ALLOWED = {
+    "checkpoints": set(),
+    "statistics": {"checkpoints"},
+    "report": set(),
+    "weights": {"checkpoints", "statistics", "report"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_data_flows_from_sources_to_the_report_and_never_back() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for part, allowed in ALLOWED.items()
+        for path in (ROOT / part).rglob("*.py")
+        for name in imports(path)
+        if name.startswith("gradscope.") and name.split(".")[1] not in allowed | {part, "errors"}
+    ]
+
+    assert wrong == []
+
+
+def test_only_the_command_line_prints_reads_the_environment_or_exits() -> None:
+    forbidden = {"print", "input", "exit"}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in ROOT.rglob("*.py")
+        if path.relative_to(ROOT).parts[0] not in ("cli", "__main__.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Call) and getattr(node.func, "id", "") in forbidden)
+        or (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "_exit"))
+    ]
+
+    assert wrong == []
