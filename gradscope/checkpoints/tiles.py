@@ -68,21 +68,23 @@ class _Local(threading.local):
     """One open file and one buffer a thread: tiles come in file order, so one is enough."""
 
     def __init__(self) -> None:
-        self.path: str | None = None
+        self.opened: tuple[str, int, int] | None = None
         self.descriptor = -1
         self.buffer = np.empty(PIECE * 16, np.uint8)
 
     def open(self, path: str) -> int:
-        if self.path != path:
+        status = os.stat(path)
+        wanted = (path, status.st_dev, status.st_ino)  # a path may get another file
+        if self.opened != wanted:
             self.close()
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            self.path = path
+            self.opened = wanted
         return self.descriptor
 
     def close(self) -> None:
-        if self.path is not None:
+        if self.opened is not None:
             os.close(self.descriptor)
-            self.path = None
+            self.opened = None
 
     def __del__(self) -> None:
         self.close()
@@ -114,36 +116,55 @@ def _read_bytes(ref: TensorRef, offset: int, size: int) -> npt.NDArray[np.uint8]
                 break
             done += got
     except OSError as error:
-        raise InputError(
-            ref.file, "malformed", f"tensor {ref.name!r} cannot be read: {error.strerror}"
-        ) from None
+        raise _unreadable(ref, error) from None
     if done < size:
-        raise InputError(
-            ref.file,
-            "changed",
-            f"ended at byte {offset + done:,}, inside tensor {ref.name!r}: the file became shorter "
-            "while it was being read. Wait for the writer to finish and run again",
-        )
+        raise _ended(ref, offset + done)
     return buffer
+
+
+def _unreadable(ref: TensorRef, error: OSError) -> InputError:
+    message = f"tensor {ref.name!r} cannot be read: {error.strerror}"
+    return InputError(ref.file, "malformed", message)
+
+
+def _ended(ref: TensorRef, end: int) -> InputError:
+    return InputError(
+        ref.file,
+        "changed",
+        f"ended at byte {end:,}, inside tensor {ref.name!r}: the file became shorter "
+        "while it was being read. Wait for the writer to finish and run again",
+    )
 
 
 def _read_strided(ref: TensorRef, start: int, stop: int) -> Array:
     """Gather a run of a view whose elements do not lie in row-major order."""
-    view = _strided_view(ref)
-    if len(ref.shape) == 1:
-        values = np.ascontiguousarray(view[start:stop])
-    else:
-        first_row, last_row = start // ref.row_numel, -(-stop // ref.row_numel)
-        rows = np.ascontiguousarray(view[first_row:last_row]).reshape(-1)
-        values = rows[start - first_row * ref.row_numel : stop - first_row * ref.row_numel]
+    values = _gathered(_strided_view(ref), start, stop)
     return values.byteswap() if ref.big_endian else values
+
+
+def _gathered(view: Array, start: int, stop: int) -> Array:
+    """Elements ``start`` to ``stop`` in row-major order, always copied: a view may be unaligned."""
+    if view.ndim == 1:
+        return np.array(view[start:stop])
+    length = view[0].size
+    first, last = start // length, -(-stop // length)
+    if last - first == 1:  # a part of one row, which may be long
+        return _gathered(view[first], start - first * length, stop - first * length)
+    rows = np.array(view[first:last], order="C").reshape(-1)
+    return rows[start - first * length : stop - first * length]
 
 
 def _strided_view(ref: TensorRef) -> Array:
     assert ref.strides is not None
     stored = STORED[ref.dtype]
     last = sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
-    flat = np.memmap(ref.source, np.uint8, "r", ref.offset, (last + 1) * stored.itemsize)
+    size = (last + 1) * stored.itemsize
+    try:
+        if (end := os.stat(ref.source).st_size) < ref.offset + size:
+            raise _ended(ref, end)
+        flat = np.memmap(ref.source, np.uint8, "r", ref.offset, size)
+    except OSError as error:
+        raise _unreadable(ref, error) from None
     return np.lib.stride_tricks.as_strided(
         flat.view(stored), ref.shape, [s * stored.itemsize for s in ref.strides], writeable=False
     )

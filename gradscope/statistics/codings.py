@@ -47,6 +47,13 @@ def greatest_finite(dtype: str) -> float:
     return float(values[np.isfinite(values)].max())
 
 
+def magnitude(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The magnitudes of complex elements, in the type of their parts."""
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond the type's range, signalling NaNs
+        whole = np.hypot(stored.real.astype(np.float64), stored.imag.astype(np.float64))
+        return whole.astype(stored.real.dtype)
+
+
 def _decode(codes: npt.NDArray[np.uint32], form: FloatFormat, bits: int) -> Values:
     mantissa = codes & ((1 << form.mantissa_bits) - 1)
     exponent = ((codes >> form.mantissa_bits) & ((1 << form.exponent_bits) - 1)).astype(np.int64)

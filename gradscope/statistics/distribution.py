@@ -57,7 +57,8 @@ class Distribution:
 
     @cached_property
     def _by_distance(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.intp]]:
-        distance = np.abs(self.values - self.median)
+        with np.errstate(over="ignore"):
+            distance = np.abs(self.values - self.median)
         order = np.argsort(distance, kind="stable")
         return distance[order], order
 
@@ -69,14 +70,22 @@ class Distribution:
         return float(distance[np.searchsorted(cumulative, (self.n + 1) // 2)])
 
     def trimmed(self) -> Moments:
-        """Moments without the 0.1 % of elements farthest from the median."""
-        _, order = self._by_distance
-        keep = self.n - int(self.n * TRIMMED)
+        """Moments without the 0.1 % of elements farthest from the median, in a unit of their own."""
+        return self._of_nearest(self.n - int(self.n * TRIMMED))
+
+    def scaled(self) -> Moments:
+        """Moments of all elements, from the median in a unit that keeps fourth powers in range."""
+        return self._of_nearest(self.n)
+
+    def _of_nearest(self, keep: int) -> Moments:
+        distance, order = self._by_distance
         counts = self.counts[order]
         before = np.cumsum(counts) - counts
         kept = np.clip(keep - before, 0, counts)
         used = kept > 0
-        return Moments.of(self.values[order][used], kept[used])
+        _, exponent = np.frexp(distance[used].max())
+        deviations = np.ldexp(self.values[order][used] - self.median, -exponent)
+        return Moments.of(deviations, kept[used])
 
     @cached_property
     def robust_scale(self) -> float:

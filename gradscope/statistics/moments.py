@@ -30,12 +30,12 @@ class Moments:
             return cls()
         # Centred on a value that occurs, so that a constant has a mean and spread without rounding.
         origin = float(values[0])
-        mean = origin + float(np.sum((values - origin) * weights)) / n
-        d = values - mean
-        square = d * d * weights
-        return cls(
-            n, mean, float(square.sum()), float((square * d).sum()), float((square * d * d).sum())
-        )
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = origin + float(np.sum((values - origin) * weights)) / n
+            d = values - mean
+            square = d * d * weights
+            sums = square.sum(), (square * d).sum(), (square * d * d).sum()
+        return cls(n, mean, *map(float, sums))
 
     @classmethod
     def merged(cls, parts: Array) -> Moments:
@@ -55,14 +55,19 @@ class Moments:
         return np.array([self.n, self.mean, self.m2, self.m3, self.m4])
 
     @property
+    def in_range(self) -> bool:
+        """Whether the fourth powers of the deviations neither overflowed nor vanished."""
+        return self.m2 == 0 or 1e-290 <= self.m4 < math.inf
+
+    @property
     def std(self) -> float | None:
-        """Population standard deviation; None when there is no value."""
-        return math.sqrt(self.m2 / self.n) if self.n else None
+        """Population standard deviation; None when there is no value or its square overflowed."""
+        return math.sqrt(self.m2 / self.n) if self.n and math.isfinite(self.m2) else None
 
     @property
     def rms(self) -> float | None:
-        """Root mean square; None when there is no value."""
-        return math.hypot(self.mean, math.sqrt(self.m2 / self.n)) if self.n else None
+        """Root mean square; None where ``std`` is."""
+        return None if self.std is None else math.hypot(self.mean, self.std)
 
     @property
     def l2_norm(self) -> float | None:
@@ -93,6 +98,11 @@ class Moments:
 
 def _pair(a: Array, b: Array) -> Array:
     """Chan, Golub, LeVeque (1979) and Pébay (SAND2008-6212, eq. 2.1), on rows."""
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 values beyond 1e77
+        return _pair_rows(a, b)
+
+
+def _pair_rows(a: Array, b: Array) -> Array:
     na, nb = a[:, 0], b[:, 0]
     n = na + nb
     d = b[:, 1] - a[:, 1]

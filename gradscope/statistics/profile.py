@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
-from gradscope.checkpoints.tiles import Tile, read_range, tiles
+from gradscope.checkpoints.tiles import PIECE, Tile, read_range, tiles
 from gradscope.statistics import codings
 from gradscope.statistics.distribution import Distribution
 from gradscope.statistics.kernels import BLOCK
@@ -169,7 +169,7 @@ def finish(whole: Tally) -> Finished:
     """Reduce a complete tally to the tensor's profile."""
     ref = whole.ref
     moments = whole.moments()
-    distribution = whole.distribution()
+    distribution = _distribution(whole)
     statistics = _statistics(whole, moments, distribution)
     buckets, counts = _coarse(distribution)
     if not (codings.is_float(ref.dtype) or ref.dtype in codings.COMPLEX) or distribution is None:
@@ -188,6 +188,21 @@ def finish(whole: Tally) -> Finished:
     return Finished(result, moments, buckets, counts)
 
 
+def _distribution(whole: Tally) -> Distribution | None:
+    """The tally's distribution; of few values close together (norm gains) from a second read.
+
+    Buckets are 2^-8 wide beside the value, so a spread below sixteen of them would be lost.
+    """
+    found = whole.distribution()
+    if found is None or whole.kind in codings.CODED or whole.ref.numel > PIECE:
+        return found
+    low, high = whole.extremes()
+    if low == high or found.mad >= abs(found.median) / 16:
+        return found
+    values = _decoded(whole.ref, read_range(whole.ref, 0, whole.ref.numel))
+    return Distribution(*np.unique(values[np.isfinite(values)], return_counts=True))
+
+
 def _statistics(whole: Tally, moments: Moments, distribution: Distribution | None) -> Statistics:
     zero, nan, posinf, neginf = whole.counts()
     low, high = whole.extremes()
@@ -202,7 +217,7 @@ def _statistics(whole: Tally, moments: Moments, distribution: Distribution | Non
         min=low,
         max=high,
         abs_max=None if low is None or high is None else max(abs(low), abs(high)),
-        mean=moments.mean if moments.n else None,
+        mean=moments.mean if moments.n and math.isfinite(moments.mean) else None,
         std=moments.std,
         rms=moments.rms,
         l2_norm=moments.l2_norm,
@@ -218,10 +233,11 @@ def described(basic: Statistics, distribution: Distribution | None, moments: Mom
     if distribution is None or distribution.n == 0:
         return basic
     trimmed = distribution.trimmed()
+    shape = moments if moments.in_range else distribution.scaled()
     return replace(
         basic,
-        skewness=moments.skewness,
-        kurtosis=moments.kurtosis,
+        skewness=shape.skewness,
+        kurtosis=shape.kurtosis,
         trimmed_kurtosis=trimmed.kurtosis,
         trimmed_skewness=trimmed.skewness,
         median=distribution.median,
@@ -394,7 +410,7 @@ class Pool:
             min=min(lows, default=None),
             max=max(highs, default=None),
             abs_max=max((abs(v) for v in lows + highs), default=None),
-            mean=moments.mean if moments.n else None,
+            mean=moments.mean if moments.n and math.isfinite(moments.mean) else None,
             std=moments.std,
             rms=moments.rms,
             l2_norm=moments.l2_norm,

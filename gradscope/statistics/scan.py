@@ -26,8 +26,7 @@ def scan(ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piec
     if ref.dtype in codings.INTEGERS:
         return scan_integers(ref, first, stored, table)
     if ref.dtype in codings.COMPLEX:
-        magnitude = np.hypot(stored.real.astype(np.float64), stored.imag)
-        return _scan_floats(ref, first, magnitude.astype(stored.real.dtype), table)
+        return _scan_floats(ref, first, codings.magnitude(stored), table)
     if ref.dtype in codings.CODED:
         return _scan_codes(ref, first, stored, table)
     return _scan_floats(ref, first, stored, table)

@@ -134,6 +134,8 @@ class Tally:
         """How many elements are smaller than the least normal value of their type."""
         if self.table is None or not codings.is_float(self.kind):
             return 0
+        if not codings.FORMATS[self.kind].signed:
+            return 0  # E8M0 is normal throughout
         if self.kind in codings.CODED:
             values = np.abs(codings.code_values(self.kind))
             return int(
@@ -149,7 +151,11 @@ class Tally:
         if self.kind in codings.CODED:
             return Moments.of(*self._coded_values)
         rows = [p.moments for p in self.in_order() if p.moments is not None]
-        return Moments.merged(np.array(rows)) if rows else Moments()
+        found = Moments.merged(np.array(rows)) if rows else Moments()
+        low, high = self.extremes()
+        if low is not None and low == high:  # rounding would give a constant a spread and a shape
+            return Moments(found.n, float(low))
+        return found
 
     def code_entropy(self) -> float | None:
         """Shannon entropy of the stored codes; None for types with too many codes to count."""
@@ -160,12 +166,28 @@ class Tally:
 
     def payload(self) -> str | None:
         """The narrower type that every finite float32 element fits without loss, if any."""
-        if self.kind != "F32" or not self.pieces:
+        if self.ref.dtype != "F32" or self.extremes()[0] is None:
             return None
         union = 0
         for piece in self.pieces:
             union |= piece.union
-        return "BF16" if union & 0xFFFF == 0 else "F16" if union & 0x1FFF == 0 else None
+        if union & 0xFFFF == 0:
+            return "BF16"
+        return "F16" if union & 0x1FFF == 0 and self._in_float16_range() else None
+
+    def _in_float16_range(self) -> bool:
+        """Whether values of ten mantissa bits are within float16's exponents too.
+
+        Its subnormals are multiples of 2^-24, which the buckets show of all but the last one or
+        two bits of values from 2^-16 to 2^-14.
+        """
+        assert self.table is not None
+        low, high = self.extremes()
+        assert low is not None
+        assert high is not None
+        steps = _bucket_values("F32", exact=True)[self.table > 0] * 2.0**24
+        in_steps = bool((steps == np.floor(steps)).all()) and self.subnormals() == 0
+        return in_steps and max(-low, high) <= codings.greatest_finite("F16")
 
     def row_norms(self) -> npt.NDArray[np.float64] | None:
         """L2 norm of each row's finite elements; None below two dimensions."""
@@ -216,6 +238,8 @@ class Tally:
     def _bucketed(self) -> Distribution:
         assert self.table is not None
         low, high = self.extremes()
+        if low is None:
+            return Distribution(np.empty(0), np.empty(0, np.int64))
         order = _ascending(self.kind)
         counts = self.table[order]
         present = counts > 0
@@ -281,7 +305,7 @@ def _combine_equal(values: Array, counts: Array) -> tuple[Array, Array]:
     """Ascending values with equal neighbours (-0 and 0, clipped buckets) made one."""
     if len(values) < 2:
         return values + 0.0, counts
-    starts = np.flatnonzero(np.diff(values, prepend=-np.inf) != 0)
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
     return values[starts] + 0.0, np.add.reduceat(counts, starts)
 
 

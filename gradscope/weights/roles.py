@@ -71,31 +71,37 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
     (Role.OPTIMIZER, r"exp_avg(_sq)?|max_exp_avg_sq|momentum_buffer|square_avg|master_param"),
     (
         Role.SCALE,
-        r"(weight|input|output|k|v|q|kv|act|activation)_scale(_inv|_2)?|scales|scale_inv|absmax|"
-        r"scale_weight|nested_absmax|SCB|weight_global_scale|quant_map",
+        r"(weight|input|output|k|v|q|kv|act|activation|\w+_proj)_scale(_inv|_2)?|(\w+_)?scales|"
+        r"scale_inv|scale_weight|(nested_)?absmax|(nested_)?quant_map|SCB|weight_global_scale",
     ),
     (
         Role.PACKED,
-        r"qweight|qzeros|g_idx|weight_packed|weight_zero_point|zero_point|weight_shape|"
-        r".*quant_state.*|_packed_params.*",
+        r"qweight|qzeros|g_idx|weight_packed|weight_zero_point|zero_point|weight_shape|\w+_blocks|"
+        r"quant_state.*|bitsandbytes__.*|_packed_params.*",
     ),
     (
         Role.BUFFER,
         r"position_ids|inv_freq|masked_bias|relative_position_index|relative_coords_table|"
-        r"attn_mask|causal_mask|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
+        r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
     ),
-    (Role.LORA_A, r"lora_A(\..*)?|lora_down|lora_a"),
-    (Role.LORA_B, r"lora_B(\..*)?|lora_up|lora_b"),
+    (Role.LORA_A, r"lora_(A|a|down|embedding_A)(\..*)?"),
+    (Role.LORA_B, r"lora_(B|b|up|embedding_B)(\..*)?"),
     (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
     (Role.SCALAR, r"logit_scale|logit_bias|temperature"),
+    (Role.OTHER, r"A_log"),  # a state-space model's, initialised with equal rows
 )
+_LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?:\.\w+){0,2})$")
+#: What tables of vectors are called, by the module that holds one or the parameter that is one.
 _EMBEDDING = re.compile(
-    r"(^|[._])(wte|wpe|embed(ding)?s?|embed_tokens|tok_embeddings|word_embeddings|shared|emb|"
-    r"position_embeddings?|token_type_embeddings|embed_positions)$|embeddings?(\.|$)|(^|\.)embed_",
+    r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|"
+    r"relative_attention_bias",
     re.IGNORECASE,
 )
-_UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|unembed)$")
+_UNEMBEDDING = re.compile(
+    r"(^|\.)(lm_head|embed_out|output_projection|unembed|predictions.decoder)$"
+)
 _NORM = re.compile(r"norm|(^|[._])(ln|bn|gn|rms)(_?\w*)?\d*$", re.IGNORECASE)
+_ACTIVATION = re.compile(r"relu|(^|_)act(ivation)?(_fn)?_?\d*$", re.IGNORECASE)
 _RECURRENT = re.compile(r"^(weight|bias)_(ih|hh)(_l\d+)?(_reverse)?$")
 
 
@@ -110,11 +116,10 @@ def roles(refs: Iterable[TensorRef]) -> dict[str, Role]:
 
 
 def split(name: str) -> tuple[str, str]:
-    """A tensor's module path and leaf name."""
+    """A tensor's module path and leaf name; an adapter's part is one leaf, however deep."""
+    if adapter := _LORA.search(name):
+        return name[: adapter.start()], adapter[1]
     module, _, leaf = name.rpartition(".")
-    if re.fullmatch(r"lora_[AB]", module.rpartition(".")[2]) or leaf == "default":
-        module, _, head = module.rpartition(".")
-        leaf = f"{head}.{leaf}"
     return module, leaf
 
 
@@ -123,28 +128,40 @@ def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
     for role, pattern in _BY_LEAF:
         if re.fullmatch(pattern, leaf) and _fits(role, ref, siblings):
             return role
+    if re.search(r"(^|\.)(attn|attention)\.bias$", ref.name) and len(ref.shape) == 4:
+        return Role.BUFFER
     if ref.dtype in INTEGERS:
         return Role.PACKED if len(ref.shape) >= 2 and ref.numel > 4096 else Role.BUFFER
     if not ref.shape:
         return Role.SCALAR
     if _RECURRENT.match(leaf):
         return Role.RECURRENT if len(ref.shape) >= 2 else Role.BIAS
-    return _vector(module, leaf, siblings) if _is_vector(ref) else _matrix(ref, module, leaf)
+    if _is_vector(ref, leaf):
+        return _vector(module, leaf, siblings)
+    return _matrix(ref, module, leaf, siblings)
 
 
 def _fits(role: Role, ref: TensorRef, siblings: Mapping[str, TensorRef]) -> bool:
     """Whether a name that means a role is borne by a tensor that can have it."""
     if role is Role.LAYER_SCALE:  # TensorFlow calls norm gains gamma, too
-        return sum(n != 1 for n in ref.shape) <= 1 and "beta" not in siblings
+        return _long_dimensions(ref) <= 1 and "beta" not in siblings
     if role in (Role.RUNNING_MEAN, Role.RUNNING_VAR):
         return ref.dtype not in INTEGERS
     if role is Role.SCALE:
-        return ref.dtype not in INTEGERS or "quant_state" in ref.name or ref.dtype == "U8"
+        return ref.dtype not in INTEGERS or ref.dtype == "U8"
+    if role is Role.PACKED:
+        return ref.dtype in INTEGERS
     return role is not Role.COUNTER or ref.numel == 1
 
 
-def _is_vector(ref: TensorRef) -> bool:
-    return len(ref.shape) == 1
+def _long_dimensions(ref: TensorRef) -> int:
+    return sum(n != 1 for n in ref.shape)
+
+
+def _is_vector(ref: TensorRef, leaf: str) -> bool:
+    """One dimension, or a parameter that was given others of length 1 to broadcast."""
+    matrix = leaf in ("weight", "kernel", "w") or _EIGHT_BIT.match(ref.dtype)
+    return len(ref.shape) == 1 or (not matrix and _long_dimensions(ref) <= 1)
 
 
 def _vector(module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
@@ -152,10 +169,12 @@ def _vector(module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
         return Role.BIAS if leaf in ("bias", "beta") else Role.BATCH_NORM_GAIN
     if leaf in ("bias", "beta", "b", "in_proj_bias") or leaf.endswith("_bias"):
         return Role.BIAS
-    own = module.rpartition(".")[2] or module
-    if re.search(r"relu|act", own, re.IGNORECASE):  # the slopes of a PReLU
+    own = module.rpartition(".")[2]
+    if _ACTIVATION.search(own) or own == "lora_magnitude_vector":  # slopes; norms of columns
         return Role.VECTOR
-    if leaf in ("weight", "gamma", "g", "scale") and (_NORM.search(own) or _alone(siblings)):
+    if leaf == "gamma" and "beta" in siblings:
+        return Role.NORM_GAIN
+    if leaf in ("weight", "g", "scale") and (_NORM.search(own) or _alone(siblings)):
         return Role.NORM_GAIN
     return Role.NORM_GAIN if _NORM.search(leaf) else Role.VECTOR
 
@@ -165,27 +184,30 @@ def _alone(siblings: Mapping[str, TensorRef]) -> bool:
     return all(len(s.shape) <= 1 for s in siblings.values()) and "weight" in siblings
 
 
-def _matrix(ref: TensorRef, module: str, leaf: str) -> Role:
+def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     if _EIGHT_BIT.match(ref.dtype):
         return Role.QUANTIZED
     if len(ref.shape) == 2:
-        return _two_dimensional(ref, module, leaf)
-    if len(ref.shape) == 3 and re.search(r"experts?(\.|_|$)", ref.name):
+        return _two_dimensional(ref, module, leaf, siblings)
+    if len(ref.shape) == 3 and re.search(r"(experts?|moe)(\.|_|$)", ref.name):
         return Role.EXPERTS
-    if _EMBEDDING.search(leaf) or leaf in ("cls_token", "pos_embed", "mask_token"):
+    if _EMBEDDING.fullmatch(leaf):
         return Role.EMBEDDING
-    if len(ref.shape) in (3, 4, 5) and re.search(r"mask$|(^|\.)attn\.bias$", ref.name):
-        return Role.BUFFER
     if len(ref.shape) in (3, 4, 5):
         return Role.DEPTHWISE if ref.shape[1] == 1 and ref.shape[0] > 1 else Role.CONV
     return Role.OTHER
 
 
-def _two_dimensional(ref: TensorRef, module: str, leaf: str) -> Role:
+def _two_dimensional(
+    ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]
+) -> Role:
+    """A table of vectors or a matrix that multiplies; what has a bias beside it is no table."""
     path = module if leaf in ("weight", "kernel", "w") else ref.name
     if _UNEMBEDDING.search(path):
         return Role.UNEMBEDDING
-    if _EMBEDDING.search(path) or (leaf == "weight" and _vocabulary_like(ref)):
+    own = path.rpartition(".")[2]
+    named = _EMBEDDING.fullmatch(own) or (own == "shared" and ref.shape[0] > ref.shape[1])
+    if "bias" not in siblings and (named or (leaf == "weight" and _vocabulary_like(ref))):
         return Role.EMBEDDING
     return Role.BIAS if "bias" in leaf else Role.LINEAR
 
