@@ -172,7 +172,8 @@ def _read_container(source: _Source, key: str | None) -> _Found:
     start = source.at(0, 512)
     if start.startswith(b"PK"):
         return _read_zip(source, key)
-    if start[2:].startswith(_LEGACY_START):
+    # Protocol 4 and up put a frame in front; 0 and 1 spell the number in decimal.
+    if _LEGACY_START in start[:32] or start.startswith(b"L%dL" % _LEGACY_MAGIC):
         return _read_legacy(source, key)
     raise _unrecognised(source, start)
 

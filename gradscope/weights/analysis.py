@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.files import check_unchanged
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
-from gradscope.errors import InputError
+from gradscope.errors import InputError, UsageError
 from gradscope.report.gate import gate
 from gradscope.report.model import (
     Coverage,
@@ -20,12 +20,11 @@ from gradscope.report.model import (
     Input,
     InputFailure,
     NotEvaluated,
+    Severity,
     Skip,
 )
 from gradscope.report.rules import Rule, evaluate, load_rules, select
-from gradscope.statistics.profile import Engine, Pool, profile, threads
 from gradscope.statistics.records import Statistics, TensorProfile
-from gradscope.statistics.tally import Scan
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.result import (
     Examined,
@@ -37,6 +36,10 @@ from gradscope.weights.result import (
     tensor_result,
 )
 from gradscope.weights.roles import AUXILIARY, Role, roles
+
+if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
+    from gradscope.statistics.profile import Engine, Pool
+    from gradscope.statistics.tally import Scan
 
 Progress = Callable[[int, int], None]
 
@@ -64,18 +67,18 @@ def analyze_weights(
     entry of ``errors``, never an exception; with ``keep_going`` the other shards of a checkpoint
     one of whose files fails while it is read are still analysed.
 
-    Raises UsageError for an unknown rule, key or device.
+    Raises UsageError for an unknown rule, key, device or severity.
     """
+    if fail_on not in (*Severity, "never"):
+        raise UsageError(f"fail_on is {fail_on!r}; it is one of {', '.join(Severity)} or never")
     chosen = _chosen_rules(select, ignore)
-    scan = scan_for(device)
     opened, errors = _open_all(checkpoints, key)
     opened = [_filtered(c, include, exclude) for c in opened]
-    total = sum(ref.nbytes for c in opened for ref in c.tensors)
-    meter = _Meter(progress, total)
-    examinations = [
-        _headers(c) if headers_only else _measured(c, scan, threads(jobs), meter, keep_going)
-        for c in opened
-    ]
+    if headers_only:
+        examinations = [_headers(c) for c in opened]
+    else:
+        meter = _Meter(progress, sum(ref.nbytes for c in opened for ref in c.tensors))
+        examinations = _measure_all(opened, device, jobs, meter, keep_going)
     measured = frozenset({"headers"} if headers_only else {"headers", "statistics"})
     judged = [_judged(e, chosen, measured, many=len(opened) > 1) for e in examinations]
     return _report(judged, errors, fail_on, allow_empty)
@@ -162,6 +165,19 @@ def _headers(checkpoint: Checkpoint) -> _Examination:
     return _Examination(Examined(checkpoint, bare), {}, _part_failures(checkpoint))
 
 
+def _measure_all(
+    opened: Sequence[Checkpoint],
+    device: str,
+    jobs: int | None,
+    meter: Callable[[int], None],
+    keep_going: bool,
+) -> list[_Examination]:
+    from gradscope.statistics.profile import threads
+
+    scan = scan_for(device)
+    return [_measured(c, scan, threads(jobs), meter, keep_going) for c in opened]
+
+
 def _measured(
     checkpoint: Checkpoint,
     scan: Scan,
@@ -170,6 +186,8 @@ def _measured(
     keep_going: bool,
 ) -> _Examination:
     """Read the data once; a file that fails meanwhile costs its tensors, and is said."""
+    from gradscope.statistics.profile import profile
+
     names = roles(checkpoint.tensors)
     failures: list[InputFailure] = []
     refs = list(checkpoint.tensors)

@@ -687,3 +687,17 @@ def test_damaged_files_give_a_checkpoint_or_an_input_error(tmp_path, valid_files
             assert 0 <= ref.offset <= len(data)
 
     check()
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_pickle_protocol_that_torch_can_load_is_read(
+    tmp_path: Path, protocol: int, zipped: bool
+) -> None:
+    path = tmp_path / "model.pt"
+    state = {"weight": torch.arange(6.0).reshape(2, 3)}
+    torch.save(state, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+
+    tensors = read_torch(str(path)).tensors
+
+    assert [(t.name, t.shape) for t in tensors] == [("weight", (2, 3))]
