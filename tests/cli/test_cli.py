@@ -225,9 +225,14 @@ def test_off_a_terminal_nothing_is_truncated_or_coloured(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("environment", "wish", "coloured"),
-    [({}, "always", True), ({"FORCE_COLOR": "1"}, "auto", True), ({"NO_COLOR": "1"}, "auto", False),
-     ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, "auto", False), ({"FORCE_COLOR": "1"}, "never", False)],
-)  # fmt: skip
+    [
+        ({}, "always", True),
+        ({"FORCE_COLOR": "1"}, "auto", True),
+        ({"NO_COLOR": "1"}, "auto", False),
+        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, "auto", False),
+        ({"FORCE_COLOR": "1"}, "never", False),
+    ],
+)
 def test_colour_follows_the_option_then_no_color_then_force_color(
     environment: dict[str, str], wish: str, coloured: bool
 ) -> None:

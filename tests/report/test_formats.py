@@ -1,0 +1,131 @@
+"""Every format, over a report of strange contents."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import gradscope.weights.table  # noqa: F401  registers its section
+from gradscope import analyze_weights
+from gradscope.errors import UsageError
+from gradscope.report.formats import Display, format_names, renderer
+from gradscope.report.formats.table_ import clean, size, sparkline
+from gradscope.weights.result import WeightsReport
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> WeightsReport:
+    generator = np.random.default_rng(0)
+    tensors = {f"layers.{i}.fc.weight": generator.normal(size=(32, 32)) for i in range(40)}
+    tensors["layers.3.fc.weight"][0, 0] = np.nan
+    tensors["layers.7.fc.weight"][1, 1] = np.inf
+    path = tmp_path_factory.mktemp("r") / "m.safetensors"
+    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path)
+    return analyze_weights(path, tmp_path_factory.mktemp("r") / "missing.pt")
+
+
+def test_the_json_gives_the_report_back(report: WeightsReport) -> None:
+    text = renderer("json")(report, Display())
+
+    assert renderer("json")(WeightsReport.model_validate_json(text), Display()) == text
+
+
+def test_off_a_terminal_the_table_has_every_tensor_and_finding(report: WeightsReport) -> None:
+    text = renderer("table")(report, Display())
+
+    assert all(f"layers.{i}.fc.weight" in text for i in range(40))
+    assert "layers.7.fc.weight" in text.split("Health")[0]
+    assert "missing.pt" in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 120, 200])
+def test_on_a_terminal_no_line_is_wider_than_it(report: WeightsReport, width: int) -> None:
+    text = renderer("table")(report, Display(width=width))
+
+    assert max(map(len, text.splitlines())) <= width
+    assert "2 critical" in " ".join(text.split())
+
+
+def test_on_a_terminal_like_tensors_are_grouped_and_findings_too(report: WeightsReport) -> None:
+    text = renderer("table")(report, Display(width=120))
+
+    assert "layers.*.fc.weight  ×38" in text
+    assert "(and 1 like it" in text
+
+
+def test_csv_has_a_row_a_tensor_and_dotted_columns(report: WeightsReport) -> None:
+    rows = list(csv.DictReader(io.StringIO(renderer("csv")(report, Display()))))
+
+    assert len(rows) == 40
+    assert float(rows[0]["statistics.std"]) == report.result.tensors[0].statistics.std
+    assert rows[0]["statistics.quantiles.0.5"]
+
+
+def test_jsonl_has_the_findings_and_the_failed_inputs(report: WeightsReport) -> None:
+    lines = [json.loads(line) for line in renderer("jsonl")(report, Display()).splitlines()]
+
+    assert [line.get("rule", line.get("kind")) for line in lines] == ["W101", "W101", "missing"]
+
+
+def test_an_unknown_format_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="table, json, jsonl, csv"):
+        renderer("xml")
+
+
+@settings(deadline=None, max_examples=60)
+@given(name=st.text(alphabet=st.characters(), min_size=1, max_size=60))
+def test_no_name_breaks_a_format_or_reaches_a_terminal_unescaped(name: str) -> None:
+    base = _BASE[0]
+    tensor = base.result.tensors[0].model_copy(update={"name": name})
+    finding = base.findings[0].model_copy(update={"subject": name})
+    result = base.result.model_copy(update={"tensors": (tensor,)})
+    strange = base.model_copy(update={"result": result, "findings": (finding,)})
+
+    for format_ in format_names():
+        for width in (None, 80):
+            text = renderer(format_)(strange, Display(width=width))
+            assert all(c.isprintable() or c == "\n" for c in text if format_ == "table")
+    assert json.loads(renderer("json")(strange, Display()))["findings"][0]["subject"] == name
+
+
+_BASE: list[WeightsReport] = []
+
+
+@pytest.fixture(autouse=True)
+def _base(report: WeightsReport) -> None:
+    _BASE[:] = [report]
+
+
+def test_control_and_direction_characters_are_escaped_and_markup_is_left_as_text() -> None:
+    assert clean("a\x1b[0m‮\nb[red]") == "a\\x1b[0m\\u202e\\nb[red]"
+
+
+def test_sparklines_show_every_nonempty_bin_and_fall_back_to_ascii() -> None:
+    assert sparkline([0, 1, 1000]) == " ▁█"
+    assert sparkline([0, 1, 1000], unicode=False) == " .@"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (26488, "26.5 kB"), (2.5e9, "2.5 GB")]
+)
+def test_sizes_are_decimal(count: float, text: str) -> None:
+    assert size(count) == text
+
+
+def test_committed_fixture_reads_the_same_from_both_containers() -> None:
+    fixtures = Path(__file__).resolve().parents[2] / "fixtures"
+    one = analyze_weights(fixtures / "digits.safetensors").result.tensors
+    other = analyze_weights(fixtures / "digits.pt").result.tensors
+
+    def measured(tensors):
+        return {t.name: t.model_copy(update={"file": ""}) for t in tensors}
+
+    assert measured(one) == measured(other)
