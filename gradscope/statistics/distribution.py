@@ -70,7 +70,7 @@ class Distribution:
         return float(distance[np.searchsorted(cumulative, (self.n + 1) // 2)])
 
     def trimmed(self) -> Moments:
-        """Moments without the 0.1 % of elements farthest from the median, in a unit of their own."""
+        """Moments, in some unit, without the 0.1 % of elements farthest from the median."""
         return self._of_nearest(self.n - int(self.n * TRIMMED))
 
     def scaled(self) -> Moments:
@@ -83,19 +83,22 @@ class Distribution:
         before = np.cumsum(counts) - counts
         kept = np.clip(keep - before, 0, counts)
         used = kept > 0
-        _, exponent = np.frexp(distance[used].max())
-        deviations = np.ldexp(self.values[order][used] - self.median, -exponent)
-        return Moments.of(deviations, kept[used])
+        unit = _unit(distance[used].max())
+        deviations = self.values[order][used] * unit - self.median * unit
+        _, exponent = np.frexp(np.abs(deviations).max())
+        return Moments.of(np.ldexp(deviations, -exponent), kept[used])
 
     @cached_property
     def robust_scale(self) -> float:
         """A standard deviation outliers cannot inflate; 0 when nearly all values are equal.
 
         1.4826 MAD, or where more than half of the elements are equal the width that holds 99.8 %.
+        Also 0 where that is beyond float64.
         """
-        if self.mad > 0:
-            return GAUSSIAN_MAD * self.mad
-        return (self.quantile(0.999) - self.quantile(0.001)) / 6.180464612335626
+        scale = GAUSSIAN_MAD * self.mad
+        if not scale > 0:
+            scale = (self.quantile(0.999) - self.quantile(0.001)) / 6.180464612335626
+        return scale if math.isfinite(scale) else 0.0
 
     def counts_above(self) -> dict[str, int]:
         """Elements whose robust score |x - median| / scale exceeds each of SCORES."""
@@ -140,6 +143,14 @@ class Distribution:
         if not high > low:
             return [self.n]
         inside = (self.values >= low) & (self.values <= high)
-        place = ((self.values[inside] - low) / (high - low) * bins).astype(np.int64)
-        counts = np.bincount(np.minimum(place, bins - 1), self.counts[inside], bins)
+        unit = _unit(high - low)
+        place = (self.values[inside] * unit - low * unit) / (high * unit - low * unit) * bins
+        counts = np.bincount(
+            np.minimum(place.astype(np.int64), bins - 1), self.counts[inside], bins
+        )
         return [int(c) for c in counts]
+
+
+def _unit(width: float) -> float:
+    """What to multiply float64 values by, lest a difference of them overflow."""
+    return 0.5 if math.isinf(width) else 1.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradscope.checkpoints.tensors import DTYPE_BITS
+
 INTEGERS = frozenset({"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL"})
 COMPLEX = frozenset({"C64", "C128"})
 
@@ -52,3 +54,8 @@ FORMATS: dict[str, FloatFormat] = {
 def is_float(dtype: str) -> bool:
     """Whether a dtype has real floating-point elements."""
     return dtype in FORMATS
+
+
+def is_narrow(dtype: str) -> bool:
+    """Whether a dtype is a float of 8 bits or fewer, which means something only with a scale."""
+    return dtype in FORMATS and DTYPE_BITS[dtype] <= 8

@@ -136,10 +136,14 @@ def _union(bits):  # type: ignore[no-untyped-def]
 
 @kernel()
 def _hash(codes, keys):  # type: ignore[no-untyped-def]
-    """Sum of mixed products: order matters through the keys, the cut of the sum does not."""
+    """Sum of mixed products: order matters through the keys, the cut of the sum does not.
+
+    A float64 of few significant bits is all in its upper half, which products only shift out.
+    """
     total = np.uint64(0)
     for i in range(codes.shape[0]):
-        product = (np.uint64(codes[i]) + np.uint64(1)) * keys[i]
+        code = np.uint64(codes[i])
+        product = ((code ^ (code >> np.uint64(32))) + np.uint64(1)) * keys[i]
         total += (product ^ (product >> np.uint64(32))) * _MIX
     return total
 

@@ -297,9 +297,11 @@ def _duplicate_rows(
 
 def _outliers(whole: Tally, distribution: Distribution) -> Outliers:
     scale = distribution.robust_scale
-    top = _farthest(whole, distribution.median, scale) if scale > 0 else ()
+    with np.errstate(over="ignore"):  # distances between the ends of float64
+        top = _farthest(whole, distribution.median, scale) if scale > 0 else ()
+        counts = distribution.counts_above()
     farthest = abs(top[0].value - distribution.median) if top else 0.0
-    return Outliers(distribution.counts_above(), distribution.peak_ratio(farthest), scale, top)
+    return Outliers(counts, distribution.peak_ratio(farthest), scale, top)
 
 
 def _farthest(whole: Tally, median: float, scale: float) -> tuple[Element, ...]:
@@ -350,11 +352,11 @@ def _read_blocks(ref: TensorRef, blocks: npt.NDArray[Any]) -> tuple[Any, Any]:
 
 def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     if ref.dtype in codings.COMPLEX:
-        magnitude = np.hypot(stored.real.astype(np.float64), stored.imag)
-        return np.asarray(magnitude.astype(stored.real.dtype), np.float64)
+        stored = codings.magnitude(stored)
     if ref.dtype in codings.CODED:
         return np.asarray(codings.code_values(ref.dtype)[stored])
-    return np.asarray(stored, np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return np.asarray(stored, np.float64)
 
 
 def _index(ref: TensorRef, flat: int) -> tuple[int, ...]:

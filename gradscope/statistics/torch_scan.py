@@ -75,8 +75,7 @@ class TorchScan:
         if ref.dtype in codings.COMPLEX:
             # On the host: hypot differs by an ulp between libraries, and these magnitudes must be
             # the ones that are found again when single elements are read.
-            magnitude = np.hypot(stored.real.astype(np.float64), stored.imag)
-            stored = magnitude.astype(stored.real.dtype)
+            stored = codings.magnitude(stored)
         return self._scan_floats(ref, first, stored, table)
 
     def _scan_codes(self, ref: TensorRef, first: int, stored: Array, table: Array) -> Piece:
@@ -89,7 +88,7 @@ class TorchScan:
         histogram = _histogram(codes, torch.ones_like(codes, dtype=torch.int32), len(table))
         host = _fetched(squares, hashes, *blocks, histogram)
         _add(table, host.pop())
-        return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *_for_piece(*host, unsigned=np.uint32))
+        return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *_for_piece(np.uint32, *host))
 
     def _scan_floats(self, ref: TensorRef, first: int, stored: Array, table: Array) -> Piece:
         kind = codings.MAGNITUDE.get(ref.dtype, ref.dtype)
@@ -114,7 +113,7 @@ class TorchScan:
             moments.copy() if moments[0] else np.zeros(5),  # the mean of nothing came as NaN
             (zero, nan, posinf, neginf),
             int(union.view(unsigned)[0]),
-            *_for_piece(*results, unsigned=unsigned),
+            *_for_piece(unsigned, *results),
         )
 
 
@@ -140,7 +139,7 @@ def _add(table: Array, histogram: Array) -> None:
 
 
 def _for_piece(
-    squares: Array, hashes: Array, lows: Array, highs: Array, dirty: Array, unsigned: Any
+    unsigned: Any, squares: Array, hashes: Array, lows: Array, highs: Array, dirty: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
     """Rows and blocks as ``Piece`` has them: copies, lest each keeps its whole transfer alive."""
     sign = kernels.ORDER64[0] if unsigned is np.uint64 else kernels.ORDER32[0]
@@ -162,9 +161,14 @@ def _histogram(codes: Tensor, weights: Tensor, size: int) -> Tensor:
 
 
 def _moments(zeroed: Tensor, finite: Tensor) -> Tensor:
-    """[n, mean, M2, M3, M4] of the finite elements, in two passes."""
+    """[n, mean, M2, M3, M4] of the finite elements, in two passes.
+
+    The mean is kept between the extremes, so that equal elements have no spread by rounding.
+    """
     n = finite.sum()
-    mean = zeroed.sum() / n
+    low = torch.where(finite, zeroed, math.inf).amin()
+    high = torch.where(finite, zeroed, -math.inf).amax()
+    mean = (zeroed.sum() / n).clamp(low, high)
     d = torch.where(finite, zeroed - mean, 0.0)
     square = d * d
     return torch.stack([n.double(), mean, square.sum(), (square * d).sum(), (square**2).sum()])
@@ -231,7 +235,7 @@ def _mixed(codes: Tensor, first: int, length: int) -> Tensor:
     """
     positions = torch.arange(len(codes), dtype=torch.int64, device=codes.device)
     column = (positions + first % length) % length
-    product = (codes + 1) * _keys(codes.device)[column % BLOCK]
+    product = ((codes ^ _shifted(codes, 32)) + 1) * _keys(codes.device)[column % BLOCK]
     salt = (column // BLOCK + 1) * _signed(kernels._SALT)
     salt = (salt ^ _shifted(salt, 29)) | 1
     return (product ^ _shifted(product, 32)) * _signed(kernels._MIX) * salt
