@@ -84,7 +84,7 @@ _NUMBERED = re.compile(
 
 @rule("C006", "missing-layer", Severity.HIGH, needs="headers")
 def missing_layer(
-    examined: Examined, *, least_members: int = 4, least_contiguous: float = 0.8
+    examined: Examined, *, least_members: int = 4, least_contiguous: float = 0.75
 ) -> Iterator[Observation | Unknown]:
     """A numbered series of equal layers has a gap, or ends before config.json says.
 
@@ -100,9 +100,11 @@ def missing_layer(
         steps = [b - a for a, b in pairwise(numbers)]
         if sum(step == 1 for step in steps) < least_contiguous * len(steps):
             continue
-        end = max(numbers[-1] + 1, expected if _is_main(stack) and expected else 0)
-        if missing := sorted(set(range(numbers[0], end)) - set(numbers)):
-            yield _missing(stack, missing, len(numbers), end - numbers[0])
+        promised = expected if _is_main(stack) else 0
+        start = 0 if numbers[-1] < promised else numbers[0]  # some series count from 1
+        end = max(numbers[-1] + 1, promised)
+        if missing := sorted(set(range(start, end)) - set(numbers)):
+            yield _missing(stack, missing, len(numbers), end - start)
 
 
 def _missing(stack: str, missing: list[int], present: int, expected: int) -> Observation:

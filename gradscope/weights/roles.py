@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from gradscope.checkpoints.tensors import TensorRef
-from gradscope.statistics.dtypes import INTEGERS
+from gradscope.statistics.dtypes import INTEGERS, is_narrow
 
 
 class Role(StrEnum):
@@ -60,8 +60,6 @@ AUXILIARY = frozenset(
         Role.RUNNING_MEAN, Role.RUNNING_VAR,
     }
 )  # fmt: skip
-
-_EIGHT_BIT = re.compile(r"^F(4|6|8)")
 
 #: Leaf names (or whole names) that decide alone, because nothing else is called so.
 _BY_LEAF: tuple[tuple[Role, str], ...] = (
@@ -160,7 +158,7 @@ def _long_dimensions(ref: TensorRef) -> int:
 
 def _is_vector(ref: TensorRef, leaf: str) -> bool:
     """One dimension, or a parameter that was given others of length 1 to broadcast."""
-    matrix = leaf in ("weight", "kernel", "w") or _EIGHT_BIT.match(ref.dtype)
+    matrix = leaf in ("weight", "kernel", "w") or is_narrow(ref.dtype)
     return len(ref.shape) == 1 or (not matrix and _long_dimensions(ref) <= 1)
 
 
@@ -185,7 +183,7 @@ def _alone(siblings: Mapping[str, TensorRef]) -> bool:
 
 
 def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
-    if _EIGHT_BIT.match(ref.dtype):
+    if is_narrow(ref.dtype):
         return Role.QUANTIZED
     if len(ref.shape) == 2:
         return _two_dimensional(ref, module, leaf, siblings)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, rule
-from gradscope.statistics.dtypes import is_float
+from gradscope.statistics.dtypes import is_float, is_narrow
 from gradscope.statistics.records import Numerics, Statistics, Units
 from gradscope.weights.result import Examined, OutlierResult, TensorResult
 from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role, split
@@ -105,7 +105,7 @@ def extreme_value(
     than the next, alone. Mantissa and sign flips leave no such trace: only a hash finds those.
     """
     for tensor, s, outliers in _with_outliers(examined):
-        if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER) or not outliers.top:
+        if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER):
             continue
         limit = gap if tensor.role in MATRICES else gap_elsewhere
         apart, widest = _gap(outliers, score)
@@ -118,24 +118,31 @@ def extreme_value(
         if widest > limit:
             reasons.append(f"{widest:.3g} times farther out than the next")
         if reasons:
-            yield _extreme(tensor, outliers, reasons, max(apart, 1), limit)
+            yield _extreme(tensor, s, outliers, reasons, limit, apart)
 
 
 def _extreme(
-    tensor: TensorResult, outliers: OutlierResult, reasons: list[str], apart: int, limit: float
+    tensor: TensorResult,
+    s: Statistics,
+    outliers: OutlierResult,
+    reasons: list[str],
+    limit: float,
+    apart: int,
 ) -> Observation:
-    peak = outliers.top[0]
+    """``outliers`` lists no element of a tensor whose values are nearly all equal."""
+    peak = outliers.top[0] if outliers.top else None
+    value = peak.value if peak is not None else float(s.abs_max or 0)
+    place = f"element {list(peak.index)}" if peak is not None else "its greatest magnitude"
     return Observation(
         tensor.name,
-        f"element {list(peak.index)} is {peak.value:.6g}: {', '.join(reasons)}",
+        f"{place} is {value:.6g}: {', '.join(reasons)}",
         f"compare the file's hash with its source; if it agrees, look at how {tensor.dtype} values "
-        "were converted or scaled, and at element "
-        f"{list(peak.index)} in an earlier checkpoint",
+        f"were converted or scaled, and at {place} in an earlier checkpoint",
         {
-            "value": peak.value,
-            "robust_score": peak.score if peak.score is not None else math.nan,
+            "value": value,
+            "robust_score": peak.score if peak is not None and peak.score else math.nan,
             "peak_ratio": outliers.peak_ratio if outliers.peak_ratio is not None else math.nan,
-            "affected_fraction": apart / tensor.numel,
+            "affected_fraction": max(apart, 1) / tensor.numel,
         },
         threshold=limit,
     )
@@ -158,13 +165,14 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
     """Every element of a tensor is zero.
 
     A matrix of zeros passes nothing on; it is what is left of a failed download or save
-    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains and
-    the B of an untrained LoRA adapter are ordinary: info.
+    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
+    B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are ordinary: info.
     """
     for tensor, s in _measured(examined):
         if s.zero_count < s.count or tensor.role in AUXILIARY:
             continue
         matrix = tensor.role in (MATRICES | {Role.QUANTIZED}) - {Role.LORA_B}
+        matrix = matrix and not (tensor.role in TABLES and tensor.shape[0] == 1)
         yield Observation(
             tensor.name,
             f"all {s.count:,} elements are zero",
@@ -613,7 +621,7 @@ def dtype_headroom(
     off by their scale; more than 1 % subnormal elements have lost precision (low).
     """
     for tensor, s, numerics in _with_numerics(examined):
-        if tensor.dtype.startswith(("F4", "F6", "F8")):
+        if is_narrow(tensor.dtype):
             share = numerics.saturated_fraction or 0.0
             if tensor.dtype.startswith("F8") and share > saturated:
                 yield Observation(

@@ -1,0 +1,326 @@
+"""What a tensor is for, by families of models whose names are their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.weights.roles import Role, roles
+
+Row = tuple[str, tuple[int, ...], str] | tuple[str, tuple[int, ...], str, str]
+
+
+def role_of(table: list[Row]) -> dict[str, str]:
+    refs = [
+        TensorRef(row[0], row[3] if len(row) > 3 else "F32", row[1], "model.safetensors", 0)
+        for row in table
+    ]
+    return {name: role.value for name, role in roles(refs).items()}
+
+
+FAMILIES: dict[str, list[Row]] = {
+    "Llama": [
+        ("model.embed_tokens.weight", (32000, 64), "embedding", "BF16"),
+        ("model.layers.0.self_attn.q_proj.weight", (64, 64), "linear", "BF16"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", (32,), "buffer"),
+        ("model.layers.0.mlp.gate_proj.weight", (128, 64), "linear", "BF16"),
+        ("model.layers.0.input_layernorm.weight", (64,), "norm-gain", "BF16"),
+        ("model.norm.weight", (64,), "norm-gain", "BF16"),
+        ("lm_head.weight", (32000, 64), "unembedding", "BF16"),
+    ],
+    "Llama, original names": [
+        ("tok_embeddings.weight", (32000, 64), "embedding"),
+        ("layers.0.attention.wq.weight", (64, 64), "linear"),
+        ("layers.0.attention_norm.weight", (64,), "norm-gain"),
+        ("norm.weight", (64,), "norm-gain"),
+        ("rope.freqs", (32,), "vector"),
+    ],
+    "Qwen": [
+        ("model.layers.0.self_attn.q_proj.bias", (64,), "bias"),
+        ("model.layers.0.self_attn.q_norm.weight", (64,), "norm-gain"),
+        ("visual.patch_embed.proj.weight", (64, 3, 2, 14, 14), "conv"),
+        ("visual.merger.mlp.0.weight", (64, 64), "linear"),
+    ],
+    "GPT-2": [
+        ("wte.weight", (50257, 64), "embedding"),
+        ("wpe.weight", (1024, 64), "embedding"),
+        ("h.0.ln_1.weight", (64,), "norm-gain"),
+        ("h.0.ln_1.bias", (64,), "bias"),
+        ("h.0.attn.c_attn.weight", (64, 192), "linear"),
+        ("h.0.attn.c_attn.bias", (192,), "bias"),
+        ("h.0.attn.bias", (1, 1, 1024, 1024), "buffer"),
+        ("h.1.attn.bias", (1, 1, 1024, 1024), "buffer", "BOOL"),
+        ("h.0.attn.masked_bias", (), "buffer"),
+        ("ln_f.weight", (64,), "norm-gain"),
+    ],
+    "GPT-NeoX": [
+        ("gpt_neox.embed_in.weight", (50432, 64), "embedding"),
+        ("gpt_neox.layers.0.attention.query_key_value.weight", (192, 64), "linear"),
+        ("embed_out.weight", (50432, 64), "unembedding"),
+    ],
+    "BLOOM": [
+        ("word_embeddings.weight", (2048, 64), "embedding"),
+        ("word_embeddings_layernorm.weight", (64,), "norm-gain"),
+        ("word_embeddings_layernorm.bias", (64,), "bias"),
+    ],
+    "BERT": [
+        ("bert.embeddings.word_embeddings.weight", (30522, 64), "embedding"),
+        ("bert.embeddings.position_embeddings.weight", (512, 64), "embedding"),
+        ("bert.embeddings.token_type_embeddings.weight", (2, 64), "embedding"),
+        ("bert.embeddings.position_ids", (1, 512), "buffer", "I64"),
+        ("bert.embeddings.LayerNorm.weight", (64,), "norm-gain"),
+        ("bert.embeddings.LayerNorm.bias", (64,), "bias"),
+        ("bert.encoder.layer.0.attention.self.query.weight", (64, 64), "linear"),
+        ("bert.pooler.dense.weight", (64, 64), "linear"),
+        ("cls.predictions.decoder.weight", (30522, 64), "unembedding"),
+        ("cls.predictions.bias", (30522,), "bias"),
+    ],
+    "BERT, from TensorFlow": [
+        ("bert.embeddings.LayerNorm.gamma", (64,), "norm-gain"),
+        ("bert.embeddings.LayerNorm.beta", (64,), "bias"),
+        ("batch_normalization.gamma", (64,), "batch-norm-gain"),
+        ("batch_normalization.beta", (64,), "bias"),
+        ("batch_normalization.moving_mean", (64,), "running-mean"),
+        ("batch_normalization.moving_variance", (64,), "running-var"),
+        ("dense.kernel", (64, 64), "linear"),
+    ],
+    "ALBERT and ELECTRA": [
+        ("albert.encoder.embedding_hidden_mapping_in.weight", (64, 32), "linear"),
+        ("electra.embeddings_project.weight", (64, 32), "linear"),
+    ],
+    "T5": [
+        ("shared.weight", (32128, 64), "embedding"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", (64, 64), "linear"),
+        (
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            (32, 8),
+            "embedding",
+        ),
+        ("encoder.block.0.layer.0.layer_norm.weight", (64,), "norm-gain"),
+        ("encoder.final_layer_norm.weight", (64,), "norm-gain"),
+    ],
+    "ViT": [
+        ("cls_token", (1, 1, 64), "vector"),
+        ("pos_embed", (1, 197, 64), "embedding"),
+        ("patch_embed.proj.weight", (64, 3, 16, 16), "conv"),
+        ("patch_embed.proj.bias", (64,), "bias"),
+        ("blocks.0.norm1.weight", (64,), "norm-gain"),
+        ("blocks.0.attn.qkv.weight", (192, 64), "linear"),
+        ("blocks.0.ls1.gamma", (64,), "layer-scale"),
+        ("blocks.0.gamma_1", (64,), "layer-scale"),
+        ("head.weight", (1000, 64), "linear"),
+        ("head.bias", (1000,), "bias"),
+    ],
+    "ViT and DINOv2, Hugging Face": [
+        ("embeddings.cls_token", (1, 1, 64), "vector"),
+        ("embeddings.mask_token", (1, 64), "vector"),
+        ("embeddings.register_tokens", (1, 4, 64), "embedding"),
+        ("embeddings.position_embeddings", (1, 197, 64), "embedding"),
+        ("embeddings.patch_embeddings.projection.weight", (64, 3, 16, 16), "conv"),
+        ("encoder.layer.0.layer_scale1.lambda1", (64,), "layer-scale"),
+    ],
+    "CLIP": [
+        ("logit_scale", (), "scalar"),
+        ("positional_embedding", (77, 64), "embedding"),
+        ("token_embedding.weight", (49408, 64), "embedding"),
+        ("text_projection", (64, 64), "linear"),
+        ("visual.class_embedding", (64,), "vector"),
+        ("visual.conv1.weight", (64, 3, 32, 32), "conv"),
+        ("transformer.resblocks.0.attn.in_proj_weight", (192, 64), "linear"),
+        ("transformer.resblocks.0.attn.in_proj_bias", (192,), "bias"),
+        ("transformer.resblocks.0.ln_1.weight", (64,), "norm-gain"),
+        ("attn_mask", (77, 77), "buffer"),
+    ],
+    "Swin": [
+        ("layers.0.blocks.0.attn.relative_position_bias_table", (169, 3), "bias"),
+        ("layers.0.blocks.0.attn.relative_position_index", (49, 49), "buffer", "I64"),
+        ("layers.0.blocks.1.attn_mask", (64, 49, 49), "buffer"),
+        ("layers.0.blocks.1.attn.logit_scale", (3, 1, 1), "scalar"),
+        ("layers.0.downsample.norm.weight", (256,), "norm-gain"),
+        ("layers.0.downsample.reduction.weight", (128, 256), "linear"),
+    ],
+    "ConvNeXt": [
+        ("stages.0.blocks.0.conv_dw.weight", (96, 1, 7, 7), "depthwise-conv"),
+        ("stages.0.blocks.0.gamma", (96,), "layer-scale"),
+        ("stages.0.blocks.1.mlp.grn.gamma", (1, 1, 1, 384), "norm-gain"),
+        ("stages.0.blocks.1.mlp.grn.beta", (1, 1, 1, 384), "bias"),
+    ],
+    "ResNet": [
+        ("conv1.weight", (64, 3, 7, 7), "conv"),
+        ("bn1.weight", (64,), "batch-norm-gain"),
+        ("bn1.bias", (64,), "bias"),
+        ("bn1.running_mean", (64,), "running-mean"),
+        ("bn1.running_var", (64,), "running-var"),
+        ("bn1.num_batches_tracked", (), "counter", "I64"),
+        ("layer1.0.downsample.1.weight", (64,), "batch-norm-gain"),
+        ("layer1.0.downsample.1.running_mean", (64,), "running-mean"),
+        ("layer1.0.downsample.1.running_var", (64,), "running-var"),
+        ("fc.weight", (1000, 512), "linear"),
+    ],
+    "MobileNet": [
+        ("features.1.conv.0.0.weight", (32, 1, 3, 3), "depthwise-conv"),
+        ("features.1.conv.0.1.weight", (32,), "batch-norm-gain"),
+        ("features.1.conv.0.1.bias", (32,), "bias"),
+        ("features.1.conv.0.1.running_mean", (32,), "running-mean"),
+        ("features.1.conv.0.1.running_var", (32,), "running-var"),
+        ("classifier.1.weight", (1000, 1280), "linear"),
+    ],
+    "LoRA, peft": [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (8, 64), "lora-a"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", (64, 8), "lora-b"),
+        ("m.layers.0.q_proj.lora_A.default.weight", (8, 64), "lora-a"),
+        ("m.layers.0.q_proj.lora_B.default.weight", (64, 8), "lora-b"),
+        ("m.embed_tokens.lora_embedding_A", (8, 32000), "lora-a"),
+        ("m.embed_tokens.lora_embedding_B.default", (64, 8), "lora-b"),
+        ("m.layers.0.q_proj.lora_magnitude_vector.weight", (64,), "vector"),
+    ],
+    "LoRA, kohya": [
+        ("lora_unet_down_blocks_0_attn_to_q.lora_down.weight", (8, 64), "lora-a"),
+        ("lora_unet_down_blocks_0_attn_to_q.lora_up.weight", (64, 8), "lora-b"),
+        ("lora_unet_down_blocks_0_attn_to_q.alpha", (), "scalar"),
+        ("lora_unet_conv_in.lora_down.weight", (8, 64, 3, 3), "lora-a"),
+    ],
+    "GPTQ and AWQ": [
+        ("model.layers.0.mlp.up_proj.qweight", (8, 64), "packed", "I32"),
+        ("model.layers.0.mlp.up_proj.qzeros", (1, 8), "packed", "I32"),
+        ("model.layers.0.mlp.up_proj.scales", (1, 64), "scale", "F16"),
+        ("model.layers.0.mlp.up_proj.g_idx", (64,), "packed", "I32"),
+    ],
+    "compressed-tensors": [
+        ("model.layers.0.mlp.up_proj.weight_packed", (64, 8), "packed", "I32"),
+        ("model.layers.0.mlp.up_proj.weight_scale", (64, 1), "scale", "BF16"),
+        ("model.layers.0.mlp.up_proj.weight_shape", (2,), "packed", "I64"),
+        ("model.layers.0.mlp.up_proj.weight_zero_point", (64, 1), "packed", "I8"),
+        ("model.layers.1.mlp.up_proj.weight", (64, 64), "quantized", "F8_E4M3"),
+        ("model.layers.1.mlp.up_proj.input_scale", (), "scale", "BF16"),
+    ],
+    "NVFP4": [
+        ("model.layers.0.mlp.up_proj.weight", (64, 256), "packed", "U8"),
+        ("model.layers.0.mlp.up_proj.weight_scale", (64, 32), "scale", "F8_E4M3"),
+        ("model.layers.0.mlp.up_proj.weight_scale_2", (), "scale"),
+    ],
+    "DeepSeek": [
+        ("model.layers.0.mlp.up_proj.weight", (256, 128), "quantized", "F8_E4M3"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", (2, 1), "scale"),
+        ("model.layers.3.mlp.experts.7.w1.weight", (64, 64), "linear", "BF16"),
+        ("model.layers.3.mlp.gate.e_score_correction_bias", (256,), "bias"),
+    ],
+    "bitsandbytes": [
+        ("model.layers.0.mlp.up_proj.weight", (8192, 1), "packed", "U8"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", (256,), "scale", "U8"),
+        ("model.layers.0.mlp.up_proj.weight.quant_map", (16,), "scale"),
+        ("model.layers.0.mlp.up_proj.weight.nested_absmax", (1,), "scale"),
+        ("model.layers.0.mlp.up_proj.weight.nested_quant_map", (256,), "scale"),
+        (
+            "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4",
+            (93,),
+            "packed",
+            "U8",
+        ),
+        ("model.layers.1.mlp.up_proj.weight", (128, 64), "packed", "I8"),
+        ("model.layers.1.mlp.up_proj.SCB", (128,), "scale"),
+    ],
+    "mixtures of experts": [
+        ("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 128), "experts", "BF16"),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", (8, 128), "bias", "BF16"),
+        ("model.layers.0.block_sparse_moe.input_linear.weight", (8, 128, 64), "experts"),
+        ("model.layers.0.mlp.router.weight", (8, 64), "linear", "BF16"),
+        ("model.layers.0.mlp.shared_expert.up_proj.weight", (64, 64), "linear", "BF16"),
+        ("model.layers.1.mlp.experts.down_proj_blocks", (8, 64, 4, 16), "packed", "U8"),
+        ("model.layers.1.mlp.experts.down_proj_scales", (8, 64, 4), "scale", "U8"),
+    ],
+    "recurrent": [
+        ("lstm.weight_ih_l0", (256, 64), "recurrent"),
+        ("lstm.weight_hh_l0_reverse", (256, 64), "recurrent"),
+        ("lstm.bias_ih_l0", (256,), "bias"),
+        ("cell.weight_hh", (256, 64), "recurrent"),
+    ],
+    "Mamba and RWKV": [
+        ("backbone.embeddings.weight", (50280, 64), "embedding"),
+        ("backbone.layers.0.mixer.A_log", (128, 16), "other"),
+        ("backbone.layers.0.mixer.D", (128,), "vector"),
+        ("backbone.layers.0.mixer.conv1d.weight", (128, 1, 4), "depthwise-conv"),
+        ("blocks.0.att.time_mix_k", (1, 1, 64), "vector"),
+    ],
+    "Whisper": [
+        ("model.encoder.embed_positions.weight", (1500, 64), "embedding"),
+        ("model.encoder.conv1.weight", (64, 80, 3), "conv"),
+        ("encoder.positional_embedding", (1500, 64), "embedding"),
+        ("decoder.token_embedding.weight", (51865, 64), "embedding"),
+        ("decoder.mask", (448, 448), "buffer"),
+    ],
+    "diffusers": [
+        ("time_embedding.linear_1.weight", (256, 64), "linear"),
+        ("time_embedding.linear_1.bias", (256,), "bias"),
+        ("down_blocks.0.resnets.0.time_emb_proj.weight", (64, 256), "linear"),
+        ("down_blocks.0.resnets.0.norm1.weight", (64,), "norm-gain"),
+        ("context_embedder.weight", (64, 128), "linear"),
+        ("context_embedder.bias", (64,), "bias"),
+        ("class_embedding.weight", (1000, 64), "embedding"),
+    ],
+    "detection": [
+        ("query_embed.weight", (100, 64), "embedding"),
+        ("class_embed.weight", (92, 64), "linear"),
+        ("class_embed.bias", (92,), "bias"),
+        ("bbox_embed.layers.0.weight", (64, 64), "linear"),
+    ],
+    "names that only sound like an embedding": [
+        ("embed_dim_proj.weight", (64, 64), "linear"),
+        ("embed_dim.weight", (64, 64), "linear"),
+        ("embedding_transformation.weight", (64, 64), "linear"),
+        ("member.weight", (64, 64), "linear"),
+        ("remember.gate.weight", (64, 64), "linear"),
+    ],
+    "slopes, weight normalisation, optimizers": [
+        ("prelu1.weight", (32,), "vector"),
+        ("block.act.weight", (32,), "vector"),
+        ("contract_norm.weight", (32,), "norm-gain"),
+        ("conv.weight_g", (64, 1, 1), "vector"),
+        ("conv.weight_v", (64, 32, 3), "conv"),
+        ("conv.parametrizations.weight.original0", (64, 1, 1), "vector"),
+        ("conv.parametrizations.weight.original1", (64, 32, 3), "conv"),
+        ("optimizer.fc.weight.exp_avg", (64, 64), "optimizer-state"),
+        ("optimizer.fc.weight.exp_avg_sq", (64, 64), "optimizer-state"),
+        ("optimizer.fc.weight.step", (), "counter"),
+    ],
+    "odd shapes": [
+        ("fc.weight", (1, 64), "linear"),
+        ("lin0.model.1.weight", (1, 64, 1, 1), "conv"),
+        ("offset", (), "scalar"),
+        ("codebook", (4096, 8), "linear"),
+    ],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_roles_of_a_family(family: str) -> None:
+    table = FAMILIES[family]
+    assert role_of(table) == {row[0]: row[2] for row in table}
+
+
+def test_a_vocabulary_is_known_by_its_shape_when_its_name_says_nothing() -> None:
+    assert role_of([("w.weight", (32000, 64), "")]) == {"w.weight": "embedding"}
+    assert role_of([("w.weight", (4000, 64), "")]) == {"w.weight": "linear"}
+
+
+def test_a_batch_norm_is_known_by_its_siblings_whatever_it_is_called() -> None:
+    found = role_of([("a.3.weight", (8,), ""), ("a.3.running_var", (8,), "")])
+    assert found["a.3.weight"] == "batch-norm-gain"
+    assert role_of([("a.3.weight", (8,), "")]) == {"a.3.weight": "norm-gain"}
+
+
+def test_gamma_beside_beta_is_a_norm_gain_and_alone_a_layer_scale() -> None:
+    assert role_of([("x.gamma", (8,), ""), ("x.beta", (8,), "")])["x.gamma"] == "norm-gain"
+    assert role_of([("x.gamma", (8,), "")])["x.gamma"] == "layer-scale"
+
+
+def test_every_tensor_has_a_role() -> None:
+    shapes: list[tuple[int, ...]] = [(), (0,), (1,), (5,), (5, 5), (5, 5, 5), (2,) * 4, (2,) * 6]
+    dtypes = ("F32", "BF16", "F8_E4M3", "F4", "I64", "U8", "BOOL", "C64")
+    table: list[Row] = [
+        (f"x.{name}{dtype}{len(shape)}", shape, "", dtype)
+        for name in ("weight", "bias", "thing", "")
+        for shape in shapes
+        for dtype in dtypes
+    ]
+    assert set(role_of(table).values()) <= {role.value for role in Role}

@@ -1,0 +1,658 @@
+"""Every rule has a checkpoint that fires it, one just below, and says what it measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import gradscope
+from gradscope.report.model import Finding
+from gradscope.report.rules import load_rules
+
+from .checkpoints import (
+    Array,
+    Codes,
+    Tensor,
+    bf16,
+    conv_net,
+    fp8,
+    gaussian,
+    healthy,
+    serialized,
+    transformer,
+    write,
+    write_sharded,
+)
+
+Plant = Callable[[Path], Path]
+
+RULES = {code: rule for code, rule in load_rules().items() if code[0] in "CW"}
+UP = "model.layers.1.mlp.up_proj.weight"
+EMBED = "model.embed_tokens.weight"
+SHARD = "model-00003-of-00003.safetensors"
+
+
+def findings(path: Path, name: str | None = None) -> list[Finding]:
+    found = gradscope.analyze_weights(path).findings
+    return [f for f in found if name is None or f.name == name]
+
+
+def saved(tensors: Mapping[str, Tensor], **metadata: str) -> Plant:
+    return lambda folder: write(folder / "model.safetensors", tensors, **metadata)
+
+
+def spoilt(name: str, tensor: Tensor) -> Plant:
+    """The healthy transformer with one tensor replaced or added."""
+    return saved({**transformer(), name: tensor})
+
+
+def altered(change: Callable[[Array], object], name: str = UP) -> Plant:
+    """The healthy transformer with one tensor changed in place."""
+    tensor = transformer()[name].copy()
+    change(tensor)
+    return spoilt(name, tensor)
+
+
+def put(value: float, *place: int) -> Callable[[Array], object]:
+    return lambda tensor: tensor.__setitem__(place, value)
+
+
+def beyond_the_next(factor: float) -> float:
+    """So many times as far from the median as the farthest element of UP."""
+    values = transformer()[UP].astype(np.float64)
+    return float(np.abs(values - np.median(values)).max() * factor)
+
+
+def at_peak_ratio(ratio: float) -> float:
+    values = transformer()[UP].astype(np.float64)
+    mad = np.median(np.abs(values - np.median(values)))
+    return float(ratio * 1.482602218505602 * mad * math.sqrt(2 * math.log(values.size)))
+
+
+def weak_rows(count: int, share: float) -> Callable[[Array], object]:
+    """Scale the first rows to a share of the median row norm."""
+
+    def change(tensor: Array) -> None:
+        norms = np.linalg.norm(tensor.astype(np.float64), axis=1)
+        tensor[:count] *= (share * np.median(norms) / norms[:count, None]).astype(np.float32)
+
+    return change
+
+
+def repeated_rows(count: int) -> Callable[[Array], object]:
+    return lambda tensor: tensor.__setitem__(slice(1, count + 1), tensor[0])
+
+
+def almost_repeated(tensor: Array) -> None:
+    tensor[1] = tensor[0]
+    tensor[1, 0] = np.nextafter(tensor[0, 0], np.float32(1))
+
+
+def heavy(scale: float) -> Array:
+    """A Gaussian of which one element in twenty is ``scale`` times as wide."""
+    values = gaussian(128, 32, seed=99)
+    values.flat[::20] *= scale
+    return values
+
+
+def leaning(sigma: float) -> Array:
+    return (np.exp(sigma * gaussian(128, 32, seed=98, scale=1)) - 0.2).astype(np.float32)
+
+
+def trimmed(values: Array) -> Array:
+    """Without the 0.1 % farthest from the median."""
+    flat = values.astype(np.float64).ravel()
+    order = np.argsort(np.abs(flat - np.median(flat)), kind="stable")
+    return flat[order[: flat.size - flat.size // 1000]]
+
+
+def zeroed(share: float) -> Callable[[Array], object]:
+    """Zero a share of the elements of each row, at random places."""
+
+    def change(tensor: Array) -> None:
+        rng = np.random.default_rng(3)
+        count = round(share * tensor.size)
+        tensor.flat[rng.choice(tensor.size, count, replace=False)] = 0
+
+    return change
+
+
+def batch_norms(batches: int) -> Plant:
+    made = conv_net()
+    made["features.1.running_mean"] = np.zeros(16, np.float32)
+    made["features.1.running_var"] = np.ones(16, np.float32)
+    made["features.1.num_batches_tracked"] = np.array(batches)
+    return saved(made)
+
+
+def layers(*numbers: int, config: int | None = None) -> Plant:
+    """A transformer that has these layers only."""
+    full = transformer(max(numbers) + 1)
+    kept = {
+        name: tensor
+        for name, tensor in full.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) in numbers
+    }
+
+    def plant(folder: Path) -> Path:
+        write(folder / "model.safetensors", kept)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps({"num_hidden_layers": config}))
+        return folder
+
+    return plant
+
+
+def sharded(edit: Callable[[Path, dict[str, str]], object] = lambda *_: None) -> Plant:
+    def plant(folder: Path) -> Path:
+        write_sharded(folder, transformer())
+        index = folder / "model.safetensors.index.json"
+        described = json.loads(index.read_text())
+        edit(folder, described["weight_map"])
+        index.write_text(json.dumps(described))
+        return folder
+
+    return plant
+
+
+def truncated(by: int) -> Plant:
+    def plant(folder: Path) -> Path:
+        path = write(folder / "model.safetensors", transformer())
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - by])
+        return path
+
+    return plant
+
+
+def twice(second: str) -> Plant:
+    def plant(folder: Path) -> Path:
+        path = folder / "model.safetensors"
+        made = transformer()
+        path.write_bytes(serialized([*made.items(), (second, made[UP])], None))
+        return path
+
+    return plant
+
+
+def quantized(scale: Tensor | None, values: Array | None = None) -> Plant:
+    """A model with two float8 matrices; the first one's scale is given."""
+    weight = gaussian(64, 32, seed=7, scale=40) if values is None else values
+    made: dict[str, Tensor] = {"a.weight": fp8(weight)}
+    if scale is not None:
+        made["a.weight_scale"] = scale
+    other = {"b.weight": fp8(gaussian(64, 32, seed=8, scale=40))}
+    return saved({**made, **other, "b.weight_scale": np.array([0.01], np.float32)})
+
+
+def float16(value: float) -> Plant:
+    values = transformer()[UP].astype(np.float16)
+    values[3, 4] = value
+    return spoilt(UP, values)
+
+
+def bf16_payload(odd: float = 0.0) -> Array:
+    values = transformer()[UP].copy()
+    payload = (values.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32).copy()
+    payload[0, 0] = odd or payload[0, 0]
+    return payload
+
+
+def copied(difference: int) -> Plant:
+    made = transformer()
+    bits = made[UP].copy().view(np.uint32)
+    bits[0, 0] ^= np.uint32(difference)
+    return saved({**made, UP.replace("layers.1", "layers.2"): bits.view(np.float32)})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint that fires a rule, one that just does not, and what must be said."""
+
+    fires: Plant
+    below: Plant
+    subject: str
+    severity: str
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    said: tuple[str, ...] = ()
+
+
+CASES = {
+    "index-mismatch": Case(
+        sharded(lambda _, places: places.update({"ghost.weight": SHARD})),
+        sharded(),
+        SHARD, "high", {"absent": 1, "elsewhere": 0}, ("ghost.weight",),
+    ),
+    "missing-shard": Case(
+        sharded(lambda folder, _: (folder / SHARD).unlink()),
+        sharded(),
+        SHARD, "critical", {"tensors": 11}, ("11 tensors",),
+    ),
+    "duplicate-tensor-name": Case(
+        twice(UP), twice(UP + "2"), UP, "high", {}, ("more than once",),
+    ),
+    "empty-tensor": Case(
+        spoilt(UP, np.empty((0,), np.float32)),
+        spoilt(UP, np.ones((1,), np.float32)),
+        UP, "high", {"empty_tensors": 1, "tensors": len(transformer())}, ("[0]",),
+    ),
+    "truncated-file": Case(
+        truncated(1), truncated(0), "model.safetensors", "critical", {"missing_bytes": 1}, ("1",),
+    ),
+    "missing-layer": Case(
+        layers(0, 1, 2, 4, 5), layers(0, 1, 2, 4),
+        "model.layers.3", "high", {"missing_layers": 1, "first_missing": 3, "present_layers": 5},
+        ("layer 3", "5 of 6"),
+    ),
+    "non-finite": Case(
+        altered(put(np.nan, 3, 4)), altered(put(1.0, 3, 4)),
+        UP, "critical", {"nan_count": 1, "posinf_count": 0, "affected_fraction": 1 / 4096},
+        ("1 of 4,096", "[3, 4]"),
+    ),
+    "extreme-value": Case(
+        altered(put(beyond_the_next(120), 3, 4)), altered(put(beyond_the_next(80), 3, 4)),
+        UP, "high", {"value": float(np.float32(beyond_the_next(120)))},
+        ("[3, 4]", f"{beyond_the_next(120):.6g}"[:5]),
+    ),
+    "all-zero": Case(
+        altered(lambda tensor: tensor.fill(0)),
+        altered(lambda tensor: (tensor.fill(0), put(0.1, 3, 4)(tensor))),
+        UP, "high", {"zero_count": 4096, "affected_fraction": 1.0}, ("4,096",),
+    ),
+    "constant-tensor": Case(
+        altered(lambda tensor: tensor.fill(0.5)),
+        altered(lambda tensor: (tensor.fill(0.5), put(0.6, 3, 4)(tensor))),
+        UP, "medium", {"value": 0.5}, ("0.5", "4,096"),
+    ),
+    "dead-units": Case(
+        altered(weak_rows(39, 0.9e-3)), altered(weak_rows(39, 1.1e-3)),
+        UP, "high", {"dead_rows": 39, "rows": 128, "affected_fraction": 39 / 128},
+        ("39 of 128", "30.5%"),
+    ),
+    "duplicate-units": Case(
+        altered(repeated_rows(13)), altered(almost_repeated),
+        UP, "medium", {"duplicate_rows": 13, "rows": 128}, ("13 of 128", "10.2%"),
+    ),
+    "heavy-tails": Case(
+        spoilt(UP, heavy(6)), spoilt(UP, heavy(3)),
+        UP, "medium", {
+            "trimmed_kurtosis": scipy.stats.kurtosis(trimmed(heavy(6))),
+            "kurtosis": scipy.stats.kurtosis(heavy(6).astype(np.float64).ravel()),
+        }, ("trimmed excess kurtosis 18.9",),
+    ),
+    "skewed": Case(
+        spoilt(UP, leaning(0.8)), spoilt(UP, leaning(0.5)),
+        UP, "low", {"trimmed_skewness": scipy.stats.skew(trimmed(leaning(0.8)))},
+        ("trimmed skewness 2.",),
+    ),
+    "outliers": Case(
+        altered(put(at_peak_ratio(51), 3, 4)), altered(put(at_peak_ratio(49), 3, 4)),
+        UP, "medium", {"peak_ratio": 51, "above_10": 1}, ("[3, 4]",),
+    ),
+    "high-sparsity": Case(
+        altered(zeroed(0.51)), altered(zeroed(0.49)),
+        UP, "low", {"zero_fraction": 0.51, "live_zero_fraction": 0.51}, ("51.0%",),
+    ),
+    "negative-variance": Case(
+        saved({**conv_net(), "features.1.running_var": np.float32([1, -1e-6] * 8)}),
+        saved({**conv_net(), "features.1.running_var": np.float32([1, 0] * 8)}),
+        "features.1.running_var", "high", {"min": -1e-6}, ("-1e-06",),
+    ),
+    "untrained": Case(
+        batch_norms(0), batch_norms(1),
+        "features.1", "high", {"num_batches_tracked": 0}, ("num_batches_tracked 0",),
+    ),
+    "duplicate-tensors": Case(
+        copied(0), copied(1),
+        UP.replace("layers.1", "layers.2"), "medium", {"equal_tensors": 1, "original": UP}, (UP,),
+    ),
+    "undertrained-rows": Case(
+        altered(weak_rows(52, 0.9e-3), EMBED), altered(weak_rows(52, 1.1e-3), EMBED),
+        EMBED, "medium", {"dead_rows": 52, "rows": 256, "affected_fraction": 52 / 256},
+        ("52 of 256", "20.3%"),
+    ),
+    "dtype-headroom": Case(
+        float16(33000), float16(32000),
+        UP, "medium", {"headroom_bits": math.log2(65504 / 32992)}, ("32992", "0.99"),
+    ),
+    "redundant-precision": Case(
+        spoilt(UP, bf16_payload()), spoilt(UP, bf16_payload(0.1)),
+        "model.layers.*.mlp.up_proj.weight", "info",
+        {"tensors": 1, "redundant_bytes": 8192}, ("8,192", "BF16"),
+    ),
+    "scale-missing": Case(
+        quantized(None), quantized(np.float32([0.01])),
+        "a.weight", "high", {"affected_fraction": 1.0}, ("a.weight_scale",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+class TestEveryRule:
+    def test_fires_and_says_what_it_measured(self, rule, tmp_path: Path) -> None:
+        assert rule.name in CASES, (
+            f"{rule.name}: every rule has a checkpoint that fires it and one just below"
+        )
+        case = CASES[rule.name]
+        found = findings(case.fires(tmp_path), rule.name)
+        assert [Path(f.subject).name for f in found] == [case.subject]
+        finding = found[0]
+        assert finding.rule == rule.code
+        assert finding.severity == case.severity
+        for name, expected in case.evidence.items():
+            close = expected if isinstance(expected, str) else pytest.approx(expected, rel=0.02)
+            assert finding.evidence[name] == close, name
+        for number in case.said:
+            assert number in finding.message + finding.recommendation
+
+    def test_is_silent_just_below(self, rule, tmp_path: Path) -> None:
+        assert findings(CASES[rule.name].below(tmp_path), rule.name) == []
+
+    def test_documents_itself(self, rule) -> None:
+        assert rule.summary.endswith(".")
+        assert all(isinstance(limit, int | float) for limit in rule.thresholds.values())
+
+
+@pytest.mark.parametrize("model", healthy())
+def test_a_healthy_model_has_no_finding(model: str, tmp_path: Path) -> None:
+    assert findings(write(tmp_path / "model.safetensors", healthy()[model])) == []
+
+
+# -- how severe a finding is ----------------------------------------------------------------------
+
+
+def severities(path: Path, name: str) -> dict[str, str]:
+    return {f.subject: f.severity.value for f in findings(path, name)}
+
+
+@pytest.mark.parametrize(
+    ("dead", "severity"), [(1, "info"), (12, "info"), (13, "medium"), (38, "medium"), (39, "high")]
+)
+def test_dead_units_weigh_by_their_share(dead: int, severity: str, tmp_path: Path) -> None:
+    plant = altered(weak_rows(dead, 0.5e-3))
+    assert severities(plant(tmp_path), "dead-units") == {UP: severity}
+
+
+@pytest.mark.parametrize(("repeated", "severity"), [(1, "info"), (12, "info"), (13, "medium")])
+def test_duplicate_units_weigh_by_their_share(repeated: int, severity: str, tmp_path: Path) -> None:
+    plant = altered(repeated_rows(repeated))
+    assert severities(plant(tmp_path), "duplicate-units") == {UP: severity}
+
+
+@pytest.mark.parametrize(("dead", "severity"), [(1, "info"), (51, "info"), (52, "medium")])
+def test_undertrained_rows_weigh_by_their_share(dead: int, severity: str, tmp_path: Path) -> None:
+    path = altered(weak_rows(dead, 0.5e-3), EMBED)(tmp_path)
+    assert severities(path, "undertrained-rows") == {EMBED: severity}
+    assert severities(path, "dead-units") == {}
+
+
+def test_rows_of_an_embedding_are_dead_units_only_when_they_are_many(tmp_path: Path) -> None:
+    path = altered(weak_rows(100, 0), EMBED)(tmp_path)
+    assert severities(path, "dead-units") == {EMBED: "high"}
+
+
+def test_an_empty_tensor_that_is_no_parameter_is_low(tmp_path: Path) -> None:
+    path = spoilt("state", np.empty((0,), np.float32))(tmp_path)
+    assert severities(path, "empty-tensor") == {"state": "low"}
+
+
+def test_minus_infinity_in_a_mask_is_info_and_nan_in_it_is_critical(tmp_path: Path) -> None:
+    mask = np.triu(np.full((77, 77), -np.inf, np.float32), 1)
+    assert severities(spoilt("attn_mask", mask)(tmp_path), "non-finite") == {"attn_mask": "info"}
+    mask[3, 3] = np.nan
+    assert severities(spoilt("attn_mask", mask)(tmp_path), "non-finite") == {
+        "attn_mask": "critical"
+    }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [UP, "model.norm.weight", "some.bias"])
+def test_a_value_that_is_not_finite_is_critical_in_any_parameter(
+    value: float, name: str, tmp_path: Path
+) -> None:
+    tensor = transformer().get(name, np.zeros(8, np.float32)).copy()
+    tensor.flat[5] = value
+    assert severities(spoilt(name, tensor)(tmp_path), "non-finite") == {name: "critical"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("classifier.bias", (10,)), ("norm.weight", (16,)), ("cls_token", (1, 1, 16)),
+     ("embeddings.token_type_embeddings.weight", (1, 16))],
+)  # fmt: skip
+def test_zeros_where_models_start_from_zero_are_info(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    made = {**conv_net(), name: np.zeros(shape, np.float32)}
+    assert severities(saved(made)(tmp_path), "all-zero") == {name: "info"}
+
+
+def test_a_matrix_of_zeros_in_float8_is_high(tmp_path: Path) -> None:
+    plant = quantized(np.float32([0.01]), np.zeros((64, 32), np.float32))
+    assert severities(plant(tmp_path), "all-zero") == {"a.weight": "high"}
+
+
+def test_one_great_value_in_a_matrix_of_zeros_is_extreme(tmp_path: Path) -> None:
+    values = np.zeros((64, 64), np.float32)
+    values[3, 4] = 1e20
+    path = spoilt(UP, values)(tmp_path)
+    assert severities(path, "extreme-value") == {UP: "high"}
+    assert "1e+20" in findings(path, "extreme-value")[0].message
+
+
+def test_a_constant_vector_is_info(tmp_path: Path) -> None:
+    path = spoilt("model.layers.0.offset", np.full(64, 0.5, np.float32))(tmp_path)
+    assert severities(path, "constant-tensor") == {"model.layers.0.offset": "info"}
+
+
+def test_subnormal_values_are_low(tmp_path: Path) -> None:
+    values = gaussian(64, 32, scale=1e-5).astype(np.float16)
+    path = spoilt(UP, values)(tmp_path)
+    assert severities(path, "dtype-headroom") == {UP: "low"}
+    share = float(np.mean((np.abs(values) < 2.0**-14) & (values != 0)))
+    assert findings(path, "dtype-headroom")[0].evidence["subnormal_fraction"] == share
+
+
+@pytest.mark.parametrize(("saturated", "fires"), [(2, False), (3, True)])
+def test_float8_values_at_the_limit_are_medium(saturated: int, fires: bool, tmp_path: Path) -> None:
+    values = np.clip(gaussian(64, 32, seed=7, scale=40), -400, 400)
+    values.flat[:saturated] = 448
+    path = quantized(np.float32([0.01]), values)(tmp_path)
+    expected = {"a.weight": "medium"} if fires else {}
+    assert severities(path, "dtype-headroom") == expected
+
+
+# -- training state -------------------------------------------------------------------------------
+
+
+def unit_norms() -> dict[str, Array]:
+    return {
+        name: np.ones_like(tensor) if "norm" in name else tensor
+        for name, tensor in transformer().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("metadata", "severity"),
+    [
+        ({"step": "0"}, "high"),
+        ({"global_step": "0"}, "high"),
+        ({"step": "5"}, "info"),
+        ({}, "info"),
+    ],
+)
+def test_unit_norms_are_untrained_where_the_checkpoint_says_so(
+    metadata: dict[str, str], severity: str, tmp_path: Path
+) -> None:
+    path = saved(unit_norms(), **metadata)(tmp_path)
+    found = findings(path, "untrained")
+    assert [f.severity for f in found] == [severity]
+    assert found[0].evidence["untouched"] == 5
+    assert "5 of 5" in found[0].message
+
+
+def test_a_step_of_zero_among_the_tensors_is_a_witness_too(tmp_path: Path) -> None:
+    path = saved({**unit_norms(), "global_step": np.array(0)})(tmp_path)
+    assert list(severities(path, "untrained").values()) == ["high"]
+
+
+def test_trained_norms_at_step_zero_are_no_finding(tmp_path: Path) -> None:
+    assert findings(saved(transformer(), step="0")(tmp_path), "untrained") == []
+
+
+def adapters(trained: int) -> Plant:
+    made: dict[str, Array] = {}
+    for layer in range(4):
+        module = f"base_model.model.layers.{layer}.q_proj"
+        made[f"{module}.lora_A.default.weight"] = gaussian(8, 64, seed=layer)
+        b = gaussian(64, 8, seed=9 + layer)
+        made[f"{module}.lora_B.default.weight"] = b if layer < trained else np.zeros_like(b)
+    return saved(made)
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"), [(0, ["info"]), (1, ["medium"]), (3, ["medium"]), (4, [])]
+)
+def test_adapters_whose_b_is_zero(trained: int, expected: list[str], tmp_path: Path) -> None:
+    path = adapters(trained)(tmp_path)
+    found = findings(path, "untrained")
+    assert [f.severity.value for f in found] == expected
+    assert all(f.evidence == {"zero_adapters": 4 - trained, "adapters": 4} for f in found)
+    assert all(f.severity == "info" for f in findings(path, "all-zero"))
+
+
+def test_equal_embedding_and_output_layer_are_tied_weights(tmp_path: Path) -> None:
+    path = spoilt("lm_head.weight", transformer()[EMBED])(tmp_path)
+    assert list(severities(path, "duplicate-tensors").values()) == ["info"]
+
+
+def test_several_matrices_of_one_copied_layer_are_one_finding(tmp_path: Path) -> None:
+    made = transformer()
+    made |= {
+        name.replace("layers.0", "layers.3"): tensor
+        for name, tensor in made.items()
+        if name.startswith("model.layers.0.")
+    }
+    found = findings(saved(made)(tmp_path), "duplicate-tensors")
+    assert [f.severity for f in found] == ["medium"]
+    assert found[0].evidence["equal_tensors"] == 6
+    assert "model.layers.3" in found[0].message
+    assert "model.layers.0" in found[0].message
+
+
+# -- scales ---------------------------------------------------------------------------------------
+
+
+def test_an_unscaled_cast_to_float8_is_info_and_a_scaled_one_without_scale_is_high(
+    tmp_path: Path,
+) -> None:
+    for scale, severity in ((0.02, "info"), (15.0, "info"), (17.0, "high")):
+        values = gaussian(64, 32, scale=1)
+        values *= scale / np.abs(values).max()
+        path = saved({"a.weight": fp8(values)})(tmp_path)
+        assert severities(path, "scale-missing") == {"a.weight": severity}, scale
+
+
+@pytest.mark.parametrize(
+    ("scale", "reason"),
+    [
+        (np.float32([0]), "not positive"),
+        (np.float32([-0.5]), "least -0.5"),
+        (np.float32([np.nan]), "1 elements that are not finite"),
+        (np.float32([np.inf]), "1 elements that are not finite"),
+        (np.ones((65,), np.float32), "[65]"),
+        (np.ones((5, 33), np.float32), "[5, 33]"),
+        (np.ones((2, 1, 1), np.float32), "[2, 1, 1]"),
+    ],
+)
+def test_an_invalid_scale_is_high_and_named(scale: Array, reason: str, tmp_path: Path) -> None:
+    path = quantized(scale)(tmp_path)
+    assert severities(path, "scale-missing") == {"a.weight_scale": "high"}
+    assert reason in findings(path, "scale-missing")[0].message
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (64,), (64, 1), (4, 2), (64, 32), (1, 1)])
+def test_scales_by_tensor_row_and_block_are_valid(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = quantized(np.full(shape, 0.01, np.float32))(tmp_path)
+    assert severities(path, "scale-missing") == {}
+
+
+def test_deepseek_block_scales_with_a_partial_last_block_are_valid(tmp_path: Path) -> None:
+    made = {"a.weight": fp8(gaussian(200, 130, scale=40)), "a.weight_scale_inv": np.ones((2, 2))}
+    assert severities(saved(made)(tmp_path), "scale-missing") == {}
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"), [("qweight", "scales"), ("weight_packed", "weight_scale")]
+)
+def test_packed_integers_need_their_scales(weight: str, scale: str, tmp_path: Path) -> None:
+    codes = np.arange(64, dtype=np.int32).reshape(8, 8)
+    sound = {f"a.{weight}": codes, f"a.{scale}": np.full((1, 8), 0.1, np.float16)}
+    assert findings(saved(sound)(tmp_path), "scale-missing") == []
+    path = saved({f"a.{weight}": codes})(tmp_path)
+    assert severities(path, "scale-missing") == {f"a.{weight}": "high"}
+
+
+# -- series of layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "config", "missing"),
+    [
+        ((0, 1, 2, 3), 4, None),
+        ((0, 1, 2, 3), 6, "model.layers.4"),
+        ((0, 1, 2, 3), None, None),
+        ((1, 2, 3, 4, 5), 6, "model.layers.0"),
+        ((1, 2, 3, 4, 5), None, None),
+        ((1, 2, 3, 4), 4, None),
+        ((0, 1, 2, 3, 5, 6, 7), 8, "model.layers.4"),
+    ],
+)
+def test_a_missing_layer_is_seen_by_its_gap_or_by_the_configuration(
+    present: tuple[int, ...], config: int | None, missing: str | None, tmp_path: Path
+) -> None:
+    found = severities(layers(*present, config=config)(tmp_path), "missing-layer")
+    assert found == ({missing: "high"} if missing else {})
+
+
+@pytest.mark.parametrize("numbers", [(0, 2, 4, 6, 8, 10), (0, 1, 3, 4, 7, 8), (0, 3, 6, 9, 12)])
+@pytest.mark.parametrize("stack", ["features", "layers", "block"])
+def test_the_numbers_of_a_sequential_are_no_gap(
+    stack: str, numbers: tuple[int, ...], tmp_path: Path
+) -> None:
+    made = {
+        f"{stack}.{number}.{part}": gaussian(8, 8, seed=100 * number + len(part))
+        for number in numbers
+        for part in ("a.weight", "bb.weight", "ccc.weight", "dddd.weight")
+    }
+    assert severities(saved(made)(tmp_path), "missing-layer") == {}
+
+
+# -- outlier dimensions ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layers_hit", "fires"), [(2, False), (3, True)])
+def test_outliers_in_one_row_of_several_layers_are_one_finding(
+    layers_hit: int, fires: bool, tmp_path: Path
+) -> None:
+    made = transformer()
+    for layer in range(layers_hit):
+        made[f"model.layers.{layer}.mlp.down_proj.weight"][9, 20 * layer + 3] = 2.0
+    shared = [
+        f for f in findings(saved(made)(tmp_path), "outliers") if f.subject.endswith("[row 9]")
+    ]
+    assert [f.severity.value for f in shared] == (["info"] if fires else [])
+    assert all(f.evidence == {"row": 9, "tensors": 3} for f in shared)
+    assert all(f.subject == "model.layers.*.mlp.down_proj.weight[row 9]" for f in shared)
+
+
+def test_values_that_only_a_wider_type_shows_are_not_redundant(tmp_path: Path) -> None:
+    made: dict[str, Tensor] = {"a.weight": bf16(gaussian(64, 32))}
+    assert isinstance(made["a.weight"], Codes)
+    assert findings(saved(made)(tmp_path), "redundant-precision") == []
