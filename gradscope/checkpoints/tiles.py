@@ -15,7 +15,7 @@ from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.errors import InputError
 
 #: Elements per piece that ``Tile.pieces`` yields; every grid of statistics.kernels divides it.
-PIECE = 1 << 18
+PIECE = 1 << 20
 
 #: The NumPy type of a stored element. 4- and 6-bit codes come unpacked, one a byte.
 STORED: dict[str, np.dtype[Any]] = {
@@ -52,8 +52,10 @@ class Tile:
             yield first, read(self.ref, first, min(first + PIECE, self.stop))
 
 
-def tiles(ref: TensorRef, elements: int = 64 * PIECE) -> Iterator[Tile]:
+def tiles(ref: TensorRef, elements: int = 16 * PIECE) -> Iterator[Tile]:
     """Cut a tensor into tiles of ``elements``, a multiple of PIECE; an empty tensor has none."""
+    if elements % PIECE:
+        raise ValueError(f"tiles are cut in multiples of {PIECE:,} elements, not {elements:,}")
     for start in range(0, ref.numel, elements):
         yield Tile(ref, start, min(start + elements, ref.numel))
 

@@ -59,7 +59,6 @@ def weights(
     o.check_request(format_, selected, ignored)
     reports = o.parse_reports(report)
     from gradscope.cli.terminal import progress_bar
-    from gradscope.weights import table as _table  # noqa: F401  registers what the table shows
     from gradscope.weights.analysis import analyze_weights
 
     with progress_bar("reading", wanted=not (no_progress or quiet)) as tick:
@@ -78,5 +77,8 @@ def weights(
             jobs=jobs,
             progress=tick,
         )
+    if "table" in (format_, *(name for name, _ in reports)):
+        from gradscope.weights import table as _table  # noqa: F401  registers what it shows
+
     o.publish(result, format_, reports, color.value, detail=2 if verbose else 0 if quiet else 1)
     return result.gate.exit_code

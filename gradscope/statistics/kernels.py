@@ -2,7 +2,7 @@
 
 One read serves every statistic. A tensor is cut on fixed grids, counted from its first element:
 blocks of 4,096 elements stay in the first-level cache while several small loops pass over them,
-chunks of 64 blocks own one set of moments. The grids never depend on how many workers there are
+pieces of 256 blocks own one set of moments. The grids never depend on how many workers there are
 or how the file is read, so neither does any number.
 
 The loops run over whole small arrays (``range(x.shape[0])``): LLVM vectorises those, and not the
@@ -18,7 +18,6 @@ import numba
 import numpy as np
 
 BLOCK = 4096
-CHUNK = 64 * BLOCK
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -258,7 +257,7 @@ BFLOAT16, FLOAT16, BY_TABLE = 0, 1, 2
 def scan_codes(  # type: ignore[no-untyped-def]
     codes, first, decoding, values, table, row_numel, squares, hashes, lows, highs, dirty, keys
 ):
-    """One chunk of 8- or 16-bit floats: histogram, row sums and hashes, block extremes.
+    """One piece of 8- or 16-bit floats: histogram, row sums and hashes, block extremes.
 
     ``first``, the flat index of ``codes[0]``, is a multiple of BLOCK. ``lows`` and ``highs``
     receive each block's least and greatest finite value as ``_extremes`` orders them, ``dirty``
@@ -295,7 +294,7 @@ def scan_floats(  # type: ignore[no-untyped-def]
     x, bits, first, shift, order, scratch, scratch_bits,
     table, moments, counts, union, row_numel, squares, hashes, lows, highs, dirty, keys,
 ):  # fmt: skip
-    """One chunk of float32 or float64: as ``scan_codes``, with moments and a top-bits histogram.
+    """One piece of float32 or float64: as ``scan_codes``, with moments and a top-bits histogram.
 
     ``bits`` is ``x`` seen as unsigned integers, ``scratch`` [2, BLOCK] of x's type and its view.
     ``table`` counts ``bits >> shift`` over finite values, ``moments`` is [n, mean, M2, M3, M4],

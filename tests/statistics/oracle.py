@@ -17,12 +17,12 @@ import scipy.stats
 import torch
 
 from gradscope.checkpoints.tensors import TensorRef
+from gradscope.checkpoints.tiles import PIECE as PIECE
 from gradscope.statistics.profile import profile, threads
 from gradscope.statistics.records import Statistics, TensorProfile
 
 Array = npt.NDArray[Any]
 
-PIECE = 1 << 18  # elements of the grid that tensors are cut on
 
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 

@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def large(folder: Path) -> dict[str, TensorRef]:
     """A tensor of five pieces of each type, whose rows pieces share."""
-    shape = (401, 2800)
+    shape = (401, 11_200)
     return {
         dtype: tensor(folder, dtype, stored_like(dtype, math.prod(shape)).reshape(shape))
         for dtype in DTYPES

@@ -449,7 +449,7 @@ def test_progress_tells_bytes_done_and_bytes_in_all(model: Path) -> None:
 def touching(path: Path) -> Callable[[int, int], None]:
     """A progress callback that gives a file a new modification time while it is read."""
     now = path.stat().st_mtime_ns
-    return lambda done, total: os.utime(path, ns=(now, now + done + 1))
+    return lambda done, _total: os.utime(path, ns=(now, now + done + 1))
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_reported(model: Path) -> None:

@@ -348,7 +348,7 @@ def missing_layers() -> Iterator[Fault]:
 
         return plant
 
-    for number in range(0, 12):
+    for number in range(12):
         subject = f"encoder.layer.{number}"
         yield Fault(f"layer {number} missing", without(number), ("missing-layer",), (subject,))
 
