@@ -317,10 +317,11 @@ def _farthest(whole: Tally, median: float, scale: float) -> tuple[Element, ...]:
     ties = np.flatnonzero(reach == limit)[: LISTED - len(blocks)]
     flat, values = _read_blocks(whole.ref, np.sort(np.concatenate([blocks, ties])))
     finite = np.isfinite(values)
-    flat, values = flat[finite], values[finite]
-    distance = np.abs(values - median)
-    near = np.partition(distance, -LISTED)[-LISTED] if len(values) > LISTED else 0.0
-    candidates = np.flatnonzero(distance >= near)  # a full sort would cost more than the read
+    distance = np.where(finite, np.abs(np.where(finite, values, median) - median), -1.0)
+    if limit < 0 and len(distance) > LISTED:
+        limit = np.partition(distance, -LISTED)[-LISTED]
+    # Each of the blocks has an element at its reach, so none of the farthest is nearer than limit.
+    candidates = np.flatnonzero(finite & (distance >= limit))
     order = candidates[np.argsort(-distance[candidates], kind="stable")[:LISTED]]
     return tuple(
         Element(
