@@ -18,7 +18,7 @@ class Calibration:
     def sentence(self) -> str:
         """Both rates in words."""
         return (
-            f"Calibration: {self.false_alarms} of {self.healthy_models} healthy released models "
+            f"Calibration: {self.false_alarms} of {self.healthy_models} healthy checkpoints "
             f"have a high or critical finding; {self.found} of {self.faults} planted faults are "
             "found on the right tensor with the right rule."
         )
