@@ -79,9 +79,9 @@ class Rule:
 #: Rules by code, in ascending order of code.
 RULES: dict[str, Rule] = {}
 
-#: The modules whose import registers ours. By name rather than by entry point: with a stale or
+#: The packages whose import registers ours. By name rather than by entry point: with a stale or
 #: broken installation the latter finds no rule, and everything passes.
-BUILT_IN = ("gradscope.weights.checkpoint_rules", "gradscope.weights.rules")
+BUILT_IN = ("gradscope.weights.rules",)
 
 
 def rule(

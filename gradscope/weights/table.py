@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
@@ -20,6 +19,7 @@ from gradscope.report.formats.table_ import (
 )
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import MATRICES, Role
+from gradscope.weights.rules.select import pattern
 
 _SHOWN = 24
 _NARROW_NAME = 32
@@ -80,7 +80,7 @@ def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[Rend
 
 def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[str | Text]:
     first = min(group, key=_score)
-    name = clean(_pattern(first.name) if len(group) > 1 else first.name)
+    name = clean(pattern(first.name) if len(group) > 1 else first.name)
     if not wide and len(name) > _NARROW_NAME:
         name = "…" + name[1 - _NARROW_NAME :]
     s = first.statistics
@@ -105,7 +105,7 @@ def _brief(tensors: Sequence[TensorResult]) -> list[list[TensorResult]]:
     for tensor in tensors:
         if tensor.role in MATRICES | {Role.QUANTIZED} or _score(tensor) < 100:
             band = tensor.health.status if tensor.health else ""
-            key = (_pattern(tensor.name), tensor.shape, tensor.dtype, band)
+            key = (pattern(tensor.name), tensor.shape, tensor.dtype, band)
             groups.setdefault(key, []).append(tensor)
     return sorted(groups.values(), key=lambda g: (min(map(_score, g)), -sum(t.numel for t in g)))
 
@@ -116,10 +116,6 @@ def _halved(counts: Sequence[int]) -> list[int]:
 
 def _score(tensor: TensorResult) -> float:
     return tensor.health.score if tensor.health is not None else 100.0
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _share(fraction: float | None) -> str:

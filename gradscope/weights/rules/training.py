@@ -1,0 +1,164 @@
+"""Rules about what training left: running statistics, norms, adapters, copied layers."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from gradscope.report.rules import Observation, rule
+from gradscope.report.severity import Severity
+from gradscope.weights.result import Examined, TensorResult
+from gradscope.weights.roles import MATRICES, TABLES, Role, split
+from gradscope.weights.rules.select import common_pattern, measured
+
+
+@rule("W111", "negative-variance", Severity.HIGH)
+def negative_variance(examined: Examined) -> Iterator[Observation]:
+    """A running variance or a second moment is below zero, which no average of squares can be.
+
+    Its square root is NaN at inference (detectron2 #2413).
+    """
+    second = r"(exp_avg_sq|square_avg)$"
+    for tensor, s in measured(examined):
+        if tensor.role is not Role.RUNNING_VAR and not re.search(second, tensor.name):
+            continue
+        if s.min is not None and s.min < 0:
+            yield Observation(
+                tensor.name,
+                f"its least element is {s.min:.6g}; a variance cannot be negative",
+                "estimate the statistics again on training data; look for a wrong tensor order in "
+                "a conversion",
+                {"min": float(s.min), "affected_fraction": 1.0},
+                threshold=0,
+            )
+
+
+@rule("W112", "untrained", Severity.HIGH)
+def untrained(examined: Examined) -> Iterator[Observation]:
+    """Norms or adapters that are exactly as they were initialised.
+
+    High where the checkpoint says it itself: batch norms with unit gain, mean 0 and variance 1
+    whose `num_batches_tracked` is 0, or unit norms beside a step count of 0. Unit norm gains
+    without such a witness, and LoRA adapters whose B is zero throughout, are info; a B that is
+    zero in some modules only is medium.
+    """
+    yield from _untrained_batch_norms(examined)
+    yield from _untrained_norms(examined)
+    yield from _untrained_adapters(examined)
+
+
+def _is(tensor: TensorResult | None, value: float) -> bool:
+    s = tensor.statistics if tensor is not None else None
+    return s is not None and s.min == s.max == value and s.finite_count == s.count > 0
+
+
+def _untrained_batch_norms(examined: Examined) -> Iterator[Observation]:
+    for tensor, _ in measured(examined, {Role.RUNNING_VAR}):
+        module, _leaf = split(tensor.name)
+        mean = examined.by_name.get(f"{module}.running_mean")
+        batches = examined.by_name.get(f"{module}.num_batches_tracked")
+        if _is(tensor, 1) and _is(mean, 0) and _is(batches, 0):
+            yield Observation(
+                module,
+                "this batch norm has seen no batch: mean 0, variance 1, num_batches_tracked 0",
+                "load the trained checkpoint, or train; in evaluation mode this layer does not "
+                "normalise anything",
+                {"num_batches_tracked": 0, "affected_fraction": 1.0},
+            )
+
+
+def _untrained_norms(examined: Examined) -> Iterator[Observation]:
+    gains = [t for t, _ in measured(examined, {Role.NORM_GAIN}) if t.numel > 1]
+    untouched = [t for t in gains if _is(t, 1) or (_is(t, 0) and len(gains) > 1)]
+    if not untouched:
+        return
+    steps = _step_count(examined)
+    subject = untouched[0].name if len(untouched) == 1 else common_pattern(untouched)
+    yield Observation(
+        subject,
+        f"{len(untouched)} of {len(gains)} norm gains are exactly as initialised"
+        + ("" if steps is None else f", in a checkpoint of step {steps}"),
+        "load the trained checkpoint, or train"
+        if steps == 0
+        else "nothing to do if these norms were frozen or folded into the next layer",
+        {"untouched": len(untouched), "norm_gains": len(gains)}
+        | ({} if steps is None else {"step": steps}),
+        severity=None if steps == 0 else Severity.INFO,
+    )
+
+
+def _step_count(examined: Examined) -> int | None:
+    for name in ("global_step", "step", "steps", "iteration", "iter", "num_updates"):
+        value = examined.checkpoint.metadata.get(name)
+        if isinstance(value, str) and value.isdigit():
+            return int(value)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        tensor = examined.by_name.get(name)
+        if tensor is not None and tensor.numel == 1 and tensor.statistics is not None:
+            return int(tensor.statistics.min or 0)
+    return None
+
+
+def _untrained_adapters(examined: Examined) -> Iterator[Observation]:
+    adapters = [t for t, _ in measured(examined, {Role.LORA_B})]
+    zero = [t for t in adapters if _is(t, 0)]
+    if zero:
+        everywhere = len(zero) == len(adapters)
+        yield Observation(
+            common_pattern(zero),
+            f"B is zero in {len(zero)} of {len(adapters)} LoRA adapters: "
+            + ("the adapter changes nothing" if everywhere else "these were not trained"),
+            "train the adapter"
+            if everywhere
+            else "check that these modules received gradients (target modules, frozen layers)",
+            {"zero_adapters": len(zero), "adapters": len(adapters)},
+            severity=Severity.INFO if everywhere else Severity.MEDIUM,
+        )
+
+
+@rule("W113", "duplicate-tensors", Severity.MEDIUM)
+def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observation]:
+    """Matrices of different layers that are equal bit by bit.
+
+    Two layers do not train to the same weights: one was copied over the other, by a merge, a
+    wrong conversion or a failed restart. Equal embeddings and output layers are tied weights
+    saved twice: info.
+    """
+    groups: dict[str, list[TensorResult]] = defaultdict(list)
+    for tensor, s in measured(examined, MATRICES | {Role.QUANTIZED}):
+        if tensor.content_hash and tensor.numel >= least and s.min != s.max:
+            groups[tensor.content_hash].append(tensor)
+    copies: dict[tuple[str, str], list[tuple[TensorResult, TensorResult]]] = defaultdict(list)
+    for original, *others in groups.values():
+        for other in others:
+            copies[_differing(original.name, other.name)].append((original, other))
+    for (first, second), pairs in copies.items():
+        yield _copied(first, second, pairs)
+
+
+def _copied(
+    first: str, second: str, pairs: Sequence[tuple[TensorResult, TensorResult]]
+) -> Observation:
+    tied = all(t.role in TABLES for pair in pairs for t in pair)
+    original, copy = pairs[0]
+    return Observation(
+        copy.name,
+        f"{copy.name} equals {original.name}"
+        if len(pairs) == 1
+        else f"{len(pairs)} matrices of {second} equal those of {first}, e.g. {copy.name}",
+        "store tied weights once"
+        if tied
+        else "compare with the source of the checkpoint; retrain or restore the copied layer",
+        {"equal_tensors": len(pairs), "original": original.name, "affected_fraction": 1.0},
+        severity=Severity.INFO if tied else None,
+    )
+
+
+def _differing(first: str, second: str) -> tuple[str, str]:
+    """The parts of two names up to where they last differ: the layers they are of."""
+    a, b = first.split("."), second.split(".")
+    while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return ".".join(a), ".".join(b)

@@ -1,0 +1,101 @@
+"""Rules about rows: output units, filters and tokens that are dead, equal or untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gradscope.report.rules import Observation, rule
+from gradscope.report.severity import Severity
+from gradscope.weights.result import Examined
+from gradscope.weights.roles import MATRICES, TABLES
+from gradscope.weights.rules.select import listed, with_units
+
+
+@rule("W105", "dead-units", Severity.HIGH)
+def dead_units(
+    examined: Examined, *, high: float = 0.30, medium: float = 0.10
+) -> Iterator[Observation]:
+    """Rows (output units, filters) whose L2 norm is below 1e-3 of the tensor's median row norm.
+
+    They pass nothing on. Some are normal under batch norm: 29 of 106 convolutions of healthy
+    mobile nets had a few, so below 10 % is info, to 30 % medium. Rows of embeddings belong to
+    `undertrained-rows` until they are more than 30 %.
+    """
+    for tensor, units in with_units(examined, MATRICES):
+        share = units.dead_rows / units.rows
+        if not units.dead_rows or units.rows < 2 or (tensor.role in TABLES and share <= high):
+            continue
+        severity = None if share > high else Severity.MEDIUM if share > medium else Severity.INFO
+        yield Observation(
+            tensor.name,
+            f"{units.dead_rows:,} of {units.rows:,} rows are dead ({share:.1%}): "
+            f"{listed(units.dead, units.dead_rows)}",
+            "prune them, or if the model is still to be trained: lower the learning rate, check "
+            "the initialisation, use an activation that does not saturate at zero",
+            {
+                "dead_rows": units.dead_rows,
+                "rows": units.rows,
+                "median_row_norm": units.norm_median,
+                "affected_fraction": share,
+            },
+            threshold=high if severity is None else medium,
+            severity=severity,
+        )
+
+
+@rule("W106", "duplicate-units", Severity.MEDIUM)
+def duplicate_units(
+    examined: Examined, *, medium: float = 0.10, least_numel: int = 8
+) -> Iterator[Observation]:
+    """Rows that repeat an earlier row bit by bit, rows of zeros aside.
+
+    Equal units compute the same and stay equal under equal gradients; trained rows of eight or
+    more elements do not coincide by chance. Up to 10 % is info.
+    """
+    for tensor, units in with_units(examined, MATRICES - TABLES):
+        if not units.duplicate_rows or tensor.row_numel < least_numel:
+            continue
+        share = units.duplicate_rows / units.rows
+        first, second = units.duplicates[0]
+        yield Observation(
+            tensor.name,
+            f"{units.duplicate_rows:,} of {units.rows:,} rows repeat an earlier one "
+            f"({share:.1%}); row {second} equals row {first}",
+            "break the symmetry with a random initialisation, or merge the units",
+            {
+                "duplicate_rows": units.duplicate_rows,
+                "rows": units.rows,
+                "affected_fraction": share,
+            },
+            threshold=medium,
+            severity=None if share > medium else Severity.INFO,
+        )
+
+
+@rule("W114", "undertrained-rows", Severity.MEDIUM)
+def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
+    """Rows of an embedding that training hardly touched: nearly zero, or equal to another.
+
+    Reserved and padding tokens are such rows in most released models (Land and Bartolo 2024,
+    arXiv 2405.05417); a prompt that reaches one gives undefined output. Above 20 %: medium.
+    """
+    for tensor, units in with_units(examined, TABLES):
+        found = units.dead_rows + units.duplicate_rows
+        if not found or units.rows < 16:
+            continue
+        share = found / units.rows
+        rows = sorted({*units.dead, *(second for _, second in units.duplicates)})[:10]
+        yield Observation(
+            tensor.name,
+            f"{found:,} of {units.rows:,} rows look untrained ({share:.1%}; {units.dead_rows:,} "
+            f"nearly zero, {units.duplicate_rows:,} equal to another): {listed(rows, found)}",
+            "keep these token ids out of prompts and of the tokenizer's special tokens",
+            {
+                "dead_rows": units.dead_rows,
+                "duplicate_rows": units.duplicate_rows,
+                "rows": units.rows,
+                "affected_fraction": share,
+            },
+            threshold=medium,
+            severity=None if share > medium else Severity.INFO,
+        )

@@ -1,0 +1,164 @@
+"""Rules about values that are broken: not finite, impossibly large, all alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from gradscope.report.rules import Observation, rule
+from gradscope.report.severity import Severity
+from gradscope.statistics.records import Statistics
+from gradscope.weights.result import Examined, OutlierResult, TensorResult
+from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role
+from gradscope.weights.rules.select import listed, measured, with_outliers
+
+
+@rule("W101", "non-finite", Severity.CRITICAL)
+def non_finite(examined: Examined) -> Iterator[Observation]:
+    """NaN or Inf among the elements of a tensor.
+
+    One NaN makes every output NaN that it reaches. -Inf alone in a mask that was saved with the
+    model is what masks are made of: info.
+    """
+    for tensor, s in measured(examined):
+        bad = s.nan_count + s.posinf_count + s.neginf_count
+        if not bad:
+            continue
+        mask = tensor.role is Role.BUFFER and bad == s.neginf_count
+        where = listed([list(e.index) for e in tensor.nonfinite[:3]], bad)
+        yield Observation(
+            tensor.name,
+            f"{bad:,} of {s.count:,} elements are not finite ({s.nan_count:,} NaN, "
+            f"{s.posinf_count:,} +Inf, {s.neginf_count:,} -Inf), at {where}",
+            "do not use this file; go back to the last checkpoint without them and look at the "
+            "loss scale and the gradients of the steps after it",
+            {
+                "nan_count": s.nan_count,
+                "posinf_count": s.posinf_count,
+                "neginf_count": s.neginf_count,
+                "affected_fraction": bad / s.count,
+            },
+            threshold=0,
+            severity=Severity.INFO if mask else None,
+        )
+
+
+@rule("W102", "extreme-value", Severity.HIGH)
+def extreme_value(
+    examined: Examined,
+    *,
+    peak_ratio: float = 1e4,
+    magnitude: float = 1e6,
+    gap: float = 100.0,
+    gap_elsewhere: float = 1e4,
+    score: float = 50.0,
+    least: int = 1000,
+) -> Iterator[Observation]:
+    """A few elements stand so far out that storage or conversion must have damaged them.
+
+    A flipped exponent bit multiplies a value by 2^16 (float16) to 2^128. Three signs: the peak
+    ratio (greatest robust score over that of as many Gaussian values) above 1e4, where the
+    greatest of 113 healthy matrices measured 37 and of small audio convolutions 689; a magnitude
+    above 1e6 in a weight, a thousand times what a survey of eight released models found (aprender
+    #2039); or a gap: the farthest elements lie 100 times (outside matrices 1e4 times) farther out
+    than the next, alone. Mantissa and sign flips leave no such trace: only a hash finds those.
+    """
+    for tensor, s, outliers in with_outliers(examined):
+        if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER):
+            continue
+        limit = gap if tensor.role in MATRICES else gap_elsewhere
+        apart, widest = _gap(outliers, score)
+        reasons = []
+        enough = tensor.numel >= least and tensor.role is not Role.RUNNING_VAR
+        if enough and (outliers.peak_ratio or 0) > peak_ratio:
+            reasons.append(f"a peak ratio of {outliers.peak_ratio:.3g}")
+        if (s.abs_max or 0) > magnitude and tensor.role in MATRICES | GAINS | {Role.BIAS}:
+            reasons.append(f"a magnitude of {s.abs_max:.3g}")
+        if widest > limit:
+            reasons.append(f"{widest:.3g} times farther out than the next")
+        if reasons:
+            yield _extreme(tensor, s, outliers, reasons, limit, apart)
+
+
+def _extreme(
+    tensor: TensorResult,
+    s: Statistics,
+    outliers: OutlierResult,
+    reasons: list[str],
+    limit: float,
+    apart: int,
+) -> Observation:
+    """``outliers`` lists no element of a tensor whose values are nearly all equal."""
+    peak = outliers.top[0] if outliers.top else None
+    value = peak.value if peak is not None else float(s.abs_max or 0)
+    place = f"element {list(peak.index)}" if peak is not None else "its greatest magnitude"
+    return Observation(
+        tensor.name,
+        f"{place} is {value:.6g}: {', '.join(reasons)}",
+        f"compare the file's hash with its source; if it agrees, look at how {tensor.dtype} values "
+        f"were converted or scaled, and at {place} in an earlier checkpoint",
+        {
+            "value": value,
+            "robust_score": peak.score if peak is not None and peak.score else math.nan,
+            "peak_ratio": outliers.peak_ratio if outliers.peak_ratio is not None else math.nan,
+            "affected_fraction": max(apart, 1) / tensor.numel,
+        },
+        threshold=limit,
+    )
+
+
+def _gap(outliers: OutlierResult, least_score: float) -> tuple[int, float]:
+    """How many of the farthest elements stand apart from the rest, and by which factor."""
+    scores = [e.score for e in outliers.top if e.score is not None]
+    ratios = [
+        (far / near if near > 0 else math.inf, place)
+        for place, (far, near) in enumerate(pairwise(scores), 1)
+        if far > least_score
+    ]
+    widest, place = max(ratios, key=lambda pair: pair[0], default=(0.0, 0))
+    return place, widest
+
+
+@rule("W103", "all-zero", Severity.HIGH)
+def all_zero(examined: Examined) -> Iterator[Observation]:
+    """Every element of a tensor is zero.
+
+    A matrix of zeros passes nothing on; it is what is left of a failed download or save
+    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
+    B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are ordinary: info.
+    """
+    for tensor, s in measured(examined):
+        if s.zero_count < s.count or tensor.role in AUXILIARY:
+            continue
+        matrix = tensor.role in (MATRICES | {Role.QUANTIZED}) - {Role.LORA_B}
+        matrix = matrix and not (tensor.role in TABLES and tensor.shape[0] == 1)
+        yield Observation(
+            tensor.name,
+            f"all {s.count:,} elements are zero",
+            "load the tensor from the source again or retrain the layer"
+            if matrix
+            else "nothing to do if the layer was meant to start from zero and was not trained",
+            {"zero_count": s.zero_count, "affected_fraction": 1.0},
+            severity=None if matrix else Severity.INFO,
+        )
+
+
+@rule("W104", "constant-tensor", Severity.MEDIUM)
+def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observation]:
+    """All elements of a matrix have one value other than zero: its rows cannot differ.
+
+    Vectors are often constant when they were not trained: info. Norm gains are judged by
+    `untrained`, zeros by `all-zero`.
+    """
+    for tensor, s in measured(examined):
+        constant = s.count >= least and s.min is not None and s.min == s.max != 0
+        if not constant or tensor.role in GAINS | AUXILIARY or s.finite_count < s.count:
+            continue
+        yield Observation(
+            tensor.name,
+            f"all {s.count:,} elements are {s.min:.6g}",
+            "check that this tensor was loaded and trained",
+            {"value": float(s.min or 0), "affected_fraction": 1.0},
+            severity=None if tensor.role in MATRICES else Severity.INFO,
+        )
