@@ -80,12 +80,14 @@ def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[Rend
 
 def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[str | Text]:
     first = min(group, key=_score)
-    name = clean(pattern(first.name) if len(group) > 1 else first.name)
-    if not wide and len(name) > _NARROW_NAME:
-        name = "…" + name[1 - _NARROW_NAME :]
+    many = f"  ×{len(group)}" if len(group) > 1 else ""
+    name = clean(pattern(first.name) if many else first.name)
+    room = _NARROW_NAME - len(many)
+    if not wide and len(name) > room:
+        name = "…" + name[1 - room :]
     s = first.statistics
     row: list[str | Text] = [
-        name + (f"  ×{len(group)}" if len(group) > 1 else ""),
+        name + many,
         "×".join(map(str, first.shape)) or "scalar",
         first.dtype,
     ]
