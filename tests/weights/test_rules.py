@@ -306,7 +306,7 @@ CASES = {
     ),
     "untrained": Case(
         batch_norms(0), batch_norms(1),
-        "features.1", "high", {"num_batches_tracked": 0}, ("num_batches_tracked 0",),
+        "features.1.running_var", "high", {"num_batches_tracked": 0}, ("num_batches_tracked 0",),
     ),
     "duplicate-tensors": Case(
         copied(0), copied(1),

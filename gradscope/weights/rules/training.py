@@ -60,7 +60,7 @@ def _untrained_batch_norms(examined: Examined) -> Iterator[Observation]:
         batches = examined.by_name.get(f"{module}.num_batches_tracked")
         if _is(tensor, 1) and _is(mean, 0) and _is(batches, 0):
             yield Observation(
-                module,
+                tensor.name,
                 "this batch norm has seen no batch: mean 0, variance 1, num_batches_tracked 0",
                 "load the trained checkpoint, or train; in evaluation mode this layer does not "
                 "normalise anything",
