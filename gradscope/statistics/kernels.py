@@ -139,10 +139,13 @@ def _hash(codes, keys):  # type: ignore[no-untyped-def]
 
     A float64 of few significant bits is all in its upper half, which products only shift out.
     """
+    wide = codes.itemsize == 8
     total = np.uint64(0)
     for i in range(codes.shape[0]):
         code = np.uint64(codes[i])
-        product = ((code ^ (code >> np.uint64(32))) + np.uint64(1)) * keys[i]
+        if wide:
+            code ^= code >> np.uint64(32)
+        product = (code + np.uint64(1)) * keys[i]
         total += (product ^ (product >> np.uint64(32))) * _MIX
     return total
 
