@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import os
 import sys
 import time
@@ -67,6 +68,22 @@ def end_process(code: int) -> NoReturn:
             stream.flush()
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def load_compiler() -> None:
+    """Import numba's array functions without their search for SciPy's BLAS.
+
+    No kernel here calls it, and where SciPy is installed finding it takes a fifth of a second. Only
+    for this process: a library has no business with another one's imports.
+    """
+    hidden = "scipy" not in sys.modules
+    if hidden:
+        sys.modules["scipy"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("numba.np.arraymath")
+    finally:
+        if hidden:
+            del sys.modules["scipy"]
 
 
 def _close_stdout() -> None:

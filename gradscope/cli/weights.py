@@ -58,7 +58,10 @@ def weights(
     selected, ignored = o.split_commas(select), o.split_commas(ignore)
     o.check_request(format_, selected, ignored)
     reports = o.parse_reports(report)
-    from gradscope.cli.terminal import progress_bar
+    from gradscope.cli.terminal import load_compiler, progress_bar
+
+    if not headers_only:
+        load_compiler()
     from gradscope.weights.analysis import analyze_weights
 
     with progress_bar("reading", wanted=not (no_progress or quiet)) as tick:
