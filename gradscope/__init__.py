@@ -6,12 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "analyze_weights"]
+__all__ = ["GradientRecorder", "__version__", "analyze_flow", "analyze_weights"]
 
 if TYPE_CHECKING:
+    from gradscope.flow.analysis import analyze_flow
+    from gradscope.recording.recorder import GradientRecorder
     from gradscope.weights.analysis import analyze_weights
 
-_HOMES = {"analyze_weights": "gradscope.weights.analysis"}
+_HOMES = {
+    "GradientRecorder": "gradscope.recording.recorder",
+    "analyze_flow": "gradscope.flow.analysis",
+    "analyze_weights": "gradscope.weights.analysis",
+}
 
 
 def __getattr__(name: str) -> Any:

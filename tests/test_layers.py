@@ -16,6 +16,9 @@ ALLOWED = {
     "statistics": {"checkpoints"},
     "report": set(),
     "weights": {"checkpoints", "statistics", "report"},
+    "histories": {"checkpoints", "statistics"},
+    "flow": {"histories", "statistics", "report"},
+    "recording": {"histories"},
 }
 
 

@@ -25,6 +25,9 @@ _MAX_DESCENT = 4
 
 NamedTensors = list[tuple[str, TensorRecord]]
 
+#: The key of everything there is, by its whole name, rather than one state dict.
+WHOLE = ""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -78,6 +81,8 @@ def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> 
     walk = _Walk(budget)
     if isinstance(root, TensorRecord) and key is None:
         return Choice([("tensor", root)])
+    if key == WHOLE:
+        return Choice(collect_tensors(root, budget))
     node = root if key is None else _entry_at(root, key, path, budget)
     walk.scalars.update(_scalars(root))
     if isinstance(node, TensorRecord):

@@ -9,7 +9,7 @@ import gc
 import typer
 
 from gradscope import __version__
-from gradscope.cli import rules, schema, weights
+from gradscope.cli import flow, rules, schema, weights
 from gradscope.cli.terminal import end_process, guarded
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("weights")(guarded(weights.weights))
+app.command("flow")(guarded(flow.flow))
 app.command("rules")(guarded(rules.rules))
 app.command("schema")(guarded(schema.schema))
 

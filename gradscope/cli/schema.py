@@ -16,6 +16,7 @@ class Subject(StrEnum):
     """What has a schema."""
 
     REPORT = "report"
+    HISTORY = "history"
 
 
 def schema(
@@ -23,7 +24,7 @@ def schema(
     debug: o.Debug = False,
 ) -> int:
     """The JSON Schema of what gradscope writes."""
-    from gradscope.cli.schemas import report_schema
+    from gradscope.cli.schemas import SCHEMAS
 
-    emit(json.dumps(report_schema(), indent=1) + "\n")
+    emit(json.dumps(SCHEMAS[subject](), indent=1) + "\n")
     return 0

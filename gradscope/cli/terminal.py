@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from typing import Any, NoReturn, TextIO
 from gradscope.errors import GradscopeError
 
 ISSUES = "https://github.com/gradscope/gradscope/issues"
+#: Seconds before anything is drawn.
+_PATIENCE = 0.8
 
 
 def guarded(command: Callable[..., int]) -> Callable[..., None]:
@@ -157,6 +160,25 @@ def progress_bar(label: str, wanted: bool) -> Iterator[Tick]:
         bar.close()
 
 
+@contextmanager
+def working(label: str, wanted: bool) -> Iterator[None]:
+    """A spinner on stderr for work without a known end, as ``progress_bar`` otherwise."""
+    if not wanted or not is_terminal(sys.stderr):
+        yield
+        return
+    from rich.console import Console
+
+    status = Console(stderr=True).status(label)
+    timer = threading.Timer(_PATIENCE, status.start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
+
+
 class _Bar:
     def __init__(self, label: str) -> None:
         self._label = label
@@ -166,7 +188,7 @@ class _Bar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._progress is None:
-            if time.monotonic() - self._began < 0.8:
+            if time.monotonic() - self._began < _PATIENCE:
                 return
             self._open(total)
         self._progress.update(self._task, completed=done)

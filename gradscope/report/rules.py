@@ -81,7 +81,7 @@ RULES: dict[str, Rule] = {}
 
 #: The packages whose import registers ours. By name rather than by entry point: with a stale or
 #: broken installation the latter finds no rule, and everything passes.
-BUILT_IN = ("gradscope.weights.rules",)
+BUILT_IN = ("gradscope.weights.rules", "gradscope.flow.rules")
 
 
 def rule(

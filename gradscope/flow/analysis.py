@@ -1,0 +1,241 @@
+"""``analyze_flow``: history -> analyzers -> rules -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gradscope.errors import InputError, UsageError
+from gradscope.flow.dead_zones import dead_cells, dead_zones
+from gradscope.flow.depth import depth_of
+from gradscope.flow.directions import Cosines, cosines
+from gradscope.flow.exploding import exploding, exploding_regions, spikes
+from gradscope.flow.explosion import explosion
+from gradscope.flow.graph import Graph, graph_of
+from gradscope.flow.layers import layer_flows, levels
+from gradscope.flow.motion import convergence, missing, stagnation, update_ratios
+from gradscope.flow.network import flows, network
+from gradscope.flow.nonfinite import nonfinite
+from gradscope.flow.oscillation import learning_rate_advice, oscillations
+from gradscope.flow.paths import critical_paths
+from gradscope.flow.result import FlowReport, FlowResult
+from gradscope.flow.series import By, Series, between, series
+from gradscope.flow.temporal import WINDOW, directions, recent_records, temporal
+from gradscope.flow.vanishing import vanishing, vanishing_regions
+from gradscope.histories.history import History
+from gradscope.histories.open import open_history
+from gradscope.report.gate import gate
+from gradscope.report.model import (
+    Coverage,
+    Finding,
+    Input,
+    InputFailure,
+    NotEvaluated,
+    Severity,
+    Skip,
+)
+from gradscope.report.rules import evaluate, load_rules
+from gradscope.report.rules import select as selection
+
+#: Rows of (layer, record) that the report holds unless all are asked for.
+SERIES_ROWS = 100_000
+
+
+def analyze_flow(
+    history: str | Path | History,
+    *,
+    as_: Literal["norms", "vectors"] | None = None,
+    by: By = "layer",
+    window: int = WINDOW,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    all_series: bool = False,
+    threshold: float | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    fail_on: str = "high",
+    allow_empty: bool = False,
+) -> FlowReport:
+    """Diagnose a recorded training run.
+
+    ``as_`` says what ambiguous arrays are, ``by`` whether the parameters of a module are one row,
+    ``window`` how many records a windowed statistic rests on (at least 8), ``from_step`` and
+    ``to_step`` (both included) which part of the run is looked at. ``threshold`` is an absolute
+    limit on norms, for those who want one beside the scale-free tests. A history that cannot be
+    read is an entry of ``errors``, never an exception.
+
+    Raises UsageError for an unknown rule or severity, a window that is too short, and a file that
+    does not say what it holds.
+    """
+    if fail_on not in (*Severity, "never"):
+        raise UsageError(f"fail_on is {fail_on!r}; it is one of {', '.join(Severity)} or never")
+    if window < 8:
+        raise UsageError(f"a window of {window} records says nothing; it takes at least 8")
+    if by not in ("layer", "param"):
+        raise UsageError(f"by is {by!r}; it is layer or param")
+    rules = selection([r for r in load_rules().values() if r.code[0] == "F"], select, ignore)
+    try:
+        read = history if isinstance(history, History) else open_history(str(history), as_=as_)
+    except InputError as error:
+        failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
+        return _report(None, None, [], (failure,), fail_on, allow_empty)
+    part = between(read, from_step, to_step)
+    result = analyze(part, by=by, window=window, all_series=all_series, threshold=threshold)
+    found = list(evaluate(rules, result, frozenset(result.measured)))
+    failures = tuple(
+        InputFailure(input=read.path, kind=f.kind, message=f.message) for f in read.failures
+    )
+    return _report(part, result, found, failures, fail_on, allow_empty)
+
+
+def analyze(
+    history: History,
+    *,
+    by: By = "layer",
+    window: int = WINDOW,
+    all_series: bool = False,
+    threshold: float | None = None,
+) -> FlowResult:
+    """Every analyzer over one history: arrays in, the typed result out; nothing is judged here."""
+    s = series(history, by)
+    graph = graph_of(s)
+    depth = depth_of(s, graph)
+    compared = cosines(s)
+    measured = levels(s, graph, window)
+    edges = flows(s, graph, window)
+    blown = exploding(s, graph)
+    exploding_ = exploding_regions(s, graph, blown, depth)
+    net = network(s, graph, measured, edges, depth, window)
+    bottlenecks = frozenset(
+        row
+        for row, node in zip(graph.order, net.nodes, strict=True)
+        if node.condition == "bottleneck"
+    )
+    waves = oscillations(s, compared, window)
+    total = len(s.steps)
+    shown = range(total) if all_series else range(*_span(recent_records(s, SERIES_ROWS), total))
+    last = directions(s, compared, np.array([total - 1] if total else [], dtype=np.int64), window)
+    return FlowResult(
+        layers=tuple(layer_flows(s, measured, compared, last, window, shown)) if total else (),
+        temporal=tuple(temporal(s, compared, np.array(shown, dtype=np.int64), window)),
+        network=net,
+        critical_paths=tuple(
+            critical_paths(s.names, graph, edges.capacity, measured.rms, bottlenecks)
+        ),
+        vanishing_regions=tuple(
+            vanishing_regions(s, graph, vanishing(s, graph), dead_cells(s), depth)
+        ),
+        exploding_regions=tuple(exploding_),
+        dead_zones=tuple(dead_zones(s, graph)),
+        explosion=explosion(s, exploding_, threshold),
+        topology=graph.topology,
+        steps=total,
+        first_step=int(s.steps[0]) if total else None,
+        last_step=int(s.steps[-1]) if total else None,
+        spikes=tuple(spikes(s, blown, exploding_)),
+        skipped_steps=int(s.skipped.sum()),
+        nonfinite=tuple(nonfinite(s, graph)),
+        depth=depth,
+        oscillation=tuple(waves),
+        stagnation=stagnation(s),
+        learning_rate=learning_rate_advice(s, waves),
+        update_ratios=tuple(update_ratios(s)),
+        missing=tuple(missing(s)),
+        convergence=convergence(s),
+        measured=tuple(_measured(s, graph, compared)),
+        rows_omitted=(total - len(shown)) * len(s.layers),
+        notes=tuple(_notes(s)),
+    )
+
+
+def _span(recent: Sequence[int], total: int) -> tuple[int, int]:
+    return (recent[0], total) if total and recent else (0, total)
+
+
+def _measured(s: Series, graph: Graph, compared: Cosines | None) -> list[str]:
+    """The kinds of facts that a rule may need, in the words its reason is given in."""
+    facts = ["norms"]
+    if len(s.steps) >= 8:
+        facts.append("8 records")
+    if len([r for r in graph.rows if s.group(r) == "weight"]) >= 2:
+        facts.append("comparable layers")
+    if compared is not None:
+        facts.append("directions")
+    if s.update_ratio is not None:
+        facts.append("update norms")
+    if graph.topology != "assumed-chain":
+        facts.append("a recorded topology")
+    if s.zero_fraction is not None:
+        facts.append("zero fractions")
+    return facts
+
+
+def _notes(s: Series) -> list[str]:
+    notes = [*s.history.notes]
+    notes += [f"{name} are approximate: {why}" for name, why in s.history.approximate.items()]
+    if not s.per_element and s.layers:
+        notes.append("the layers' sizes are unknown: norms are compared instead of RMS gradients")
+    if s.history.meta.get("stage") == "pre_step":
+        notes.append("recorded in the optimizer's pre-step hook: norms are those after clipping")
+    return notes
+
+
+def _report(
+    history: History | None,
+    result: FlowResult | None,
+    found: Sequence[Finding | NotEvaluated],
+    failures: tuple[InputFailure, ...],
+    fail_on: str,
+    allow_empty: bool,
+) -> FlowReport:
+    findings = tuple(
+        sorted((f for f in found if isinstance(f, Finding)), key=lambda f: -f.severity.rank)
+    )
+    coverage = _coverage(history, result, found)
+    return FlowReport(
+        command="flow",
+        inputs=()
+        if history is None
+        else (Input(path=history.path, format=history.format, bytes=history.nbytes),),
+        coverage=coverage,
+        findings=findings,
+        result=result,
+        gate=gate(findings, failures, coverage, fail_on=fail_on, allow_empty=allow_empty),
+        errors=failures,
+    )
+
+
+def _coverage(
+    history: History | None, result: FlowResult | None, found: Sequence[Finding | NotEvaluated]
+) -> Coverage:
+    if history is None or result is None:
+        return Coverage(analyzed=0, total=0, unit="layers", bytes=0)
+    skipped = [Skip(subject=s, reason=why) for s, why in history.skipped_parts]
+    skipped += [
+        Skip(subject=m.layer_name, reason=_MISSING[m.state])
+        for m in result.missing
+        if m.state != "partly"
+    ]
+    if result.rows_omitted:
+        reason = f"only the last {SERIES_ROWS:,} rows are in the report; --series all has every one"
+        skipped.append(Skip(subject=f"{result.rows_omitted:,} rows of the series", reason=reason))
+    recorded = any(layer.records for layer in result.layers)
+    absent = sum(m.state != "partly" for m in result.missing)
+    return Coverage(
+        analyzed=len(result.layers) - absent if recorded else 0,
+        total=len(result.layers),
+        unit="layers",
+        bytes=history.nbytes,
+        skipped=tuple(skipped),
+        not_evaluated=tuple(dict.fromkeys(f for f in found if isinstance(f, NotEvaluated))),
+    )
+
+
+_MISSING = {
+    "unused": "its gradient was None at every record",
+    "frozen": "requires no gradient",
+    "not-recorded": "no record of it in this part of the history",
+}

@@ -1,0 +1,214 @@
+"""One row for each layer: how much gradient, how steady, in which direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradscope.flow.directions import Cosines, Window, pairwise_cosine
+from gradscope.flow.graph import Graph, reference
+from gradscope.flow.result import Basis, GradientDirection, LayerFlow
+from gradscope.flow.robust import MIN_WINDOW, Array, nanmedian, steadiness
+from gradscope.flow.series import Series
+from gradscope.flow.temporal import Directions, magnitude, stability
+from gradscope.histories.history import Status
+
+#: Decades below the neighbours that make a full bottleneck.
+BOTTLENECK_DECADES = 3.0
+_MOST_SIGNAL = 0.999
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Medians of the last window, [L] each: what layers and the network are compared by."""
+
+    rms: Array
+    bottleneck: Array
+    deficit: Array
+
+
+def levels(series: Series, graph: Graph, window: int) -> Levels:
+    """Medians over the last ``window`` records; the bottleneck score and the deficit in decades.
+
+    The score is clip(log10(min(median before, median after) / RMS) / 3, 0, 1), by neighbours of
+    the same kind; NaN for a layer that has none on one side.
+    """
+    recent = slice(-window, None)
+    rms: Array = nanmedian(series.rms[recent], axis=0)
+    deficit: Array = nanmedian((reference(series, graph) - series.finite_log)[recent], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log10(rms)
+        score = np.array([_bottleneck(series, graph, logs, row) for row in graph.rows])
+    return Levels(rms, score, deficit / math.log(10))
+
+
+def _bottleneck(series: Series, graph: Graph, logs: Array, row: int) -> float:
+    before = [logs[r] for r in kin(series, graph, row, graph.before)]
+    after = [logs[r] for r in kin(series, graph, row, graph.after)]
+    if not before or not after or np.isnan(logs[row]):
+        return math.nan
+    lower = min(float(nanmedian(before)), float(nanmedian(after)))
+    return float(np.clip((lower - logs[row]) / BOTTLENECK_DECADES, 0, 1))
+
+
+def kin(series: Series, graph: Graph, row: int, neighbours) -> list[int]:  # type: ignore[no-untyped-def]
+    """The nearest layers of the same kind on one side, other kinds passed over."""
+    seen: set[int] = set()
+    found: list[int] = []
+    front = list(neighbours(row))
+    while front:
+        at = front.pop(0)
+        if at in seen:
+            continue
+        seen.add(at)
+        if series.group(at) == series.group(row):
+            found.append(at)
+        else:
+            front.extend(neighbours(at))
+    return found
+
+
+def layer_flows(
+    series: Series,
+    measured: Levels,
+    found: Cosines | None,
+    now: Directions,
+    window: int,
+    shown: range,
+) -> Iterator[LayerFlow]:
+    """Every layer, its series cut to the records ``shown``."""
+    together = _consistency(series, window)
+    steady = stability(series, np.array([len(series.steps) - 1]), window)[0]
+    for row, layer in enumerate(series.layers):
+        directed = together is not None and not np.isnan(together[row])
+        basis: Basis = found.basis if found is not None and directed else "norm"
+        signal = None if found is None else signal_fraction(series, found, row, window)
+        yield LayerFlow(
+            layer_name=layer.name,
+            kind=layer.kind,
+            numel=layer.numel,
+            steps=tuple(int(series.steps[t]) for t in shown),
+            gradient_magnitudes=tuple(magnitude(series, t, row) for t in shown),
+            gradient_directions=_directions(series, found, row, shown),
+            flow_consistency=float(together[row])
+            if directed and together is not None
+            else steadiness(series.finite_log[-window:, row], series.steps[-window:].astype(float)),
+            bottleneck_score=_or_none(measured.bottleneck[row]),
+            information_flow_rate=_rate(series, row, window, signal),
+            basis=basis,
+            rms=_or_none(measured.rms[row]),
+            deficit=_or_none(measured.deficit[row]),
+            update_ratio=_median(series.update_ratio, row, window),
+            zero_fraction=_median(series.zero_fraction, row, window),
+            flow_direction=str(now.direction[-1, row]) if len(now.direction) else "indeterminate",  # type: ignore[arg-type]
+            stability_score=_or_none(steady[row]),
+            noise_scale=noise_scale(series, found, signal),
+            records=int(series.recorded[:, row].sum()),
+            missing=int((series.status[:, row] == Status.NOT_RECORDED).sum()),
+        )
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _median(values: Array | None, row: int, window: int) -> float | None:
+    return None if values is None else _or_none(nanmedian(values[-window:, row]))
+
+
+def _consistency(series: Series, window: int) -> Array | None:
+    """Mean pairwise cosine of the last window's gradients, None without sketches."""
+    if series.sketches is None or len(series.sketches.index) < MIN_WINDOW:
+        return None
+    return pairwise_cosine(Window(series.sketches.values[-window:].astype(np.float32)))
+
+
+def signal_fraction(series: Series, found: Cosines, row: int, window: int) -> float | None:
+    """Share of the gradient's power that lasts from one record to the next.
+
+    mean <g_t, g_{t+lag}> / mean |g|^2 over the last window, the unbiased share of the squared mean
+    gradient when batches are independent; None with fewer than five pairs.
+    """
+    cosine, before, after = (
+        found.cosine[-window:, row],
+        found.before[-window:],
+        found.after[-window:],
+    )
+    known = np.isfinite(cosine)
+    if known.sum() < MIN_WINDOW:
+        return None
+    a, b = series.norm[before, row][known], series.norm[after, row][known]
+    top = max(float(a.max()), float(b.max()))
+    if top == 0:
+        return None
+    a, b = a / top, b / top
+    power = float((a**2).mean() + (b**2).mean()) / 2
+    return float((cosine[known] * a * b).mean()) / power
+
+
+def _rate(series: Series, row: int, window: int, signal: float | None) -> float | None:
+    """Bits per step and effective dimension: 0.5 log2(1 + rho / (1 - rho)), rho the signal.
+
+    Without directions the median absolute change of ln norm per step.
+    """
+    if signal is not None:
+        share = min(max(signal, 0.0), _MOST_SIGNAL)
+        return 0.5 * math.log2(1 + share / (1 - share))
+    logs, steps = series.finite_log[-window:, row], series.steps[-window:]
+    known = np.isfinite(logs)
+    if known.sum() < MIN_WINDOW:
+        return None
+    return float(np.median(np.abs(np.diff(logs[known]) / np.diff(steps[known]))))
+
+
+def noise_scale(series: Series, found: Cosines | None, signal: float | None) -> float | None:
+    """Effective gradient noise scale B (1 - rho) / rho in samples (McCandlish et al. 2018).
+
+    From lagged products instead of micro-batches, so the motion of the parameters counts as noise;
+    None when the batch size is unknown or the signal is not above its error.
+    """
+    batch = series.history.meta.get("batch_size")
+    if found is None or signal is None or not isinstance(batch, int | float):
+        return None
+    error = float(np.nanmedian(found.error)) if found.error.size else 0.0
+    if signal <= 2 * error / math.sqrt(max(1, min(32, len(found.after)))) or signal >= 1:
+        return None
+    return float(batch) * (1 - signal) / signal
+
+
+def _directions(
+    series: Series, found: Cosines | None, row: int, shown: range
+) -> tuple[GradientDirection, ...] | None:
+    if found is None:
+        return None
+    pair = {int(t): i for i, t in enumerate(found.after)}
+    vectors = (
+        {} if series.sketches is None else {int(t): i for i, t in enumerate(series.sketches.index)}
+    )
+    return tuple(
+        _direction(series, found, row, t, pair.get(t), vectors.get(t))
+        for t in shown
+        if t in pair or t in vectors
+    )
+
+
+def _direction(
+    series: Series, found: Cosines, row: int, record: int, pair: int | None, vector: int | None
+) -> GradientDirection:
+    cosine = None if pair is None else _or_none(found.cosine[pair, row])
+    known = pair is not None and cosine is not None
+    values = None
+    if vector is not None and series.sketches is not None:
+        values = tuple(map(float, series.sketches.values[vector, row].tolist()))
+        values = values if any(values) else None
+    return GradientDirection.model_construct(
+        step=int(series.steps[record]),
+        direction_vector=values,
+        magnitude=magnitude(series, record, row),
+        consistency_score=cosine,
+        standard_error=float(found.error[pair, row]) if known and pair is not None else None,
+        lag=found.lag if known else None,
+    )

@@ -1,0 +1,231 @@
+"""The network as nodes and edges: who starves, who amplifies, which connections carry nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradscope.flow.graph import LOSS, Graph
+from gradscope.flow.layers import Levels, kin
+from gradscope.flow.paths import Edge, widest
+from gradscope.flow.result import (
+    Condition,
+    Depth,
+    EdgeType,
+    FlowEdge,
+    FlowNetwork,
+    FlowNode,
+    NetworkMetrics,
+    NodeType,
+)
+from gradscope.flow.robust import GAUSSIAN, Array, nanmedian, steadiness
+from gradscope.flow.series import Series
+
+#: Of the median edge: below this an edge carries nothing at that record, below that little.
+BLOCKED_FLOW = 1e-3
+WEAK_FLOW = 0.1
+_BLOCKED_SHARE = 0.1
+_STEADY_SHARE = 0.9
+_LEAST_RECORDS = 5
+AMPLIFIER_GAIN = 10.0
+_AMPLIFIER_Z = 3.5
+BOTTLENECK_RATIO = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Flows:
+    """What every edge carries: RMS by record, and its median of the last window."""
+
+    series: Mapping[Edge, Array]
+    capacity: Mapping[Edge, float]
+    recorded: bool
+
+
+def flows(series: Series, graph: Graph, window: int) -> Flows:
+    """The recorded contribution of each edge; without records of it the smaller RMS of its ends.
+
+    The latter says which layers are starved, not how much flows.
+    """
+    rms = np.where(series.recorded & ~series.nonfinite, series.rms, np.nan)
+    rms = np.where(series.recorded & (series.norm == 0), 0.0, rms)
+    every: dict[Edge, Array] = {(u, v): np.minimum(rms[:, u], rms[:, v]) for u, v in graph.edges}
+    known = _recorded(series, graph)
+    every |= known
+    capacity = {
+        edge: float(np.nan_to_num(nanmedian(flow[-window:]))) for edge, flow in every.items()
+    }
+    for row in graph.exits:
+        capacity[row, LOSS] = float(np.nan_to_num(nanmedian(rms[-window:, row])))
+    return Flows(every, capacity, bool(known))
+
+
+def _recorded(series: Series, graph: Graph) -> dict[Edge, Array]:
+    """Recorded flows, where the file has them and no rows were joined into the same edge."""
+    history = series.history
+    if history.edge_flow is None or history.edges is None or series.edges is None:
+        return {}
+    if len(series.edges) != len(history.edges):
+        return {}
+    pairs = zip(series.edges.tolist(), history.edge_flow.T, strict=True)
+    inside = set(graph.edges)
+    return {(u, v): flow.astype(np.float64) for (u, v), flow in pairs if (u, v) in inside}
+
+
+def network(
+    series: Series, graph: Graph, measured: Levels, found: Flows, depth: Depth | None, window: int
+) -> FlowNetwork:
+    """Nodes in order, edges in order, and the metrics of the whole."""
+    nodes = tuple(_nodes(series, graph, measured))
+    edges = tuple(_edges(series, graph, found, window))
+    return FlowNetwork(
+        nodes=nodes, edges=edges, metrics=_metrics(series, graph, found, nodes, edges, depth)
+    )
+
+
+def _nodes(series: Series, graph: Graph, measured: Levels) -> Iterator[FlowNode]:
+    chain = graph.topology == "assumed-chain"
+    total = series.numel(graph.rows)
+    gains = _gains(series, graph, measured)
+    influence = (
+        {} if chain else {row: series.numel(behind) for row, behind in graph.dominated.items()}
+    )
+    for row in graph.order:
+        role = _role(graph, row)
+        condition = _condition(series, graph, measured, gains, row)
+        share = influence.get(row)
+        yield FlowNode(
+            layer_name=series.names[row],
+            node_type=_type(role, condition),
+            role=role,  # type: ignore[arg-type]
+            condition=condition,
+            gradient_strength=None if np.isnan(measured.rms[row]) else float(measured.rms[row]),
+            connectivity=len(graph.before(row)) + len(graph.after(row)),
+            influence_score=None if share is None or not total else share / total,
+            depth=graph.depth.get(row),
+        )
+
+
+def _role(graph: Graph, row: int) -> str:
+    if row not in graph.connected:
+        return "isolated"
+    if graph.graph.has_edge(row, LOSS):
+        return "source"
+    return "interior" if graph.before(row) else "sink"
+
+
+def _type(role: str, condition: Condition) -> NodeType:
+    """One name by precedence: bottleneck, amplifier, source, sink, normal."""
+    if condition != "normal":
+        return condition
+    return role if role in ("source", "sink") else "normal"  # type: ignore[return-value]
+
+
+def _gains(series: Series, graph: Graph, measured: Levels) -> Array:
+    """ln of each layer's RMS over the median of its kind's next layers towards the loss."""
+    out = np.full(len(graph.rows), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(measured.rms)
+        for row in graph.rows:
+            ahead = kin(series, graph, row, graph.after)
+            if ahead:
+                out[row] = logs[row] - nanmedian(logs[ahead])
+    return out
+
+
+def _condition(series: Series, graph: Graph, measured: Levels, gains: Array, row: int) -> Condition:
+    """A tenth of both neighbours is a bottleneck; ten times the next layer, alone, an amplifier."""
+    if measured.bottleneck[row] > math.log10(1 / BOTTLENECK_RATIO) / 3:
+        return "bottleneck"
+    same = np.array([gains[r] for r in graph.rows if series.group(r) == series.group(row)])
+    same = same[np.isfinite(same)]
+    if not np.isfinite(gains[row]) or len(same) < 3:
+        return "normal"
+    centre = np.median(same)
+    wide = GAUSSIAN * np.median(np.abs(same - centre))
+    unusual = gains[row] - centre > _AMPLIFIER_Z * max(wide, 0.05)
+    return "amplifier" if gains[row] > math.log(AMPLIFIER_GAIN) and unusual else "normal"
+
+
+def _edges(series: Series, graph: Graph, found: Flows, window: int) -> Iterator[FlowEdge]:
+    if not found.series:
+        return
+    typical = nanmedian(np.stack(list(found.series.values())), axis=0)
+    steps = series.steps.astype(np.float64)
+    for u, v in graph.edges:
+        flow = found.series[u, v]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = flow / typical
+            logs = np.where(relative > 0, np.log(relative), np.nan)
+        recent = relative[-window:]
+        known = recent[np.isfinite(recent)]
+        yield FlowEdge(
+            from_layer=series.names[u],
+            to_layer=series.names[v],
+            flow_strength=float(np.median(known)) if len(known) else None,
+            flow_consistency=steadiness(logs[-window:], steps[-window:]),
+            edge_type=edge_type(relative[np.isfinite(relative)]),
+            basis="recorded" if found.recorded else "proxy",
+        )
+
+
+def edge_type(relative: Array) -> EdgeType:
+    """By how often an edge carries a thousandth of the median edge, and how much: a partition.
+
+    blocked below 10 % of the records, intermittent below 90 %, else weak under a tenth of the
+    median edge, else strong; unknown with fewer than five records.
+    """
+    if len(relative) < _LEAST_RECORDS:
+        return "unknown"
+    share = float((relative > BLOCKED_FLOW).mean())
+    if share < _BLOCKED_SHARE:
+        return "blocked"
+    if share < _STEADY_SHARE:
+        return "intermittent"
+    return "weak" if float(np.median(relative)) < WEAK_FLOW else "strong"
+
+
+def _metrics(
+    series: Series,
+    graph: Graph,
+    found: Flows,
+    nodes: tuple[FlowNode, ...],
+    edges: tuple[FlowEdge, ...],
+    depth: Depth | None,
+) -> NetworkMetrics:
+    steady = [edge.flow_consistency for edge in edges if edge.flow_consistency is not None]
+    bottlenecks = sum(node.condition == "bottleneck" for node in nodes)
+    return NetworkMetrics(
+        overall_flow_efficiency=_efficiency(graph, found),
+        network_connectivity=_reached(series, graph, edges),
+        bottleneck_density=bottlenecks / len(nodes) if nodes else None,
+        flow_stability=float(np.median(steady)) if steady else None,
+        information_propagation_speed=None if depth is None else math.exp(-depth.nats_per_layer),
+    )
+
+
+def _efficiency(graph: Graph, found: Flows) -> float | None:
+    width, onward = widest(graph, found.capacity)
+    at_loss = max((width[row] for row in graph.exits if row in width), default=0.0)
+    ends = [width[row] for row in graph.entries if row in onward]
+    if not ends or at_loss <= 0:
+        return None
+    if min(ends) <= 0:
+        return 0.0
+    return math.exp(float(np.mean([math.log(min(1.0, wide / at_loss)) for wide in ends])))
+
+
+def _reached(series: Series, graph: Graph, edges: tuple[FlowEdge, ...]) -> float | None:
+    """Share of the parameters that the loss reaches over edges that carry something."""
+    total = series.numel(graph.rows)
+    if graph.topology == "assumed-chain" or not total:
+        return None
+    open_ = {(e.from_layer, e.to_layer) for e in edges if e.edge_type != "blocked"}
+    reached = set(graph.exits)
+    for row in reversed(graph.order):
+        ahead = [v for v in graph.after(row) if v in reached]
+        if any((series.names[row], series.names[v]) in open_ for v in ahead):
+            reached.add(row)
+    return (series.numel(reached) or 0) / total

@@ -1,0 +1,154 @@
+"""From a grid of flags over records and layers to regions: runs in time, joined over the graph."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.flow.graph import Graph
+from gradscope.flow.result import Extent
+from gradscope.flow.series import Mask, Series
+
+#: Gaps of this many records do not end a run, and shorter runs are no region.
+BRIDGE = 2
+SHORTEST = 3
+_MAX_RUNS = 200_000
+
+Grid = NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One layer over the records ``first`` to ``end`` (not included)."""
+
+    row: int
+    first: int
+    end: int
+
+
+def hysteresis(enter: Mask, stay: Mask) -> Mask:
+    """Cells of ``stay`` whose unbroken stretch in time has a cell of ``enter``."""
+    stay = stay | enter
+    out = np.zeros_like(stay)
+    for run in _stretches(stay & enter.any(axis=0)):
+        if enter[run.first : run.end, run.row].any():
+            out[run.first : run.end, run.row] = True
+    return out
+
+
+def runs(flags: Mask, shortest: int = SHORTEST, bridge: int = BRIDGE) -> list[Run]:
+    """The runs of each layer, gaps of up to ``bridge`` records closed, short ones dropped."""
+    joined: list[Run] = []
+    for run in _stretches(flags):
+        if joined and joined[-1].row == run.row and run.first - joined[-1].end <= bridge:
+            joined[-1] = Run(run.row, joined[-1].first, run.end)
+        else:
+            joined.append(run)
+    return [run for run in joined if run.end - run.first >= shortest]
+
+
+def _stretches(flags: Mask) -> Iterator[Run]:
+    """Unbroken runs by layer, then time."""
+    padded = np.zeros((flags.shape[0] + 2, flags.shape[1]), np.int8)
+    padded[1:-1] = flags
+    change = np.diff(padded, axis=0).T
+    first_row, first = np.nonzero(change == 1)
+    _, end = np.nonzero(change == -1)
+    for row, a, b in zip(first_row.tolist(), first.tolist(), end.tolist(), strict=True):
+        yield Run(row, a, b)
+
+
+def joined(found: Sequence[Run], graph: Graph) -> list[list[Run]]:
+    """Connected components of runs: same time, layers adjacent or with one layer between."""
+    by_row: dict[int, list[int]] = defaultdict(list)
+    for i, run in enumerate(found):
+        by_row[run.row].append(i)
+    parent = list(range(len(found)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for row, here in by_row.items():
+        for other in _near(graph, row):
+            for a, b in _overlaps(found, here, by_row.get(other, [])):
+                parent[max(root(a), root(b))] = min(root(a), root(b))
+    parts: dict[int, list[Run]] = defaultdict(list)
+    for i, run in enumerate(found):
+        parts[root(i)].append(run)
+    return sorted(parts.values(), key=lambda part: min((r.first, r.row) for r in part))
+
+
+def _near(graph: Graph, row: int) -> set[int]:
+    after = graph.after(row)
+    return {far for near in after for far in (near, *graph.after(near))}
+
+
+def _overlaps(
+    found: Sequence[Run], a: Sequence[int], b: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Pairs of runs of two layers that share or touch in time; both are in order."""
+    i = j = 0
+    while i < len(a) and j < len(b):
+        left, right = found[a[i]], found[b[j]]
+        if left.first <= right.end and right.first <= left.end:
+            yield a[i], b[j]
+        if left.end <= right.end:
+            i += 1
+        else:
+            j += 1
+
+
+def rows_of(part: Sequence[Run], graph: Graph) -> list[int]:
+    """The layers of a region from the input to the loss."""
+    inside = {run.row for run in part}
+    return [row for row in graph.order if row in inside]
+
+
+def extent(part: Sequence[Run], series: Series, graph: Graph) -> Extent:
+    """Where and when a region is, in the history's own steps."""
+    rows = rows_of(part, graph)
+    first, end = min(run.first for run in part), max(run.end for run in part)
+    steps = series.steps
+    return Extent(
+        start_layer=series.names[rows[0]],
+        end_layer=series.names[rows[-1]],
+        layer_count=len(rows),
+        affected_parameters=series.numel(rows),
+        duration_steps=int(steps[end - 1] - steps[first]),
+        records=end - first,
+        onset=onset(series, first),
+        end=int(steps[end - 1]),
+        ongoing=end >= len(steps) - BRIDGE,
+    )
+
+
+def onset(series: Series, record: int) -> tuple[int | None, int]:
+    """Between which two steps something began that is first seen at a record."""
+    before = int(series.steps[record - 1]) if record else None
+    return before, int(series.steps[record])
+
+
+def sustained(levels: Grid, part: Sequence[Run], least: int = SHORTEST) -> int:
+    """The worst level that one layer holds for ``least`` records of a region."""
+    worst = 0
+    for run in part:
+        inside = levels[run.first : run.end, run.row]
+        for level in range(int(inside.max(initial=0)), worst, -1):
+            if int((inside >= level).sum()) >= min(least, run.end - run.first):
+                worst = level
+                break
+    return worst
+
+
+def region_id(kind: str, names: Sequence[str], ordinal: int) -> str:
+    """An identity that survives another run: kind, first and last layer, which of several."""
+    key = "\0".join((kind, names[0], names[-1], str(ordinal)))
+    return f"{kind}-{sha256(key.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -1,0 +1,361 @@
+"""The ``result`` of ``gradscope flow`` (contract: the seeds' field names), and what rules read.
+
+Magnitudes are L2 norms in the units of the loss over those of the parameters. ``basis`` says what
+a number rests on: "exact" gradients, "sketch" (unbiased estimates from count-sketches) or "norm"
+(norms alone). None is undefined or unknown, never zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gradscope.report.model import Number, Record, Report
+
+#: As ``History.topology``; spelled out, because listing rules must not import NumPy.
+Topology = Literal["recorded", "given", "assumed-chain"]
+Basis = Literal["exact", "sketch", "norm"]
+Level = Literal["none", "mild", "moderate", "severe", "critical"]
+LEVELS: tuple[Level, ...] = ("none", "mild", "moderate", "severe", "critical")
+FlowDirection = Literal["forward", "backward", "oscillating", "stagnant", "indeterminate"]
+NodeType = Literal["source", "sink", "bottleneck", "amplifier", "normal"]
+Condition = Literal["bottleneck", "amplifier", "normal"]
+EdgeType = Literal["strong", "weak", "intermittent", "blocked", "unknown"]
+Recovery = Literal["high", "medium", "low", "none"]
+
+
+class GradientDirection(Record):
+    """The direction of one gradient, and how it agrees with the record before."""
+
+    step: int
+    #: The count-sketch of the unit gradient.
+    direction_vector: tuple[float, ...] | None
+    magnitude: Number | None
+    #: Cosine to the gradient ``lag`` steps before, and its standard error (0 when exact).
+    consistency_score: float | None
+    standard_error: float | None
+    lag: int | None
+
+
+class LayerFlow(Record):
+    """One layer over the whole run; medians are over the last window of records."""
+
+    layer_name: str
+    kind: str
+    numel: int | None
+    #: Steps of ``gradient_magnitudes``.
+    steps: tuple[int, ...]
+    gradient_magnitudes: tuple[Number | None, ...]
+    gradient_directions: tuple[GradientDirection, ...] | None
+    #: Mean cosine of the window's gradients to each other; by norms, exp(-spread of log changes).
+    flow_consistency: float | None
+    #: 0 to 1: how many of three decades the layer lies below both its neighbours.
+    bottleneck_score: float | None
+    #: Bits per step and dimension that gradients carry above noise; by norms, |change of log|.
+    information_flow_rate: float | None
+    basis: Basis
+    rms: float | None
+    #: Decades below (positive) or above the loss side's RMS gradient.
+    deficit: float | None
+    update_ratio: float | None
+    zero_fraction: float | None
+    flow_direction: FlowDirection
+    stability_score: float | None
+    #: Effective gradient noise scale in samples (McCandlish et al. 2018), by lagged products.
+    noise_scale: float | None
+    records: int
+    missing: int
+
+
+class TemporalFlow(Record):
+    """One layer at one record."""
+
+    step: int
+    layer_name: str
+    gradient_magnitude: Number | None
+    flow_direction: FlowDirection
+    stability_score: float | None
+
+
+class FlowNode(Record):
+    """One layer as a node; ``role`` and ``condition`` are what ``node_type`` chooses between."""
+
+    layer_name: str
+    node_type: NodeType
+    role: Literal["source", "sink", "interior", "isolated"]
+    condition: Condition
+    #: Median RMS gradient over the window.
+    gradient_strength: float | None
+    #: Edges in and out.
+    connectivity: int | None
+    #: Share of all parameters whose gradient must pass here; None on an assumed chain.
+    influence_score: float | None
+    depth: int | None
+
+
+class FlowEdge(Record):
+    """An edge in the direction of the forward pass; flow is relative to the median edge."""
+
+    from_layer: str
+    to_layer: str
+    flow_strength: float | None
+    flow_consistency: float | None
+    edge_type: EdgeType
+    basis: Literal["recorded", "proxy"]
+
+
+class NetworkMetrics(Record):
+    """The network as a whole."""
+
+    #: Geometric mean over entries of the widest path's width over the width at the loss, 0 to 1.
+    overall_flow_efficiency: float | None
+    #: Share of the parameters reached from the loss over edges that are not blocked.
+    network_connectivity: float | None
+    bottleneck_density: float | None
+    #: Median consistency of the edges.
+    flow_stability: float | None
+    #: Factor by which the RMS gradient changes per layer away from the loss.
+    information_propagation_speed: float | None
+
+
+class FlowNetwork(Record):
+    """Layers and the edges between them."""
+
+    nodes: tuple[FlowNode, ...]
+    edges: tuple[FlowEdge, ...]
+    metrics: NetworkMetrics
+
+
+class CriticalPath(Record):
+    """The widest way of the gradient from the loss to one entry layer."""
+
+    path_id: str
+    #: From the loss to the entry.
+    layers: tuple[str, ...]
+    path_length: int
+    #: Natural logarithm of the entry's over the loss side's RMS gradient.
+    total_flow_strength: float | None
+    bottleneck_layers: tuple[str, ...]
+    weakest_link: tuple[str, str] | None
+    #: 1: no other route; 0: another is as wide. None on an assumed chain.
+    criticality_score: float | None
+    #: Decades between the weakest link and the median one.
+    optimization_potential: float | None
+    #: Other routes around the weakest link, and their width over this one's.
+    alternatives: tuple[tuple[tuple[str, ...], float], ...] = ()
+
+
+class Extent(Record):
+    """Where and when."""
+
+    start_layer: str
+    end_layer: str
+    layer_count: int
+    affected_parameters: int | None
+    #: From the first to the last record of the region.
+    duration_steps: int
+    records: int
+    #: It began after the first and by the second of these steps; None: before the record began.
+    onset: tuple[int | None, int]
+    end: int
+    ongoing: bool
+
+
+class Peak(Record):
+    """The worst value and where it was seen."""
+
+    value: Number
+    layer_name: str
+    step: int
+
+
+class Region(Record):
+    """Adjacent layers over a stretch of time, for one cause."""
+
+    region_id: str
+    affected_layers: tuple[str, ...]
+    severity_level: Level
+    extent: Extent
+    #: Which tests fired, of those documented with the analyzer.
+    tests: tuple[str, ...]
+    systemic: bool
+    peak: Peak | None
+    update_ratio: float | None
+    cause: str
+    mitigation_suggestions: tuple[str, ...]
+
+
+class DeadZone(Record):
+    """Adjacent layers that get no gradient for a while."""
+
+    zone_id: str
+    affected_layers: tuple[str, ...]
+    #: The layer nearest the loss: what lies behind it can only inherit.
+    origin: str
+    #: Steps of the longest unbroken stretch.
+    dead_duration: int
+    recovery_potential: Recovery
+    intervention_required: bool
+    extent: Extent
+    past_recoveries: int
+
+
+class ExplodingLayer(Record):
+    """One layer of an exploding region."""
+
+    layer_name: str
+    #: The greatest finite norm, and the step it was seen at.
+    gradient_norm: Number | None
+    step: int | None
+    severity: Level
+    tests: tuple[str, ...]
+    #: Greatest norm over the layer's median.
+    ratio: float | None
+    numel: int | None
+    recommended_action: str
+
+
+class Explosion(Record):
+    """Exploding gradients over the whole history."""
+
+    exploding_layers: tuple[ExplodingLayer, ...]
+    max_gradient_norm: float | None
+    max_layer: str | None
+    max_step: int | None
+    mean_gradient_norm: float | None
+    std_gradient_norm: float | None
+    median_gradient_norm: float | None
+    mad_gradient_norm: float | None
+    #: Share of the layers, and of the parameters.
+    explosion_ratio: float | None
+    parameter_ratio: float | None
+    overall_severity: Level
+    mitigation_recommendations: tuple[str, ...]
+
+
+class Spike(Record):
+    """A jump that most affected layers share and that is over soon."""
+
+    step: int
+    layer_name: str
+    layers: int
+    #: Norm over the median of the records before, and its modified z.
+    ratio: float
+    z: float
+    left_a_trace: bool
+
+
+class NonFinite(Record):
+    """Gradients with NaN or Inf elements."""
+
+    step: int
+    #: The layer nearest the loss among the first to turn; None when the loss did before.
+    origin: str | None
+    inherited_by: tuple[str, ...]
+    loss_nonfinite: bool
+    records: int
+    #: The last finite record before.
+    last_finite_step: int | None
+
+
+class Depth(Record):
+    """How the RMS gradient changes on the way back from the loss."""
+
+    #: Nats lost per layer (negative: gained), by Theil-Sen over the weights.
+    nats_per_layer: float
+    r_squared: float
+    layers: int
+    systemic: Literal["vanishing", "exploding"] | None
+
+
+class LearningRateAdvice(Record):
+    """What the growth of oscillating gradients says about the learning rate."""
+
+    #: Divide by this; None when only "lower it" can be said.
+    divide_by: float | None
+    current: float | None
+    suggested: float | None
+    growth_per_step: float
+    cosine: float
+    why: str
+
+
+class Oscillation(Record):
+    """Windows in which successive gradients oppose each other."""
+
+    layers: tuple[str, ...]
+    share_of_layers: float
+    cosine: float | None
+    growth_per_step: float | None
+    onset: tuple[int | None, int]
+    ongoing: bool
+    basis: Basis
+
+
+class Stagnation(Record):
+    """A network that no longer moves."""
+
+    onset: tuple[int | None, int]
+    update_ratio: float | None
+    reason: Literal["update", "epsilon", "repeats"]
+    converged: bool
+
+
+class UpdateRatio(Record):
+    """A layer whose steps are large against its weights."""
+
+    layer_name: str
+    median: float
+    peak: float
+    step: int
+    numel: int | None
+
+
+class Missing(Record):
+    """A layer without gradients."""
+
+    layer_name: str
+    state: Literal["unused", "frozen", "not-recorded", "partly"]
+    records: int
+    numel: int | None
+
+
+class Convergence(Record):
+    """The whole network's gradients fell together."""
+
+    decades: float
+    loss_fell: bool | None
+
+
+class FlowResult(Record):
+    """The result of one run."""
+
+    layers: tuple[LayerFlow, ...]
+    temporal: tuple[TemporalFlow, ...]
+    network: FlowNetwork
+    critical_paths: tuple[CriticalPath, ...]
+    vanishing_regions: tuple[Region, ...]
+    exploding_regions: tuple[Region, ...]
+    dead_zones: tuple[DeadZone, ...]
+    explosion: Explosion
+    topology: Topology
+    steps: int
+    first_step: int | None
+    last_step: int | None
+    spikes: tuple[Spike, ...] = ()
+    skipped_steps: int = 0
+    nonfinite: tuple[NonFinite, ...] = ()
+    depth: Depth | None = None
+    oscillation: tuple[Oscillation, ...] = ()
+    stagnation: Stagnation | None = None
+    learning_rate: LearningRateAdvice | None = None
+    update_ratios: tuple[UpdateRatio, ...] = ()
+    missing: tuple[Missing, ...] = ()
+    convergence: Convergence | None = None
+    #: Kinds of facts the history has: what a rule may need.
+    measured: tuple[str, ...] = ()
+    #: (layer, record) rows that the series leave out: all but the most recent ones.
+    rows_omitted: int = 0
+    notes: tuple[str, ...] = ()
+
+
+FlowReport = Report[FlowResult]

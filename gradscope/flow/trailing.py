@@ -1,0 +1,84 @@
+"""Median and spread of what came before each record: the compiled loop of the spike test."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradscope.flow.robust import GAUSSIAN, Array
+from gradscope.statistics.kernels import kernel
+
+
+def trailing(values: Array, window: int, least: int) -> tuple[Array, Array]:
+    """Median and 1.4826 MAD of up to ``window`` finite values before each record, both [T, L].
+
+    The record itself is left out, so that a spike does not hide in its own reference; NaN where
+    fewer than ``least`` precede it. Linear in T x L.
+    """
+    medians = np.full(values.shape, np.nan)
+    spreads = np.full(values.shape, np.nan)
+    _trailing(np.ascontiguousarray(values), window, least, GAUSSIAN, medians, spreads)
+    return medians, spreads
+
+
+@kernel()
+def _trailing(values, window, least, factor, medians, spreads):  # type: ignore[no-untyped-def]
+    records, layers = values.shape
+    ordered = np.empty(window)
+    arrival = np.empty(window)
+    for layer in range(layers):
+        count, oldest = 0, 0
+        for t in range(records):
+            if count >= least:
+                middle = _middle(ordered, count)
+                medians[t, layer] = middle
+                spreads[t, layer] = factor * _mad(ordered, count, middle)
+            v = values[t, layer]
+            if not np.isfinite(v):
+                continue
+            if count == window:
+                _remove(ordered, count, arrival[oldest])
+                oldest = (oldest + 1) % window
+                count -= 1
+            arrival[(oldest + count) % window] = v
+            _insert(ordered, count, v)
+            count += 1
+
+
+@kernel()
+def _middle(ordered, count):  # type: ignore[no-untyped-def]
+    half = count // 2
+    if count % 2:
+        return ordered[half]
+    return 0.5 * (ordered[half - 1] + ordered[half])
+
+
+@kernel()
+def _mad(ordered, count, middle):  # type: ignore[no-untyped-def]
+    """Median distance to the middle: the sorted values are merged outwards from it."""
+    right = np.searchsorted(ordered[:count], middle)
+    left = right - 1
+    previous = distance = 0.0
+    for _ in range(count // 2 + 1):
+        previous = distance
+        if left < 0 or (right < count and ordered[right] - middle < middle - ordered[left]):
+            distance = ordered[right] - middle
+            right += 1
+        else:
+            distance = middle - ordered[left]
+            left -= 1
+    return distance if count % 2 else 0.5 * (previous + distance)
+
+
+@kernel()
+def _insert(ordered, count, value):  # type: ignore[no-untyped-def]
+    at = count
+    while at > 0 and ordered[at - 1] > value:
+        ordered[at] = ordered[at - 1]
+        at -= 1
+    ordered[at] = value
+
+
+@kernel()
+def _remove(ordered, count, value):  # type: ignore[no-untyped-def]
+    for at in range(np.searchsorted(ordered[:count], value), count - 1):
+        ordered[at] = ordered[at + 1]

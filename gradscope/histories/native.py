@@ -1,0 +1,360 @@
+"""Reading ``gradscope.grads``: one file, or a folder of the shards that one run wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from pydantic import ValidationError
+
+from gradscope.checkpoints.tensors import Failure
+from gradscope.errors import InputError
+from gradscope.histories.history import KINDS, Exact, History, Layer, Sketches, Status
+from gradscope.histories.schema import FORMAT, KEYS, VERSION, Meta, fault
+from gradscope.histories.steps import ordered
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+#: Deflate reaches about 1000:1 on zeros; neither a ratio nor a size alone makes a bomb.
+_BOMB_RATIO = 200
+_BOMB_BYTES = 1 << 30
+_FETCH_AGAIN = "copy it again, or drop it to read the rest"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Shard:
+    """One file: its arrays, checked against the format, and its meta."""
+
+    path: str
+    arrays: Arrays
+    meta: dict[str, Any]
+    unknown: tuple[str, ...]
+
+
+def is_native(path: str) -> bool:
+    """Whether a file is an archive with the format's ``meta``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "meta.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def read_native(path: str) -> History:
+    """A history from one file. Raises InputError when it breaks the format."""
+    return _history(path, [_shard(path)], [])
+
+
+def read_shards(folder: str, files: Sequence[str]) -> History:
+    """A history from the files of one run, in the order given; a damaged one costs its records.
+
+    Layers that appear later (unfrozen, added) are joined by name. Raises InputError when no file
+    can be read.
+    """
+    shards: list[_Shard] = []
+    failures: list[InputError] = []
+    for file in files:
+        try:
+            shards.append(_shard(file))
+        except InputError as error:
+            failures.append(error)
+    if not shards:
+        raise failures[0]
+    return _history(folder, shards, failures)
+
+
+def _shard(path: str) -> _Shard:
+    try:
+        arrays = _arrays(path)
+    except zipfile.BadZipFile as error:
+        kind = "truncated" if "not a zip" in str(error) else "malformed"
+        raise InputError(path, kind, f"is a damaged or truncated archive ({error}); {_FETCH_AGAIN}") from None  # type: ignore[arg-type]  # fmt: skip
+    except OSError as error:
+        raise InputError(path, "missing", f"cannot be read: {error.strerror or error}") from None
+    except (
+        ValueError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        SyntaxError,
+        MemoryError,
+    ) as error:
+        raise InputError(
+            path, "malformed", f"holds an array that cannot be read: {error}"
+        ) from None
+    meta = _meta(path, arrays.pop("meta", None))
+    if reason := fault(arrays):
+        raise InputError(path, "malformed", reason)
+    unknown = tuple(name for name in arrays if name not in KEYS)
+    return _Shard(path, arrays, meta, unknown)
+
+
+def _arrays(path: str) -> Arrays:
+    arrays: Arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not info.filename.endswith(".npy"):
+                continue
+            if info.file_size > _BOMB_BYTES and info.file_size > _BOMB_RATIO * info.compress_size:
+                message = f"{info.filename} would inflate from {info.compress_size} bytes to {info.file_size}"  # fmt: skip
+                raise InputError(
+                    path, "unsafe", f"{message}; save it uncompressed if that is right"
+                )
+            name = info.filename[: -len(".npy")]
+            if name == "meta" or name in KEYS:
+                arrays[name] = _member(path, archive, info)
+            else:
+                arrays[name] = np.empty(0)
+    return arrays
+
+
+def _member(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    with archive.open(info) as file:
+        version = npy.read_magic(file)
+        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = reader(file)
+        if dtype.hasobject:
+            raise InputError(path, "unsafe", f"{info.filename} holds pickled objects, which are never loaded")  # fmt: skip
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if size > info.file_size or size < 0:
+            raise InputError(path, "malformed", f"{info.filename} declares {size} bytes and has {info.file_size}")  # fmt: skip
+        data = file.read(size)
+    if len(data) != size:
+        raise InputError(path, "truncated", f"{info.filename} ends early; {_FETCH_AGAIN}")
+    order = "F" if fortran else "C"
+    return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
+
+
+def _meta(path: str, found: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+    if found is None:
+        raise InputError(path, "malformed", f"has no meta: it is no {FORMAT} file")
+    try:
+        meta = json.loads(found.astype(np.uint8, casting="equiv").tobytes())
+        if not isinstance(meta, dict):
+            raise ValueError("it is not an object")
+        if meta.get("format") == FORMAT and _major(meta) not in (None, VERSION[0]):
+            raise InputError(path, "malformed", f"is version {_major(meta)} of {FORMAT}; this gradscope reads version {VERSION[0]}")  # fmt: skip
+        Meta.model_validate(meta)
+    except InputError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(path, "malformed", f"meta.{where}: {first['msg']}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(path, "malformed", f"meta is not the format's JSON: {error}") from None
+    return meta
+
+
+def _major(meta: Mapping[str, Any]) -> object:
+    version = meta.get("version")
+    return version[0] if isinstance(version, list) and version else None
+
+
+def _history(path: str, shards: Sequence[_Shard], failures: Sequence[InputError]) -> History:
+    names = list(dict.fromkeys(n for s in shards for n in s.arrays["layer/name"].tolist()))
+    places = [_places(shard, names) for shard in shards]
+    steps = np.concatenate([shard.arrays["steps"].astype(np.int64) for shard in shards])
+    chosen, notes = ordered(steps)
+    joined = _Joined(shards, names, places, chosen, steps)
+    last = shards[-1]
+    topology = last.meta.get("topology")
+    source = topology.get("source") if isinstance(topology, Mapping) else None
+    edges = joined.edges()
+    return History(
+        path=path,
+        format=FORMAT,
+        nbytes=sum(os.path.getsize(shard.path) for shard in shards),
+        steps=steps[chosen],
+        layers=joined.layers(),
+        l2=joined.cells("grad/l2", np.nan),
+        status=joined.status(),
+        sketches=joined.sketches(),
+        exact=joined.exact(),
+        edges=edges,
+        topology="assumed-chain"
+        if edges is None
+        else "recorded"
+        if source == "recorded"
+        else "given",  # fmt: skip
+        meta=last.meta,
+        notes=tuple([*notes, *_unknown(shards)]),
+        failures=tuple(
+            Failure(e.kind, f"{os.path.basename(e.path)}: {e.message}") for e in failures
+        ),
+        **joined.fields(),
+    )
+
+
+def _places(shard: _Shard, names: Sequence[str]) -> np.ndarray[Any, Any]:
+    index = {name: i for i, name in enumerate(names)}
+    return np.array([index[n] for n in shard.arrays["layer/name"].tolist()], dtype=np.int64)
+
+
+def _unknown(shards: Sequence[_Shard]) -> list[str]:
+    unknown = dict.fromkeys(name for shard in shards for name in shard.unknown)
+    return [f"keys that this version does not know were ignored: {', '.join(unknown)}"] if unknown else []  # fmt: skip
+
+
+_ABSENT = {"n_nan": -1, "n_inf": -1, "skipped": 0, "micro_count": 0}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Joined:
+    """Several shards as one set of arrays: rows by name, records in order."""
+
+    shards: Sequence[_Shard]
+    names: Sequence[str]
+    places: Sequence[np.ndarray[Any, Any]]
+    chosen: np.ndarray[Any, Any]
+    steps: np.ndarray[Any, Any]
+
+    @property
+    def _plain(self) -> bool:
+        """One shard, all records, in its own order: nothing needs copying."""
+        return len(self.shards) == 1 and len(self.chosen) == len(self.steps)
+
+    def _row(self, name: str, absent: Any) -> list[Any]:
+        values: list[Any] = [absent] * len(self.names)
+        for shard, place in zip(self.shards, self.places, strict=True):
+            if name in shard.arrays:
+                for at, value in zip(place.tolist(), shard.arrays[name].tolist(), strict=True):
+                    values[at] = value
+        return values
+
+    def layers(self) -> tuple[Layer, ...]:
+        kinds, modules = self._row("layer/kind", "other"), self._row("layer/module", "")
+        sizes, groups = self._row("layer/numel", -1), self._row("layer/group", -1)
+        tied = self._tied()
+        return tuple(
+            Layer(
+                name=name,
+                kind=kind if kind in KINDS else "other",
+                numel=size if size >= 0 else None,
+                module=module,
+                tied_to=tie,
+                group=group if group >= 0 else None,
+            )
+            for name, kind, module, size, group, tie in zip(
+                self.names, kinds, modules, sizes, groups, tied, strict=True
+            )
+        )
+
+    def _tied(self) -> list[int | None]:
+        tied: list[int | None] = [None] * len(self.names)
+        for shard, place in zip(self.shards, self.places, strict=True):
+            for row, other in enumerate(shard.arrays.get("layer/tied_to", np.empty(0)).tolist()):
+                if other >= 0 and other != row:
+                    tied[int(place[row])] = int(place[int(other)])
+        return tied
+
+    def cells(self, name: str, absent: Any) -> np.ndarray[Any, Any]:
+        """A [T, L] array over all shards, ``absent`` where one does not have it."""
+        if self._plain:
+            return self.shards[0].arrays[name]
+        dtype = next(s.arrays[name].dtype for s in self.shards if name in s.arrays)
+        parts = []
+        for shard, place in zip(self.shards, self.places, strict=True):
+            part = np.full((len(shard.arrays["steps"]), len(self.names)), absent, dtype)
+            if name in shard.arrays:
+                part[:, place] = shard.arrays[name]
+            parts.append(part)
+        return np.concatenate(parts)[self.chosen]
+
+    def records(self, name: str, absent: Any) -> np.ndarray[Any, Any]:
+        """A [T, …] array over all shards; columns are padded to the widest."""
+        found = [shard.arrays.get(name) for shard in self.shards]
+        first = next(array for array in found if array is not None)
+        width = (
+            max(array.shape[1] for array in found if array is not None) if first.ndim == 2 else 0
+        )
+        parts = []
+        for shard, array in zip(self.shards, found, strict=True):
+            count = len(shard.arrays["steps"])
+            part = np.full((count, width) if width else count, absent, first.dtype)
+            if array is not None:
+                part[(slice(None), slice(array.shape[1])) if width else slice(None)] = array
+            parts.append(part)
+        return np.concatenate(parts)[self.chosen]
+
+    def status(self) -> np.ndarray[Any, Any]:
+        """The file's own; without one, everything in it was recorded."""
+        parts = []
+        for shard, place in zip(self.shards, self.places, strict=True):
+            part = np.zeros((len(shard.arrays["steps"]), len(self.names)), np.uint8)
+            part[:, place] = shard.arrays.get("grad/status", Status.RECORDED)
+            parts.append(part)
+        return np.concatenate(parts)[self.chosen]
+
+    def fields(self) -> dict[str, Any]:
+        """The optional arrays that are fields of a history."""
+        found: dict[str, Any] = {}
+        for name, key in KEYS.items():
+            if key.field is None or not any(name in shard.arrays for shard in self.shards):
+                continue
+            absent = _ABSENT.get(key.field, np.nan)
+            if key.shape == ("T", "L"):
+                found[key.field] = self.cells(name, absent)
+            elif key.shape[0] == "T" and (name != "edge/flow" or self._same_edges()):
+                found[key.field] = self.records(name, absent)
+            elif key.shape[0] != "T" and len(self.shards) == 1:
+                found[key.field] = self.shards[0].arrays[name]
+        return found
+
+    def _same_edges(self) -> bool:
+        first = self.shards[0].arrays.get("graph/edges")
+        return all(
+            np.array_equal(first, shard.arrays.get("graph/edges")) for shard in self.shards[1:]
+        )
+
+    def sketches(self) -> Sketches | None:
+        """All sketches, with the place of their records in the joined history."""
+        having = [s for s in self.shards if "grad/sketch" in s.arrays]
+        if not having:
+            return None
+        width = having[-1].arrays["grad/sketch"].shape[2]
+        new = {int(old): i for i, old in enumerate(self.chosen)}
+        values, index, offset = [], [], 0
+        for shard, place in zip(self.shards, self.places, strict=True):
+            found = shard.arrays.get("grad/sketch")
+            if found is not None and found.shape[2] == width:
+                at = [new.get(offset + int(t)) for t in shard.arrays["grad/sketch_index"]]
+                kept = [i for i, t in enumerate(at) if t is not None]
+                part = np.zeros((len(kept), len(self.names), width), found.dtype)
+                part[:, place] = found[kept]
+                values.append(part)
+                index += [at[i] for i in kept]
+            offset += len(shard.arrays["steps"])
+        order = np.argsort(np.array(index, dtype=np.int64), kind="stable")
+        return Sketches(np.concatenate(values)[order], np.array(index, dtype=np.int64)[order])
+
+    def exact(self) -> Exact | None:
+        """Exact cosines; the first records of a shard have none across its border."""
+        if not all(
+            "grad/prev_cos" in s.arrays and "grad/prev_lag" in s.arrays for s in self.shards
+        ):
+            return None
+        return Exact(self.cells("grad/prev_cos", np.nan), self.cells("grad/prev_lag", 0))
+
+    def edges(self) -> np.ndarray[Any, Any] | None:
+        """The edges of the last shard that has some, its rows in the joined numbering."""
+        for shard, place in reversed(list(zip(self.shards, self.places, strict=True))):
+            found = shard.arrays.get("graph/edges")
+            if found is not None and len(found):
+                full = np.append(place, [len(self.names), -1])
+                return full[found.astype(np.int64)]
+        return None
+
+
+def files_of(folder: str) -> list[str]:
+    """The shards of a folder by number, then name."""
+    names = [n for n in os.listdir(folder) if n.endswith(".npz") and not n.startswith(".")]
+    stem = {n: n[: -len(".npz")] for n in names}
+    names.sort(key=lambda n: (not stem[n].isdigit(), int(stem[n]) if stem[n].isdigit() else 0, n))
+    return [os.path.join(folder, name) for name in names]

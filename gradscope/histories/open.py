@@ -1,0 +1,152 @@
+"""Opening a history, whatever wrote it: by content, then by a table of readers."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from gradscope.checkpoints.files import stamp
+from gradscope.checkpoints.sniff import sniff
+from gradscope.errors import InputError, UsageError
+from gradscope.histories.arrays import As, read_arrays
+from gradscope.histories.history import History
+from gradscope.histories.native import files_of, is_native, read_native, read_shards
+
+#: Entry points of this group: a callable from path to History, or None for what it does not read.
+GROUP = "gradscope.histories"
+_JSON_CAP = 1 << 30
+_READS = "gradscope.grads (npz), npz, safetensors and .pt of norms or gradients, CSV, JSON lines, Parquet, TensorBoard events, trainer_state.json"  # fmt: skip
+
+
+def open_history(path: str, *, as_: As | None = None) -> History:
+    """Read the history at a path: a file, a folder of shards or event files, or a glob.
+
+    ``as_`` says what plain arrays are when that cannot be seen. Raises InputError when it cannot
+    be read, UsageError when it is ambiguous or an optional dependency is missing.
+    """
+    if os.path.isdir(path):
+        return _folder(path)
+    if not os.path.exists(path) and (files := sorted(glob.glob(path))):
+        return read_shards(path, files)
+    size = stamp(path)[0]
+    if not size:
+        raise InputError(path, "truncated", "is empty (0 bytes)")
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    for recognises, read in _READERS:
+        if recognises(path, start):
+            return read(path, as_)
+    return _third_party(path)
+
+
+def _folder(path: str) -> History:
+    if files := files_of(path):
+        return read_shards(path, files)
+    from gradscope.histories.events import event_files, read_events
+
+    if events := event_files(path):
+        return read_events(path, events)
+    state = os.path.join(path, "trainer_state.json")
+    if os.path.isfile(state):
+        return _json(state, None)
+    raise InputError(path, "missing", "holds neither shards (00000.npz, …), event files nor trainer_state.json")  # fmt: skip
+
+
+def _is_parquet(path: str, start: bytes) -> bool:
+    return start.startswith(b"PAR1")
+
+
+def _parquet(path: str, as_: As | None) -> History:
+    from gradscope.histories.tables import read_parquet
+
+    return read_parquet(path)
+
+
+def _is_events(path: str, start: bytes) -> bool:
+    from gradscope.histories.events import is_events
+
+    return is_events(start)
+
+
+def _events(path: str, as_: As | None) -> History:
+    from gradscope.histories.events import read_events
+
+    return read_events(path, [path])
+
+
+def _is_json(path: str, start: bytes) -> bool:
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
+
+
+def _json(path: str, as_: As | None) -> History:
+    """One JSON value (trainer_state.json, a list of rows), else JSON lines."""
+    from gradscope.histories.tables import read_json, read_jsonl
+
+    if os.path.getsize(path) > _JSON_CAP:
+        return read_jsonl(path)
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        text = file.read()
+    try:
+        whole: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return read_jsonl(path)
+    if isinstance(whole, dict) and isinstance(whole.get("log_history"), list):
+        rows = [r for r in whole["log_history"] if isinstance(r, dict) and ("grad_norm" in r or "loss" in r)]  # fmt: skip
+        return read_json(path, rows, "trainer_state")
+    return read_json(path, whole) if isinstance(whole, list) else read_jsonl(path)
+
+
+def _is_native(path: str, start: bytes) -> bool:
+    return start.startswith(b"PK") and is_native(path)
+
+
+def _is_arrays(path: str, start: bytes) -> bool:
+    try:
+        return sniff(path) in ("safetensors", "zip-torch", "torch-legacy", "npz", "npy")
+    except InputError as error:
+        if error.kind == "unsupported" or start.isascii():
+            return False
+        raise
+
+
+def _is_text(path: str, start: bytes) -> bool:
+    return b"\0" not in start and any(mark in start.split(b"\n", 1)[0] for mark in b",;\t")
+
+
+def _csv(path: str, as_: As | None) -> History:
+    from gradscope.histories.tables import read_csv
+
+    return read_csv(path)
+
+
+Recogniser = Callable[[str, bytes], bool]
+Reader = Callable[[str, As | None], History]
+
+#: In order: the first that recognises a file reads it.
+_READERS: tuple[tuple[Recogniser, Reader], ...] = (
+    (_is_native, lambda path, as_: read_native(path)),
+    (_is_parquet, _parquet),
+    (_is_events, _events),
+    (_is_json, _json),
+    (_is_arrays, read_arrays),
+    (_is_text, _csv),
+)
+
+
+def _third_party(path: str) -> History:
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            found = point.load()(path)
+        except (InputError, UsageError):
+            raise
+        except Exception as error:
+            raise UsageError(f"the histories plugin {point.value} failed: {error}") from error
+        if isinstance(found, History):
+            return found
+    raise InputError(
+        path, "unsupported", f"is no history that is known here; gradscope reads {_READS}"
+    )

@@ -1,0 +1,61 @@
+"""Putting records in the order of their steps: sorted, without duplicates, restarts resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from gradscope.histories.history import Integers
+
+#: A counter that falls back and then climbs for this many records was restarted; one that jumps
+#: about was not recorded in order.
+_RUN = 8
+
+
+def ordered(steps: Integers) -> tuple[Integers, list[str]]:
+    """Which records to keep, in the order of their steps, and notes of what was done.
+
+    Of records with one step the last stays. A restart (from step 400, of a run that had reached
+    500) supersedes what the earlier segment recorded from its first step on; otherwise records out
+    of order are sorted.
+    """
+    if len(steps) < 2 or bool(np.all(np.diff(steps) > 0)):
+        return np.arange(len(steps)), []
+    segments = _segments(steps)
+    if len(segments) > 1 and all(last - first >= _RUN for first, last in segments):
+        return _restarted(steps, segments)
+    return _sorted(steps, np.arange(len(steps)))
+
+
+def _segments(steps: Integers) -> list[tuple[int, int]]:
+    """The ascending stretches, as (first, end) records."""
+    falls = np.flatnonzero(np.diff(steps) < 0) + 1
+    return list(pairwise([0, *falls.tolist(), len(steps)]))
+
+
+def _restarted(steps: Integers, segments: list[tuple[int, int]]) -> tuple[Integers, list[str]]:
+    kept, notes = np.ones(len(steps), dtype=bool), []
+    for first, _ in segments[1:]:
+        stale = kept[:first] & (steps[:first] >= steps[first])
+        kept[:first] &= ~stale
+        notes.append(
+            f"the step counter restarts at {steps[first]}; {int(stale.sum())} earlier records from "
+            "that step on were superseded"
+        )
+    chosen, more = _sorted(steps, np.flatnonzero(kept))
+    return chosen, [*notes, *more]
+
+
+def _sorted(steps: Integers, records: Integers) -> tuple[Integers, list[str]]:
+    order = records[np.argsort(steps[records], kind="stable")]
+    last = np.append(np.diff(steps[order]) > 0, True)[: len(order)]
+    return order[last], list(_said(steps[records], int((~last).sum())))
+
+
+def _said(steps: Integers, repeated: int) -> Iterator[str]:
+    if bool(np.any(np.diff(steps) < 0)):
+        yield "the steps were not in order and have been sorted"
+    if repeated:
+        yield f"{repeated} records repeat a step; the last of each was kept"
