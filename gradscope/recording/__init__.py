@@ -1,0 +1,1 @@
+"""Recording gradients from a training loop: what ``gradscope.histories`` reads."""

@@ -68,7 +68,9 @@ def of_vectors(vectors: Sequence[Sequence[np.ndarray]], **fields: Any) -> Histor
     )
 
 
-def quadratic(rate_times_curvature: float, records: int = 80, size: int = 1, **fields: Any) -> History:
+def quadratic(
+    rate_times_curvature: float, records: int = 80, size: int = 1, **fields: Any
+) -> History:
     """Gradient descent on a quadratic: g' = (1 - eta h) g."""
     factor = 1 - rate_times_curvature
     direction = np.random.default_rng(0).normal(size=size)
@@ -106,7 +108,10 @@ def trained(
         before = [[p.detach().clone() for p in g] for g in groups]
         optimizer.step()
         rows["update"].append(
-            [_norm([p - b for p, b in zip(g, old, strict=True)]) for g, old in zip(groups, before, strict=True)]
+            [
+                _norm([p - b for p, b in zip(g, old, strict=True)])
+                for g, old in zip(groups, before, strict=True)
+            ]
         )
     kinds = ["norm" if "Norm" in type(m).__name__ else "matrix" for _, m in modules]
     extra: dict[str, Any] = {}

@@ -1,0 +1,523 @@
+"""``GradientRecorder``: three lines in a training loop, and the run can be diagnosed afterwards."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradscope.histories.history import Kind, Status
+from gradscope.histories.sketching import WIDTH
+from gradscope.recording.measure import MOST_SKETCHED, Sketcher, dots, norms
+from gradscope.recording.shards import CELLS, SCALARS, Host, Ring, folder_for, save
+from gradscope.recording.topology import Topology, modules_of, topology
+
+Tensor = torch.Tensor
+
+_COLUMN = {name: i for i, name in enumerate(CELLS)}
+_SCALAR = {name: i for i, name in enumerate(SCALARS)}
+
+
+class GradientRecorder:
+    """Records a model's gradients into a folder that ``gradscope flow`` reads.
+
+    ::
+
+        with GradientRecorder(model, optimizer, "runs/a", every=10) as recorder:
+            for step, batch in enumerate(loader):
+                loss = compute(batch)
+                loss.backward()
+                recorder.capture(step, loss=loss)   # after backward (and unscale_), before clipping
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Every ``every``-th step, and with ``directions`` the one after it too (successive steps are
+    what shows overshooting), each parameter's gradient norm, greatest magnitude, share of zeros
+    and count-sketch are taken, as well as weight and update norms, loss, learning rates and the
+    loss scale. Nothing waits for the device until ``capacity`` records are full or the recorder is
+    closed; then one shard is written, whole or not at all. Without any ``capture`` call gradients
+    are taken in the optimizer's pre-step hook, that is after clipping, and the file says so.
+
+    Parameters are read through the model, so wrap (DDP, FSDP2, torch.compile) first. With several
+    processes rank 0 writes; sharded gradients are reduced, which every rank must take part in. The
+    model, its gradients and the random state are left as they are.
+
+    Raises UsageError when the folder holds another run and ``resume`` is False.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        folder: str | os.PathLike[str] = "gradients",
+        *,
+        every: int = 10,
+        directions: bool = True,
+        updates: bool = True,
+        capacity: int = 64,
+        batch_size: float | None = None,
+        resume: bool = False,
+        run_id: str | None = None,
+    ) -> None:
+        if every < 1 or capacity < 1:
+            raise ValueError("every and capacity count from 1")
+        self._model, self._optimizer = model, optimizer
+        self._every, self._capacity = every, capacity
+        self._directions, self._updates = directions, updates and optimizer is not None
+        self._writes = _rank() == 0
+        self._folder, self._shard = (
+            folder_for(folder, resume) if self._writes else (os.fspath(folder), 0)
+        )
+        self._batch_size, self._run = batch_size, run_id or uuid.uuid4().hex[:12]
+        self._stage = "pre_clip"
+        self._called = self._closed = self._warned = False
+        self._steps = 0
+        self._rows: _Rows | None = None
+        self._ring: Ring | None = None
+        self._topology: Topology | None = None
+        self._pending: _Pending | None = None
+        self._hooks = [*self._watch_optimizer(), *self._watch_forward()]
+        self._finalizer = atexit.register(_close, weakref.ref(self))
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def capture(
+        self,
+        step: int | None = None,
+        *,
+        loss: Tensor | float | None = None,
+        scaler: Any = None,
+        loss_scale: Tensor | float | None = None,
+        clip_coefficient: Tensor | float | None = None,
+    ) -> None:
+        """Record this optimizer step, if it is one of those to record.
+
+        Call it once a step, after ``backward`` (all of them, when gradients are accumulated) and
+        after ``scaler.unscale_``, before clipping and ``zero_grad``. ``step`` counts optimizer
+        steps and may be left out; ``scaler`` is a GradScaler, so that steps it skips are known.
+        """
+        self._called, self._stage = True, "pre_clip"
+        self._settle()
+        number = self._steps if step is None else int(step)
+        self._steps = number + 1
+        if not self._wanted(number):
+            return
+        if scaler is not None and loss_scale is None:
+            loss_scale = getattr(scaler, "_scale", None)
+        scalars = {"loss": loss, "loss_scale": loss_scale, "clip_coef": clip_coefficient}
+        self._record(number, scalars, may_skip=loss_scale is not None)
+
+    def flush(self) -> None:
+        """Write what has been recorded so far as a shard. Waits for the device."""
+        self._settle()
+        ring, rows = self._ring, self._rows
+        if ring is None or rows is None or not ring.hosts:
+            return
+        drained = ring.drain()
+        if self._writes:
+            path = os.path.join(self._folder, f"{self._shard:05d}.npz")
+            save(path, drained, rows.arrays(self._topology), self._meta(rows))
+            self._shard += 1
+
+    def close(self) -> None:
+        """Write what is left and let go of the model. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            atexit.unregister(self._finalizer)
+
+    def __enter__(self) -> GradientRecorder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _wanted(self, step: int) -> bool:
+        return step % self._every == 0 or (self._directions and step % self._every == 1)
+
+    # --- hooks --------------------------------------------------------------------------------
+
+    def _watch_optimizer(self) -> list[Any]:
+        if self._optimizer is None:
+            return []
+        me = weakref.ref(self)
+
+        def before(*_: Any) -> None:
+            if (recorder := me()) is not None:
+                recorder._before_step()
+
+        def after(*_: Any) -> None:
+            if (recorder := me()) is not None:
+                recorder._after_step()
+
+        return [
+            self._optimizer.register_step_pre_hook(before),
+            self._optimizer.register_step_post_hook(after),
+        ]
+
+    def _before_step(self) -> None:
+        """The fallback: no capture call, so gradients are what the optimizer is about to use."""
+        if self._called or self._closed:
+            return
+        self._stage = "pre_step"
+        number, self._steps = self._steps, self._steps + 1
+        if self._wanted(number):
+            self._record(number, {}, may_skip=False)
+
+    def _after_step(self) -> None:
+        pending = self._pending
+        if pending is not None and self._ring is not None:
+            pending.stepped = True
+            if pending.before:
+                self._measure_update(pending)
+            pending.before = []
+
+    def _watch_forward(self) -> list[Any]:
+        """One look at the first output that can be differentiated; then the hook is gone."""
+        me = weakref.ref(self)
+
+        def seen(module: Any, inputs: Any, output: Any) -> None:
+            recorder = me()
+            if recorder is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return
+            recorder._look(output)
+
+        return [self._model.register_forward_hook(seen)]
+
+    def _look(self, output: Any) -> None:
+        self._hooks.pop().remove()
+        owner = {id(p): module for _, module, p in modules_of(_inner(self._model))}
+        self._topology = topology(output, owner)
+
+    # --- one record ---------------------------------------------------------------------------
+
+    def _record(self, step: int, scalars: Mapping[str, Any], may_skip: bool) -> None:
+        rows = self._current_rows(step)
+        found = rows.gradients()
+        self._warn_if_empty(rows, found)
+        assert self._ring is not None
+        status = np.array([_status(p) for p in rows.parameters], dtype=np.uint8)
+        at = self._ring.begin(Host(step, status, self._rates()))
+        with torch.no_grad():
+            self._measure(at, rows, found)
+            self._note(at, scalars)
+            self._pending = _Pending(at, found, rows.copies(found) if self._updates else [], may_skip)  # fmt: skip
+            self._pending.rows = rows
+
+    def _measure(self, at: int, rows: _Rows, found: Mapping[int, Tensor]) -> None:
+        assert self._ring is not None
+        if not found:
+            return
+        values = [_local(g) for g in found.values()]
+        index = rows.index(found)
+        lengths = rows.reduced(norms(values, 2), found, "square")
+        cells = self._ring.cells[at]
+        cells[_COLUMN["grad/l2"], index] = lengths
+        cells[_COLUMN["grad/max_abs"], index] = rows.reduced(norms(values, float("inf")), found, "max")  # fmt: skip
+        cells[_COLUMN["nonzero"], index] = rows.reduced(norms(values, 0), found, "sum")
+        weights = [_local(rows.parameters[row]) for row in found]
+        cells[_COLUMN["param/l2"], index] = rows.reduced(norms(weights, 2), found, "square")
+        # Scaled by the greatest one, so that finite norms do not overflow in their sum.
+        top = lengths.max().clamp_min(torch.finfo(torch.float32).tiny)
+        self._ring.scalars[at, _SCALAR["total_l2"]] = top * torch.linalg.vector_norm(lengths / top)
+        if self._directions and rows.sketcher is not None:
+            self._ring.sketch(at, rows.sketched(found, cells[_COLUMN["grad/l2"]]))
+
+    def _measure_update(self, pending: _Pending) -> None:
+        rows, ring = pending.rows, self._ring
+        assert rows is not None
+        assert ring is not None
+        with torch.no_grad():
+            now = [_local(rows.parameters[row]) for row in pending.found]
+            change = torch._foreach_sub(now, pending.before)
+            index = rows.index(pending.found)
+            size = rows.reduced(norms(change, 2), pending.found, "square")
+            ring.cells[pending.at, _COLUMN["update/l2"], index] = size
+            inner = rows.reduced(dots(change, pending.gradients), pending.found, "sum")
+            length = ring.cells[pending.at, _COLUMN["grad/l2"], index]
+            ring.cells[pending.at, _COLUMN["update/grad_cos"], index] = -inner / (size * length)
+
+    def _note(self, at: int, scalars: Mapping[str, Any]) -> None:
+        assert self._ring is not None
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                self._ring.scalars[at, _SCALAR[name]] = value.detach().float().mean()
+            elif value is not None:
+                self._ring.scalars[at, _SCALAR[name]] = float(value)
+
+    def _settle(self) -> None:
+        """The record before is complete: whether its step was taken is known only now."""
+        pending, self._pending = self._pending, None
+        if pending is None or self._ring is None:
+            return
+        self._ring.hosts[pending.at].skipped = pending.may_skip and not pending.stepped and self._optimizer is not None  # fmt: skip
+
+    def _current_rows(self, step: int) -> _Rows:
+        """The parameters as they are now; a change of them, or of the order, begins a shard."""
+        parameters = list(_inner(self._model).parameters())
+        known = self._rows is not None and self._rows.same(parameters)
+        ring = self._ring
+        ordered = ring is None or not ring.hosts or ring.hosts[-1].step < step
+        if known and ring is not None and ordered and not ring.full and self._rows is not None:
+            return self._rows
+        self.flush()
+        if not known or self._rows is None:
+            self._rows = _Rows(_inner(self._model), self._optimizer, self._topology, self._directions)  # fmt: skip
+            self._ring = None
+        if self._ring is None:
+            self._ring = Ring(len(self._rows.names), self._capacity, self._rows.device, WIDTH)
+        return self._rows
+
+    def _warn_if_empty(self, rows: _Rows, found: Mapping[int, Tensor]) -> None:
+        if found or self._warned or not any(p.requires_grad for p in rows.parameters):
+            return
+        self._warned = True
+        warnings.warn(
+            "no parameter has a gradient: call capture() after backward() and before zero_grad()",
+            stacklevel=4,
+        )
+
+    def _rates(self) -> list[float]:
+        """Learning rates that the host knows; one kept on the device is not waited for."""
+        if self._optimizer is None:
+            return []
+        rates = [group.get("lr", float("nan")) for group in self._optimizer.param_groups]
+        return [float("nan") if isinstance(r, Tensor) and r.device.type != "cpu" else float(r) for r in rates]  # fmt: skip
+
+    def _meta(self, rows: _Rows) -> dict[str, Any]:
+        return {
+            "writer": "gradscope",
+            "torch": torch.__version__,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "run_id": self._run,
+            "stage": self._stage,
+            "reduction": "global",
+            "rank": _rank(),
+            "sketch": {"k": WIDTH, "hash": "murmur3 finaliser", "most": MOST_SKETCHED},
+            "optimizer": _described(self._optimizer),
+            "precision": {"grad": str(rows.dtype).removeprefix("torch."), "param": str(rows.dtype).removeprefix("torch.")},
+            "topology": {"source": "assumed-chain" if self._topology is None else "recorded"},
+            **({} if self._batch_size is None else {"batch_size": float(self._batch_size)}),
+        }  # fmt: skip
+
+
+class _Pending:
+    """A record whose step has not been seen yet."""
+
+    def __init__(
+        self, at: int, found: Mapping[int, Tensor], before: list[Tensor], may_skip: bool
+    ) -> None:
+        self.at, self.found, self.before, self.may_skip = at, list(found), before, may_skip
+        self.gradients = [_local(g) for g in found.values()] if before else []
+        self.rows: _Rows | None = None
+        self.stepped = False
+
+
+class _Rows:
+    """The parameters of a model as rows of the file, in the order of their use."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        order: Topology | None,
+        directions: bool,
+    ) -> None:
+        found = list(modules_of(model))
+        place = {module: i for i, module in enumerate(order.order)} if order is not None else {}
+        found.sort(key=lambda row: place.get(row[1], len(place)))
+        self.names = [name for name, _, _ in found]
+        self.modules = [module for _, module, _ in found]
+        self.parameters = [parameter for _, _, parameter in found]
+        self._ids = [id(p) for p in model.parameters()]
+        self._types = {name: module for name, module in model.named_modules()}
+        self._groups = _groups(optimizer)
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.dtype = self.parameters[0].dtype if self.parameters else torch.float32
+        self._meshes = [_mesh(p) for p in self.parameters]
+        plain = directions and not any(self._meshes)
+        self.sketcher: Sketcher | None = None
+        if plain and self.parameters:
+            self.sketcher = Sketcher(self.names, [p.numel() for p in self.parameters], self.device)
+            self._zeros: dict[int, Tensor] = {}
+        self._buffers: list[Tensor] = []
+        self._indices: dict[tuple[int, ...], Tensor] = {}
+
+    def same(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether a model still has these parameters."""
+        return [id(p) for p in parameters] == self._ids
+
+    def gradients(self) -> dict[int, Tensor]:
+        """The gradients there are, by row; those of sparse embeddings without what is not stored."""
+        return {row: _dense(p.grad) for row, p in enumerate(self.parameters) if p.grad is not None}
+
+    def index(self, found: Mapping[int, Tensor] | Sequence[int]) -> Tensor:
+        """The rows as an index on the device, made once for each set of them."""
+        key = tuple(found)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(key, dtype=torch.long).to(self.device)
+        return self._indices[key]
+
+    def copies(self, found: Mapping[int, Tensor]) -> list[Tensor]:
+        """The weights before the step, in buffers that are used again."""
+        now = [_local(self.parameters[row]).detach() for row in found]
+        if [b.shape for b in self._buffers] != [n.shape for n in now]:
+            self._buffers = [torch.empty_like(n) for n in now]
+        if now:
+            torch._foreach_copy_(self._buffers, now)
+        return self._buffers
+
+    def sketched(self, found: Mapping[int, Tensor], lengths: Tensor) -> Tensor:
+        """Sketches of all rows; of those without a gradient zero."""
+        assert self.sketcher is not None
+        every = [
+            found[row] if row in found and found[row].numel() == p.numel() else self._zero(row, p)
+            for row, p in enumerate(self.parameters)
+        ]
+        return self.sketcher(every, lengths)
+
+    def _zero(self, row: int, parameter: Tensor) -> Tensor:
+        if row not in self._zeros:
+            self._zeros[row] = torch.zeros_like(parameter, requires_grad=False).detach()
+        return self._zeros[row]
+
+    def reduced(
+        self, values: Tensor, found: Mapping[int, Tensor] | Sequence[int], how: str
+    ) -> Tensor:
+        """Values of sharded rows joined over their shards: [len(found)] in, the same out."""
+        sharded = [i for i, row in enumerate(found) if self._meshes[row] is not None]
+        if not sharded:
+            return values
+        group = next(self._meshes[row] for row in found if self._meshes[row] is not None)
+        at = torch.tensor(sharded, device=values.device)
+        part = values[at] ** 2 if how == "square" else values[at]
+        operation = (
+            torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM
+        )
+        torch.distributed.all_reduce(part, operation, group=group)
+        out = values.clone()
+        out[at] = part.sqrt() if how == "square" else part
+        return out
+
+    def arrays(self, order: Topology | None) -> dict[str, np.ndarray[Any, Any]]:
+        """The keys of the file that describe rows and edges."""
+        arrays = {
+            "layer/name": np.array(self.names, dtype=str),
+            "layer/module": np.array(self.modules, dtype=str),
+            "layer/kind": np.array([self._kind(i) for i in range(len(self.names))], dtype=str),
+            "layer/numel": np.array([p.numel() for p in self.parameters], dtype=np.int64),
+            "layer/group": np.array([self._groups.get(id(p), -1) for p in self.parameters], dtype=np.int64),
+        }  # fmt: skip
+        if order is not None:
+            arrays["graph/edges"] = self._edges(order)
+        return arrays
+
+    def _edges(self, order: Topology) -> np.ndarray[Any, Any]:
+        """Modules by their first row; -1 the input, L the loss."""
+        first: dict[str, int] = {}
+        for row, module in enumerate(self.modules):
+            first.setdefault(module, row)
+        pairs = [
+            (-1 if u is None else first[u], len(self.names) if v is None else first[v])
+            for u, v in order.edges
+            if (u is None or u in first) and (v is None or v in first)
+        ]
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+    def _kind(self, row: int) -> Kind:
+        parameter, last = self.parameters[row], self.names[row].rpartition(".")[2]
+        module = type(self._types.get(self.modules[row])).__name__.lower()
+        if "norm" in module:
+            return "norm"
+        if "embedding" in module:
+            return "embedding"
+        if last.startswith("bias") or last.endswith("_bias") or parameter.dim() < 2:
+            return "bias"
+        return "conv" if parameter.dim() > 2 and "conv" in module else "matrix"
+
+
+def _inner(model: torch.nn.Module) -> torch.nn.Module:
+    """The module itself inside torch.compile's and data parallel wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, torch.nn.Module):
+            return model
+        model = inner
+
+
+def _status(parameter: Tensor) -> int:
+    if parameter.grad is not None:
+        return Status.RECORDED
+    return Status.NONE if parameter.requires_grad else Status.FROZEN
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor, any other tensor itself."""
+    found = getattr(tensor, "_local_tensor", tensor)
+    return found.detach() if isinstance(found, Tensor) else tensor.detach()
+
+
+def _mesh(parameter: Tensor) -> Any:
+    """The process group over which a parameter is sharded, None when it is whole on every rank."""
+    placements = getattr(parameter, "placements", ())
+    if not any(p.is_shard() for p in placements):
+        return None
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    shard = next(i for i, p in enumerate(placements) if p.is_shard())
+    return mesh.get_group(shard)
+
+
+def _rank() -> int:
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if available else 0
+
+
+def _groups(optimizer: torch.optim.Optimizer | None) -> dict[int, int]:
+    if optimizer is None:
+        return {}
+    return {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+
+def _described(optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:
+    if optimizer is None:
+        return None
+    first = optimizer.param_groups[0] if optimizer.param_groups else {}
+    facts: dict[str, Any] = {"class": type(optimizer).__name__}
+    for name in ("eps", "momentum", "weight_decay"):
+        if isinstance(first.get(name), int | float):
+            facts[name] = first[name]
+    if isinstance(first.get("betas"), tuple):
+        facts["betas"] = [float(b) for b in first["betas"]]
+    return facts
+
+
+def _close(recorder: weakref.ref[GradientRecorder]) -> None:
+    found = recorder()
+    if found is not None:
+        found.close()
