@@ -92,9 +92,10 @@ class Sketcher:
         """
         flat = [g.reshape(-1) if i is None else g.reshape(-1)[i] for g, i in zip(gradients, self.chosen, strict=True)]  # fmt: skip
         table = torch.zeros(self.rows * 2 * self.width, dtype=torch.float32, device=self.bucket.device)  # fmt: skip
-        # A unit vector per row first: float16 gradients and sums of large ones stay in range.
-        scale = torch.where((lengths > 0) & torch.isfinite(lengths), self.scale / lengths, 0.0)
         values = torch.cat([f.float() for f in flat])
-        table.index_add_(0, self.bucket, torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0))
+        table.index_add_(0, self.bucket, values)
+        usable = (lengths > 0) & torch.isfinite(lengths)
         signed = table.view(self.rows, 2, self.width)
-        return (signed[:, 0] - signed[:, 1]) * scale[:, None]
+        unit = (signed[:, 0] - signed[:, 1]) * (self.scale / lengths)[:, None]
+        # A row of its own in the table: what is not finite spoils no other.
+        return torch.where(usable[:, None] & torch.isfinite(unit), unit, 0.0)

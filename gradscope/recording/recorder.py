@@ -40,10 +40,10 @@ class GradientRecorder:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    Every ``every``-th step, and with ``directions`` the one after it too (successive steps are
-    what shows overshooting), each parameter's gradient norm, greatest magnitude, share of zeros
-    and count-sketch are taken, as well as weight and update norms, loss, learning rates and the
-    loss scale. Nothing waits for the device until ``capacity`` records are full or the recorder is
+    Every ``every``-th step each parameter's gradient norm, greatest magnitude, share of zeros and
+    count-sketch are taken, as well as weight and update norms, loss, learning rates and the loss
+    scale; with ``directions`` the norm and sketch of the step after it too, because successive
+    steps are what shows overshooting. Nothing waits for the device until ``capacity`` records are full or the recorder is
     closed; then one shard is written, whole or not at all. Without any ``capture`` call gradients
     are taken in the optimizer's pre-step hook, that is after clipping, and the file says so.
 
@@ -219,12 +219,13 @@ class GradientRecorder:
         status = np.array([_status(p) for p in rows.parameters], dtype=np.uint8)
         at = self._ring.begin(Host(step, status, self._rates()))
         with torch.no_grad():
-            self._measure(at, rows, found)
+            whole = step % self._every == 0
+            self._measure(at, rows, found, whole)
             self._note(at, scalars)
-            self._pending = _Pending(at, found, rows.copies(found) if self._updates else [], may_skip)  # fmt: skip
-            self._pending.rows = rows
+            before = rows.copies(found) if self._updates and whole else []
+            self._pending = _Pending(at, rows, found, before, may_skip)
 
-    def _measure(self, at: int, rows: _Rows, found: Mapping[int, Tensor]) -> None:
+    def _measure(self, at: int, rows: _Rows, found: Mapping[int, Tensor], whole: bool) -> None:
         assert self._ring is not None
         if not found:
             return
@@ -233,19 +234,21 @@ class GradientRecorder:
         lengths = rows.reduced(norms(values, 2), found, "square")
         cells = self._ring.cells[at]
         cells[_COLUMN["grad/l2"], index] = lengths
-        cells[_COLUMN["grad/max_abs"], index] = rows.reduced(norms(values, float("inf")), found, "max")  # fmt: skip
-        cells[_COLUMN["nonzero"], index] = rows.reduced(norms(values, 0), found, "sum")
-        weights = [_local(rows.parameters[row]) for row in found]
-        cells[_COLUMN["param/l2"], index] = rows.reduced(norms(weights, 2), found, "square")
-        # Scaled by the greatest one, so that finite norms do not overflow in their sum.
-        top = lengths.max().clamp_min(torch.finfo(torch.float32).tiny)
-        self._ring.scalars[at, _SCALAR["total_l2"]] = top * torch.linalg.vector_norm(lengths / top)
+        if whole:
+            top = rows.reduced(norms(values, float("inf")), found, "max")
+            cells[_COLUMN["grad/max_abs"], index] = top
+            cells[_COLUMN["nonzero"], index] = rows.reduced(norms(values, 0), found, "sum")
+            weights = [_local(rows.parameters[row]) for row in found]
+            cells[_COLUMN["param/l2"], index] = rows.reduced(norms(weights, 2), found, "square")
+            # Scaled by the greatest one, so that finite norms do not overflow in their sum.
+            top = lengths.max().clamp_min(torch.finfo(torch.float32).tiny)
+            total = top * torch.linalg.vector_norm(lengths / top)
+            self._ring.scalars[at, _SCALAR["total_l2"]] = total
         if self._directions and rows.sketcher is not None:
             self._ring.sketch(at, rows.sketched(found, cells[_COLUMN["grad/l2"]]))
 
     def _measure_update(self, pending: _Pending) -> None:
         rows, ring = pending.rows, self._ring
-        assert rows is not None
         assert ring is not None
         with torch.no_grad():
             now = [_local(rows.parameters[row]) for row in pending.found]
@@ -325,11 +328,16 @@ class _Pending:
     """A record whose step has not been seen yet."""
 
     def __init__(
-        self, at: int, found: Mapping[int, Tensor], before: list[Tensor], may_skip: bool
+        self,
+        at: int,
+        rows: _Rows,
+        found: Mapping[int, Tensor],
+        before: list[Tensor],
+        may_skip: bool,
     ) -> None:
-        self.at, self.found, self.before, self.may_skip = at, list(found), before, may_skip
+        self.at, self.rows, self.found = at, rows, list(found)
+        self.before, self.may_skip = before, may_skip
         self.gradients = [_local(g) for g in found.values()] if before else []
-        self.rows: _Rows | None = None
         self.stepped = False
 
 
@@ -371,8 +379,10 @@ class _Rows:
         """The gradients there are, by row; those of sparse embeddings without what is not stored."""
         return {row: _dense(p.grad) for row, p in enumerate(self.parameters) if p.grad is not None}
 
-    def index(self, found: Mapping[int, Tensor] | Sequence[int]) -> Tensor:
+    def index(self, found: Mapping[int, Tensor] | Sequence[int]) -> Tensor | slice:
         """The rows as an index on the device, made once for each set of them."""
+        if len(found) == len(self.parameters):
+            return slice(None)
         key = tuple(found)
         if key not in self._indices:
             self._indices[key] = torch.tensor(key, dtype=torch.long).to(self.device)
