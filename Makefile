@@ -13,9 +13,12 @@ demo: $(VENV)/.demo
 	$(BIN)/gradscope weights fixtures/fetched/mobilenet_v2.pth
 	@echo; echo '$$ gradscope weights fixtures/fetched/damaged.safetensors    # the digits model, spoiled'
 	$(BIN)/gradscope weights fixtures/fetched/damaged.safetensors --fail-on never
+	@echo; echo '$$ gradscope flow fixtures/sigmoid    # twelve sigmoid layers, as recorded in training'
+	$(BIN)/gradscope flow fixtures/sigmoid --fail-on never
 
 test: $(VENV)/.test
 	$(BIN)/python fixtures/make.py corpus
+	$(BIN)/python fixtures/make.py histories
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev
@@ -26,6 +29,8 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/recorder.py
+	$(BIN)/python benchmarks/flow.py
 
 fixtures: $(VENV)/.test
 	$(BIN)/python fixtures/make.py all

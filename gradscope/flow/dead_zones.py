@@ -16,6 +16,8 @@ SHORTEST_ZONE = 5
 #: Share of zero elements above which a gradient counts as dead; embeddings, of which a batch
 #: touches few rows, only when they are zero throughout.
 ZERO_SHARE = 0.999
+#: A run this many times longer than any that ended is of another sort.
+_OUTLIVED = 10
 
 
 def dead(series: Series) -> Mask:
@@ -72,7 +74,7 @@ def _zone(series: Series, graph: Graph, flags: Mask, part: Sequence[Run], name: 
 def past_runs(flags: Mask, rows: Sequence[int], part: Sequence[Run]) -> list[int]:
     """Lengths, in records, of earlier dead runs of these layers that ended."""
     begin = {run.row: run.first for run in part}
-    inside = [r for r in runs(flags[:, list(rows)], shortest=1, bridge=0)]
+    inside = runs(flags[:, list(rows)], shortest=1, bridge=0)
     return [r.end - r.first for r in inside if r.end < begin.get(rows[r.row], 0)]
 
 
@@ -90,7 +92,8 @@ def _recovery(series: Series, flags: Mask, part: Sequence[Run], ended: Sequence[
     survivors = sum(length >= age for length in ended)
     if len(ended) >= 2 and survivors / (survivors + 1) >= 0.5:
         return "high"
-    return "medium" if ended or _partly_alive(series, still) else "low"
+    recovers = bool(ended) and age <= _OUTLIVED * max(ended)
+    return "medium" if recovers or _partly_alive(series, still) else "low"
 
 
 def _partly_alive(series: Series, part: Sequence[Run]) -> bool:

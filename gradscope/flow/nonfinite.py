@@ -44,4 +44,13 @@ def _entry(
         loss_nonfinite=from_loss,
         records=len(stretch),
         last_finite_step=int(series.steps[finite_before[0]]) if finite_before else None,
+        growth_before=_growth(series, turned[0], first),
     )
+
+
+def _growth(series: Series, row: int, first: int) -> float | None:
+    before = series.norm[max(0, first - 36) : first, row]
+    before = before[np.isfinite(before) & (before > 0)]
+    if len(before) < 8:
+        return None
+    return float(before[-1] / np.median(before[:-4]))

@@ -255,6 +255,9 @@ class NonFinite(Record):
     records: int
     #: The last finite record before.
     last_finite_step: int | None
+    #: The origin's last finite norm over the median of up to 32 records before the last four: what
+    #: diverges grows before it overflows.
+    growth_before: float | None
 
 
 class Depth(Record):

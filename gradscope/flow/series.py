@@ -411,7 +411,7 @@ def _nonfinite(history: History) -> Mask:
     flags = np.isnan(history.l2) | np.isinf(history.l2)
     if history.max_abs is not None:
         overflow = np.isinf(history.l2) & np.isfinite(history.max_abs)
-        flags = (flags & ~overflow) | ~np.isfinite(history.max_abs)
+        flags = (flags & ~overflow) | np.isinf(history.max_abs)
     for counts in (history.n_nan, history.n_inf):
         if counts is not None:
             flags = np.where(counts >= 0, flags & (counts != 0) | (counts > 0), flags)

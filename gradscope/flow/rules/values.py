@@ -64,6 +64,10 @@ def _non_finite(stretches: Sequence[NonFinite]) -> Observation:
     )
 
 
+#: Grown by this much just before, gradients overflowed because the run diverged.
+_DIVERGED = 100.0
+
+
 def _where_to_look(first: NonFinite) -> str:
     back = (
         ""
