@@ -65,7 +65,10 @@ def _zone(series: Series, graph: Graph, flags: Mask, part: Sequence[Run], name: 
         origin=series.names[rows[-1]],
         dead_duration=max(int(series.steps[r.end - 1] - series.steps[r.first]) for r in part),
         recovery_potential=recovery,
-        intervention_required=ongoing and recovery in ("low", "none"),
+        # A bias before a normalisation rightly has a gradient of zero.
+        intervention_required=ongoing
+        and recovery in ("low", "none")
+        and any(series.group(row) != "bias" for row in rows),
         extent=where.model_copy(update={"ongoing": ongoing}),
         past_recoveries=len(ended),
     )

@@ -4,7 +4,8 @@ non-finite
     NaN or Inf elements on a step that was not skipped.
 spike
     More than six robust standard deviations of the log norm, and four times the median, above the
-    128 records before (OLMo-core's six sigma; a spike that is over leaves no trace).
+    128 records before, and four times the last eight (OLMo-core's six sigma; a spike that is over
+    leaves no trace).
 growth
     A Theil-Sen slope of the log norm over 64 (or 32, 16) records that makes it more than four
     times as large, a Mann-Kendall p below 0.01, and a level above everything after warm-up: what
@@ -45,6 +46,8 @@ from gradscope.flow.trailing import trailing
 
 TRAILING = 128
 _LEAST_TRAILING = 16
+#: Steady growth leaves a long window behind too; a spike also jumps from the last few records.
+_JUST_BEFORE = 8
 SPIKE_Z = 6.0
 SPIKE_RATIO = 4.0
 #: Floor of the spread, in nats: a deterministic series has none.
@@ -82,8 +85,9 @@ def exploding(series: Series, graph: Graph) -> Exploding:
     usable = series.recorded & ~series.skipped[:, None]
     logs = np.where(usable, series.finite_log, np.nan)
     median, spread = trailing(logs, TRAILING, _LEAST_TRAILING)
+    just_before, _ = trailing(logs, _JUST_BEFORE, 1)
     with np.errstate(invalid="ignore", over="ignore"):
-        ratio = np.exp(logs - median)
+        ratio, jump = np.exp(logs - median), np.exp(logs - just_before)
         z = (logs - median) / np.maximum(spread, _SPREAD_FLOOR)
         own = np.exp(logs - own_level(series))
         own[: own_records(series).stop] = np.nan
@@ -92,7 +96,7 @@ def exploding(series: Series, graph: Graph) -> Exploding:
         level = hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / 3)
     tests = {
         "non-finite": series.nonfinite & ~series.skipped[:, None],
-        "spike": (z > SPIKE_Z) & (ratio > SPIKE_RATIO),
+        "spike": (z > SPIKE_Z) & (ratio > SPIKE_RATIO) & (jump > SPIKE_RATIO),
         "growth": _growth(series, logs),
         "update": _large_updates(series),
         "depth": by_depth & usable,

@@ -24,7 +24,7 @@ from gradscope.flow.result import (
 from gradscope.flow.robust import GAUSSIAN, Array, nanmedian, steadiness
 from gradscope.flow.series import Series
 
-#: Of the median edge: below this an edge carries nothing at that record, below that little.
+#: Of the median edge that carries anything: below this an edge carries nothing at that record, below that little.
 BLOCKED_FLOW = 1e-3
 WEAK_FLOW = 0.1
 _BLOCKED_SHARE = 0.1
@@ -152,12 +152,14 @@ def _condition(series: Series, graph: Graph, measured: Levels, gains: Array, row
 def _edges(series: Series, graph: Graph, found: Flows, window: int) -> Iterator[FlowEdge]:
     if not found.series:
         return
-    typical = nanmedian(np.stack(list(found.series.values())), axis=0)
+    every = np.stack(list(found.series.values()))
+    # Of those that carry something: with most of a network cut off the median edge carries nothing.
+    typical = nanmedian(np.where(every > 0, every, np.nan), axis=0)
     steps = series.steps.astype(np.float64)
     for u, v in graph.edges:
         flow = found.series[u, v]
         with np.errstate(divide="ignore", invalid="ignore"):
-            relative = flow / typical
+            relative = np.where(flow == 0, 0.0, flow / typical)
             logs = np.where(relative > 0, np.log(relative), np.nan)
         recent = relative[-window:]
         known = recent[np.isfinite(recent)]

@@ -180,6 +180,10 @@ def _region(
         sustained(found.levels, part), tests, systemic, ratio, attenuation(series), part
     )
     cause, advice = _cause(series, tests, systemic, depth, ratio)
+    if all(series.group(row) == "bias" for row in rows):
+        # Before a normalisation a bias has no effect: its gradient is what rounding leaves.
+        level = LEVELS[min(LEVELS.index(level), 1)]
+        advice = (*advice, "a bias before a normalisation has no effect: leave it out (bias=False)")
     return Region(
         region_id=name,
         affected_layers=tuple(series.names[row] for row in rows),

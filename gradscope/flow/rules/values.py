@@ -34,34 +34,22 @@ def non_finite_gradient(result: FlowResult) -> Iterator[Observation]:
 
 
 def _non_finite(stretches: Sequence[NonFinite]) -> Observation:
-    first = stretches[0]
-    origin = first.origin or "the loss"
-    inherited = (
-        f"; inherited by {plural(len(first.inherited_by), 'layer')}" if first.inherited_by else ""
-    )
-    more = (
-        f"; {plural(len(stretches) - 1, 'more stretch').replace('stretchs', 'stretches')} later"
-        if len(stretches) > 1
-        else ""
-    )
-    return Observation(
-        first.origin or "loss",
-        f"gradients are not finite from step {first.step} on, for {plural(first.records, 'record')}, "
-        f"beginning at {origin}{inherited}{more}",
-        _where_to_look(first),
-        {
-            "step": first.step,
-            "records": first.records,
-            "inherited_by": len(first.inherited_by),
-            "stretches": len(stretches),
-            "loss_nonfinite": str(first.loss_nonfinite).lower(),
-            **(
-                {}
-                if first.last_finite_step is None
-                else {"last_finite_step": first.last_finite_step}
-            ),
-        },
-    )
+    first, later = stretches[0], len(stretches) - 1
+    said = f"gradients are not finite from step {first.step} on, for {plural(first.records, 'record')}, beginning at {first.origin or 'the loss'}"
+    if first.inherited_by:
+        said += f"; inherited by {plural(len(first.inherited_by), 'layer')}"
+    if later:
+        said += f"; and again {plural(later, 'time')}"
+    facts: dict[str, Fact] = {
+        "step": first.step,
+        "records": first.records,
+        "inherited_by": len(first.inherited_by),
+        "stretches": len(stretches),
+        "loss_nonfinite": str(first.loss_nonfinite).lower(),
+    }
+    known = {"last_finite_step": first.last_finite_step, "growth_before": first.growth_before}
+    facts |= {name: value for name, value in known.items() if value is not None}
+    return Observation(first.origin or "loss", said, _where_to_look(first), facts)
 
 
 #: Grown by this much just before, gradients overflowed because the run diverged.
@@ -69,19 +57,22 @@ _DIVERGED = 100.0
 
 
 def _where_to_look(first: NonFinite) -> str:
-    back = (
-        ""
-        if first.last_finite_step is None
-        else f"go back to a checkpoint of step {first.last_finite_step} or before; "
-    )
+    back = ""
+    if first.last_finite_step is not None:
+        back = f"go back to a checkpoint of step {first.last_finite_step} or before; "
+    if (first.growth_before or 0) > _DIVERGED:
+        return (
+            f"{back}the run diverged (norms had grown {first.growth_before:.2g} times just before): "
+            "lower the learning rate, warm it up, or clip the total norm"
+        )
     if first.loss_nonfinite:
         return (
-            back
-            + "the loss itself was not finite: look at that batch, and at logs, divisions and overflow in the forward pass"
+            f"{back}the loss itself was not finite: look at that batch, and at logs, divisions and "
+            "overflow in the forward pass"
         )
     return (
-        back
-        + f"the loss was finite, so look at the backward pass of {first.origin}: a root or norm at zero, a masked division, overflow in half precision"
+        f"{back}the loss was finite, so look at the backward pass of {first.origin}: a root or norm "
+        "at zero, a masked division, overflow in half precision"
     )
 
 
