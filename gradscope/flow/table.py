@@ -58,7 +58,7 @@ def _layers(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderabl
     shown = layers[:_SHOWN] if brief else layers
     wide = display.width is None or display.width >= 110
     made = table(
-        ("layer", "left"), "parameters", "norm", "below loss", "update", "steady", "direction",
+        ("layer", "left"), "parameters", "norm", "vs loss side", "update", "steady", "direction",
         ("norm over time (log)", "left"),
     )  # fmt: skip
     for flow in shown:

@@ -138,6 +138,9 @@ class _Table:
     def add(self, number: int, row: Row) -> None:
         """Take one row, whichever form it has."""
         self.rows += 1
+        if None in row:
+            message = f"row {number} has more cells than the heading"
+            raise InputError(self.path, "malformed", message)
         step_column = _column(row, _STEP)
         if step_column is None:
             raise InputError(self.path, "malformed", f"row {number} has no step: a column named one of {', '.join(_STEP[:4])}")  # fmt: skip
@@ -167,8 +170,6 @@ class _Table:
     def _wide(self, number: int, record: int, row: Row) -> None:
         known = {_column(row, names): store for names, store in ((_TOTAL, self.totals), (_LOSS, self.losses), (_RATE, self.rates))}  # fmt: skip
         for column, value in row.items():
-            if not isinstance(column, str):
-                raise InputError(self.path, "malformed", f"row {number} has more cells than the heading")  # fmt: skip
             if column in known:
                 found = _number(self.path, number, column, value)
                 if found is not None:

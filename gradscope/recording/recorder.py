@@ -47,6 +47,9 @@ class GradientRecorder:
     closed; then one shard is written, whole or not at all. Without any ``capture`` call gradients
     are taken in the optimizer's pre-step hook, that is after clipping, and the file says so.
 
+    ``batch_size`` makes the gradient noise scale computable; ``stage`` is for callers that can
+    only capture after clipping ("pre_step").
+
     Parameters are read through the model, so wrap (DDP, FSDP2, torch.compile) first. With several
     processes rank 0 writes; sharded gradients are reduced, which every rank must take part in. The
     model, its gradients and the random state are left as they are.
@@ -67,6 +70,7 @@ class GradientRecorder:
         batch_size: float | None = None,
         resume: bool = False,
         run_id: str | None = None,
+        stage: str = "pre_clip",
     ) -> None:
         if every < 1 or capacity < 1:
             raise ValueError("every and capacity count from 1")
@@ -78,7 +82,7 @@ class GradientRecorder:
             folder_for(folder, resume) if self._writes else (os.fspath(folder), 0)
         )
         self._batch_size, self._run = batch_size, run_id or uuid.uuid4().hex[:12]
-        self._stage = "pre_clip"
+        self._stage = self._given_stage = stage
         self._called = self._closed = self._warned = False
         self._steps = 0
         self._rows: _Rows | None = None
@@ -105,7 +109,7 @@ class GradientRecorder:
         after ``scaler.unscale_``, before clipping and ``zero_grad``. ``step`` counts optimizer
         steps and may be left out; ``scaler`` is a GradScaler, so that steps it skips are known.
         """
-        self._called, self._stage = True, "pre_clip"
+        self._called, self._stage = True, self._given_stage
         self._settle()
         number = self._steps if step is None else int(step)
         self._steps = number + 1
@@ -138,7 +142,8 @@ class GradientRecorder:
         finally:
             for hook in self._hooks:
                 hook.remove()
-            self._hooks = []
+            # Rows hold process groups, which must not outlive their destruction.
+            self._hooks, self._rows, self._ring, self._pending = [], None, None, None
             atexit.unregister(self._finalizer)
 
     def __enter__(self) -> GradientRecorder:

@@ -36,13 +36,9 @@ def some(layers: Sequence[str], most: int = 4) -> str:
 def since(onset: tuple[int | None, int]) -> str:
     """When something began, as an interval."""
     after, until = onset
-    return (
-        f"since before step {until}"
-        if after is None
-        else f"since step {after + 1}–{until}"
-        if until - after > 1
-        else f"since step {until}"
-    )
+    if after is None:
+        return f"from the first record on (step {until})"
+    return f"since step {until}" if until - after == 1 else f"since step {after + 1}–{until}"
 
 
 def span(extent: Extent) -> str:
