@@ -28,7 +28,8 @@ def dead(series: Series) -> Mask:
         with np.errstate(invalid="ignore"):
             zero |= series.recorded & (series.zero_fraction >= ZERO_SHARE) & dense
     none = series.status == Status.NONE
-    return (zero | none) & series.recorded.any(axis=0) & ~series.nonfinite
+    result: Mask = (zero | none) & series.recorded.any(axis=0) & ~series.nonfinite
+    return result
 
 
 def dead_zones(series: Series, graph: Graph) -> list[DeadZone]:

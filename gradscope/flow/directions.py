@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 from gradscope.flow.result import Basis
 from gradscope.flow.robust import Array
 from gradscope.flow.series import Series
-from gradscope.histories.history import Sketches
+from gradscope.histories.history import Integers, Sketches
 
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Cosines:
-    """Cosines of successive gradients: ``cosine[i]`` is that of records ``before[i]``, ``after[i]``.
+    """Cosines of successive gradients: ``cosine[i]`` is of records ``before[i]``, ``after[i]``.
 
     float64 [P, L], NaN where either gradient is zero or absent; all pairs are ``lag`` steps apart.
     ``error`` is the standard error of each, 0 when ``basis`` is "exact".
     """
 
     cosine: Array
-    before: NDArray[np.int64]
-    after: NDArray[np.int64]
+    before: Integers
+    after: Integers
     lag: int
     basis: Basis
     error: Array

@@ -77,7 +77,10 @@ class Exploding:
     @property
     def flags(self) -> Mask:
         """Any test but the spike, which is a finding of its own while it leaves no trace."""
-        return np.logical_or.reduce([f for name, f in self.tests.items() if name != "spike"])
+        result: Mask = np.logical_or.reduce(
+            [f for name, f in self.tests.items() if name != "spike"]
+        )
+        return result
 
 
 def exploding(series: Series, graph: Graph) -> Exploding:
@@ -313,19 +316,23 @@ def _cause(
     if "non-finite" in tests:
         causes.append("gradients have NaN or Inf elements")
         advice.append(
-            "go back to the last checkpoint before the onset; look at the batch, the loss and divisions, logs and roots at the origin"
+            "go back to the last checkpoint before the onset; look at the batch, the loss "
+            "and divisions, logs and roots at the origin"
         )
     if systemic and depth is not None:
         causes.append(
-            f"every layer on the way back from the loss multiplies the gradient by {math.exp(-depth.nats_per_layer):.1f}"
+            "every layer on the way back from the loss multiplies the gradient by "
+            f"{math.exp(-depth.nats_per_layer):.1f}"
         )
         advice.append(
-            "use an initialisation that keeps the variance, normalisation, or residual branches scaled by 1/sqrt(depth)"
+            "use an initialisation that keeps the variance, normalisation, or residual "
+            "branches scaled by 1/sqrt(depth)"
         )
     elif "depth" in tests:
         causes.append("these layers get far larger gradients than the loss side of their kind")
         advice.append(
-            "look at what multiplies the gradient after them: a large gain, an unscaled branch, a sum over many positions"
+            "look at what multiplies the gradient after them: a large gain, an unscaled "
+            "branch, a sum over many positions"
         )
     if "growth" in tests or "level" in tests:
         causes.append(
@@ -334,7 +341,8 @@ def _cause(
             else "the norm stays far above its earlier level"
         )
         advice.append(
-            f"lower the learning rate; clip the total norm at {clip_value(series):.3g} (the 90th percentile before) as a guard"
+            f"lower the learning rate; clip the total norm at {clip_value(series):.3g} (the "
+            "90th percentile before) as a guard"
         )
     if "update" in tests:
         causes.append("steps change the weights by more than a tenth of their norm")

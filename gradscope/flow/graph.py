@@ -104,7 +104,7 @@ def graph_of(series: Series) -> Graph:
     made.add_nodes_from([*rows, LOSS])
     for u, v in series.edges.tolist():
         made.add_edge(u, LOSS if v == len(rows) else v)
-    _cut_cycles(made, rows)
+    _cut_cycles(made)
     _end_at_the_loss(made, rows)
     topology = series.history.topology
     return Graph(made, rows, "given" if topology == "assumed-chain" else topology)
@@ -117,7 +117,7 @@ def _chain(rows: Sequence[int]) -> nx.DiGraph:
     return made
 
 
-def _cut_cycles(graph: nx.DiGraph, rows: Sequence[int]) -> None:
+def _cut_cycles(graph: nx.DiGraph) -> None:
     """A recurrent or shared module closes a loop: drop its edges that go back in time."""
     for component in list(nx.strongly_connected_components(graph)):
         if len(component) > 1:

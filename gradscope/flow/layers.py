@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,15 +46,15 @@ def levels(series: Series, graph: Graph, window: int) -> Levels:
 
 
 def _bottleneck(series: Series, graph: Graph, logs: Array, row: int) -> float:
-    before = [logs[r] for r in kin(series, graph, row, graph.before)]
-    after = [logs[r] for r in kin(series, graph, row, graph.after)]
+    before = [logs[r] for r in kin(series, row, graph.before)]
+    after = [logs[r] for r in kin(series, row, graph.after)]
     if not before or not after or np.isnan(logs[row]):
         return math.nan
     lower = min(float(nanmedian(before)), float(nanmedian(after)))
     return float(np.clip((lower - logs[row]) / BOTTLENECK_DECADES, 0, 1))
 
 
-def kin(series: Series, graph: Graph, row: int, neighbours) -> list[int]:  # type: ignore[no-untyped-def]
+def kin(series: Series, row: int, neighbours: Callable[[int], list[int]]) -> list[int]:
     """The nearest layers of the same kind on one side, other kinds passed over."""
     seen: set[int] = set()
     found: list[int] = []

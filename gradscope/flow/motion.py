@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from gradscope.flow.regions import SHORTEST, onset, runs
-from gradscope.flow.result import Convergence, Missing, Stagnation, UpdateRatio
-from gradscope.flow.robust import MIN_TREND, Array, nanmedian
-from gradscope.flow.series import Series, own_records
+from gradscope.flow.result import (
+    Absence,
+    Convergence,
+    Missing,
+    Stagnation,
+    Standstill,
+    UpdateRatio,
+)
+from gradscope.flow.robust import MIN_TREND, nanmedian
+from gradscope.flow.series import Mask, Series, own_records
 from gradscope.flow.temporal import STAGNANT_UPDATE
 from gradscope.flow.vanishing import attenuation
 from gradscope.histories.history import Status
@@ -81,7 +89,7 @@ def stagnation(series: Series) -> Stagnation | None:
     return None
 
 
-def _standing(series: Series) -> Iterator[tuple[str, Array]]:
+def _standing(series: Series) -> Iterator[tuple[Standstill, Mask]]:
     """Records at which the median layer does not move, by each sign there is."""
     if series.update_ratio is not None:
         with np.errstate(invalid="ignore"):
@@ -93,7 +101,7 @@ def _standing(series: Series) -> Iterator[tuple[str, Array]]:
     yield "repeats", _repeats(series)
 
 
-def _repeats(series: Series) -> Array:
+def _repeats(series: Series) -> Mask:
     """Records whose every norm equals the one before to the bit: nothing was updated."""
     same = np.zeros(len(series.steps), bool)
     if len(same) > 1 and len(series.layers):
@@ -125,7 +133,7 @@ def missing(series: Series) -> Iterator[Missing]:
         )
 
 
-def _state(status: np.ndarray) -> str:
+def _state(status: np.ndarray[Any, Any]) -> Absence:
     if (status == Status.RECORDED).any():
         return "partly"
     if (status == Status.NONE).any():

@@ -24,7 +24,8 @@ from gradscope.flow.result import (
 from gradscope.flow.robust import GAUSSIAN, Array, nanmedian, steadiness
 from gradscope.flow.series import Series
 
-#: Of the median edge that carries anything: below this an edge carries nothing at that record, below that little.
+#: Of the median edge that carries anything: below the first an edge carries nothing at that
+#: record, below the second little.
 BLOCKED_FLOW = 1e-3
 WEAK_FLOW = 0.1
 _BLOCKED_SHARE = 0.1
@@ -129,7 +130,7 @@ def _gains(series: Series, graph: Graph, measured: Levels) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.log(measured.rms)
         for row in graph.rows:
-            ahead = kin(series, graph, row, graph.after)
+            ahead = kin(series, row, graph.after)
             if ahead:
                 out[row] = logs[row] - nanmedian(logs[ahead])
     return out

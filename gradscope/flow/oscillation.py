@@ -1,4 +1,4 @@
-"""Steps that overshoot: where successive gradients oppose each other, and what that says of the rate."""
+"""Steps that overshoot: where successive gradients oppose each other, and what that says."""
 
 from __future__ import annotations
 
@@ -109,9 +109,15 @@ def learning_rate_advice(series: Series, found: list[Oscillation]) -> LearningRa
 
 def _why(factor: float | None, growth: float) -> str:
     if factor is None:
-        return "steps overshoot; with momentum, an adaptive optimizer or noisy batches no factor follows"
+        return (
+            "steps overshoot; with momentum, an adaptive optimizer or noisy batches no "
+            "factor follows"
+        )
     state = "diverges" if growth > 0 else "still converges"
-    return f"plain gradient descent at {factor:.3g} times the rate that would not overshoot; it {state}"
+    return (
+        f"plain gradient descent at {factor:.3g} times the rate that would not "
+        f"overshoot; it {state}"
+    )
 
 
 def _current_rate(series: Series) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class _Found:
         self.level, self.flagged = level, flagged
 
     def path(self, number: int, way: list[int], width: float) -> CriticalPath:
-        links = [(u, v) for v, u in zip(way, way[1:], strict=False)]
+        links = [(u, v) for v, u in pairwise(way)]
         weakest = min(links, key=lambda e: self.capacity[e], default=None)
         ends = set(weakest or ())
         chain = self.graph.topology == "assumed-chain"
@@ -112,7 +113,7 @@ class _Found:
                 return
             way = walk(entry, onward)
             yield way, width[entry]
-            links = [(u, v) for v, u in zip(way, way[1:], strict=False)]
+            links = [(u, v) for v, u in pairwise(way)]
             if not links:
                 return
             without |= {min(links, key=lambda e: self.capacity[e])}

@@ -20,6 +20,8 @@ FlowDirection = Literal["forward", "backward", "oscillating", "stagnant", "indet
 NodeType = Literal["source", "sink", "bottleneck", "amplifier", "normal"]
 Condition = Literal["bottleneck", "amplifier", "normal"]
 EdgeType = Literal["strong", "weak", "intermittent", "blocked", "unknown"]
+Standstill = Literal["update", "epsilon", "repeats"]
+Absence = Literal["unused", "frozen", "not-recorded", "partly"]
 Recovery = Literal["high", "medium", "low", "none"]
 
 
@@ -299,7 +301,7 @@ class Stagnation(Record):
 
     onset: tuple[int | None, int]
     update_ratio: float | None
-    reason: Literal["update", "epsilon", "repeats"]
+    reason: Standstill
     converged: bool
 
 
@@ -317,7 +319,7 @@ class Missing(Record):
     """A layer without gradients."""
 
     layer_name: str
-    state: Literal["unused", "frozen", "not-recorded", "partly"]
+    state: Absence
     records: int
     numel: int | None
 

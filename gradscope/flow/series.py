@@ -88,7 +88,8 @@ class Series:
     @cached_property
     def recorded(self) -> Mask:
         """Where a gradient was there, whatever its value."""
-        return self.status == Status.RECORDED
+        result: Mask = self.status == Status.RECORDED
+        return result
 
     @cached_property
     def gap(self) -> int:
@@ -207,14 +208,14 @@ def series(history: History, by: By = "layer") -> Series:
     A history of the total norm alone is one row, so that what can be said of it is.
     """
     if not history.layers and history.total_l2 is not None:
-        history = _total_alone(history, history.total_l2)
+        history = _total_alone(history)
     rows = [i for i, layer in enumerate(history.layers) if layer.tied_to is None]
     groups = _modules(history.layers, rows) if by == "layer" else [[row] for row in rows]
     return _Joined(history, groups, by).series()
 
 
-def _total_alone(history: History, total: Array) -> History:
-    norms = np.asarray(total, dtype=np.float64)[:, None]
+def _total_alone(history: History) -> History:
+    norms = np.asarray(history.total_l2, dtype=np.float64)[:, None]
     status = np.full(norms.shape, Status.RECORDED, np.uint8)
     return replace(history, layers=(Layer(TOTAL),), l2=norms, status=status)
 
@@ -415,7 +416,8 @@ def _nonfinite(history: History) -> Mask:
     for counts in (history.n_nan, history.n_inf):
         if counts is not None:
             flags = np.where(counts >= 0, flags & (counts != 0) | (counts > 0), flags)
-    return flags & recorded
+    result: Mask = flags & recorded
+    return result
 
 
 def _finite_norms(history: History) -> Array:

@@ -185,7 +185,11 @@ def _paths(paths: Sequence[CriticalPath], display: Display) -> Iterator[Renderab
     for path in shown:
         names = [clean(name) for name in path.layers]
         way = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
-        weak = "" if path.weakest_link is None else f"weakest link {' → '.join(map(clean, path.weakest_link))}, "  # fmt: skip
+        weak = (
+            ""
+            if path.weakest_link is None
+            else f"weakest link {' → '.join(map(clean, path.weakest_link))}, "
+        )
         yield Text.assemble(
             f"  {' ← '.join(way)}",
             (f"  {weak}criticality {path.criticality_score:.2f}", "dim"),

@@ -1,4 +1,4 @@
-"""What each layer does at each record: goes on, turns back, oscillates, stands still, or is noise."""
+"""What each layer does at each record: goes on, turns back, oscillates, stands, or is noise."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ class Vanishing:
     @property
     def flags(self) -> Mask:
         """Any test."""
-        return np.logical_or.reduce(list(self.tests.values()))
+        result: Mask = np.logical_or.reduce(list(self.tests.values()))
+        return result
 
 
 def vanishing(series: Series, graph: Graph) -> Vanishing:
@@ -125,12 +126,14 @@ def _stalled(series: Series) -> Mask:
     if ratio is not None:
         with np.errstate(invalid="ignore"):
             network = nanmedian(ratio, axis=1)[:, None]
-            return (ratio < UPDATE_FLOOR) & (network > UPDATE_ALIVE) & (series.norm > 0)
+            result: Mask = (ratio < UPDATE_FLOOR) & (network > UPDATE_ALIVE) & (series.norm > 0)
+            return result
     kept = attenuation(series)
     if kept is None:
         return np.zeros(series.rms.shape, bool)
     with np.errstate(invalid="ignore"):
-        return (kept < 0.5) & (nanmedian(kept, axis=1)[:, None] > 0.5)
+        result: Mask = (kept < 0.5) & (nanmedian(kept, axis=1)[:, None] > 0.5)
+        return result
 
 
 def _underflow(series: Series) -> Mask:
@@ -269,7 +272,8 @@ def _cause(
     if "time" in tests:
         causes.append("the layers fell far below their own earlier level while the rest did not")
         advice.append(
-            "compare activations and weights before and after the onset: saturation, a schedule that froze them, a collapsed norm gain"
+            "compare activations and weights before and after the onset: saturation, a "
+            "schedule that froze them, a collapsed norm gain"
         )
     if "numeric" in tests:
         causes.append("float16 cannot represent gradients this small")

@@ -8,7 +8,7 @@ and read one tensor at a time. Gradients are found as ``step/name``, ``name/step
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,7 +31,13 @@ Values = NDArray[np.float64]
 
 _STEPS = ("steps", "step", "iterations", "global_step")
 _STEP = re.compile(r"^(?:\[)?(?:(?:global_)?(?:step|iter|iteration|it|t)s?[_=-]?)?(\d+)\]?$", re.I)
-_BY_RECORD = {"loss": "loss", "lr": "lr", "learning_rate": "lr", "total_l2": "total_l2", "grad_norm": "total_l2"}  # fmt: skip
+_BY_RECORD = {
+    "loss": "loss",
+    "lr": "lr",
+    "learning_rate": "lr",
+    "total_l2": "total_l2",
+    "grad_norm": "total_l2",
+}
 
 
 def read_arrays(path: str, as_: As | None = None) -> History:
@@ -88,12 +94,15 @@ def _of_norms(
     wrong = next((r for r in rest.values() if len([n for n in r.shape if n != 1]) > 1), None)
     if len(counts) > 1 or wrong is not None:
         bad = wrong or next(iter(rest.values()))
-        message = f"{bad.name} has shape {list(bad.shape)}: norms are one number a step, as many for every name"  # fmt: skip
+        message = (
+            f"{bad.name} has shape {list(bad.shape)}: norms are one number a step, as "
+            "many for every name"
+        )
         raise InputError(checkpoint.path, "malformed", message)
     norms = np.stack([_values(ref) for ref in rest.values()], axis=1)
     steps, notes = _steps(checkpoint.path, refs, len(norms))
     chosen, more = ordered(steps)
-    extra = {}
+    extra: dict[str, Any] = {}
     for name, target in _BY_RECORD.items():
         if name in refs and refs[name].numel == len(norms):
             values = _values(refs[name])[chosen]
@@ -178,7 +187,10 @@ def _stacked(path: str, rest: Mapping[str, TensorRef]) -> _Keyed:
     """``name -> [T, …]``: step t is slice t of every array."""
     lengths = {ref.shape[0] if ref.shape else 0 for ref in rest.values()}
     if len(lengths) != 1:
-        message = f"arrays have {sorted(lengths)} entries along their first dimension, which must be one record each"  # fmt: skip
+        message = (
+            f"arrays have {sorted(lengths)} entries along their first dimension, "
+            "which must be one record each"
+        )
         raise InputError(path, "malformed", message)
     return {
         t: {n: (r, t * r.row_numel, (t + 1) * r.row_numel) for n, r in rest.items()}

@@ -20,11 +20,19 @@ from gradscope.errors import InputError
 from gradscope.histories.arrays import guessed_kind
 from gradscope.histories.history import History, Layer, Status
 
-_GRADIENT = re.compile(r"(^|[/_.])(grads?|gradients?|grad_norms?|gradient_norms?|l2_norm/grad)([/_.]|$)", re.I)  # fmt: skip
-_PREFIX = re.compile(r"^(?:grad_2(?:\.0)?_norm|l2_norm/grad|grad_norms?|gradient_norms?|gradients?|grads?)[/_.]|[/_.](?:grad_norm|gradient_norm|grads?|gradients?)$", re.I)  # fmt: skip
+_GRADIENT = re.compile(
+    r"(^|[/_.])(grads?|gradients?|grad_norms?|gradient_norms?|l2_norm/grad)([/_.]|$)", re.I
+)
+_PREFIX = re.compile(
+    r"^(?:grad_2(?:\.0)?_norm|l2_norm/grad|grad_norms?|gradient_norms?|gradients?|grads?)[/_.]|[/_.](?:grad_norm|gradient_norm|grads?|gradients?)$",
+    re.I,
+)
 _LOSS = re.compile(r"(^|[/_])loss$", re.I)
 _RATE = re.compile(r"^(lr|learning_rate|train/learning_rate|lr-.*)$", re.I)
-_TOTAL = re.compile(r"^(train/)?(grad_norm|total_grad_norm|total_norm|grad_norm_total|grad_2(\.0)?_norm_total)$", re.I)  # fmt: skip
+_TOTAL = re.compile(
+    r"^(train/)?(grad_norm|total_grad_norm|total_norm|grad_norm_total|grad_2(\.0)?_norm_total)$",
+    re.I,
+)
 _MOST_RECORD = 1 << 28
 
 
@@ -33,7 +41,7 @@ def is_events(start: bytes) -> bool:
     if len(start) < 16:
         return False
     length, crc = struct.unpack_from("<QI", start)
-    return length < 1 << 20 and crc == _masked(start[:8])
+    return bool(length < 1 << 20 and crc == _masked(start[:8]))
 
 
 def event_files(folder: str) -> list[str]:
@@ -100,7 +108,9 @@ class _Found:
 
     def history(self, path: str, files: Sequence[str]) -> History:
         if not self.norms and not self.total:
-            raise InputError(path, "malformed", "has no series of gradients: a tag with grad or gradient in it")  # fmt: skip
+            raise InputError(
+                path, "malformed", "has no series of gradients: a tag with grad or gradient in it"
+            )
         about = [*self.norms.values(), self.total] if self.norms else [self.total]
         steps = np.array(sorted({step for series in about for step in series}), dtype=np.int64)
         place = {int(step): i for i, step in enumerate(steps)}
@@ -123,7 +133,9 @@ class _Found:
         )
 
 
-def _table(found: dict[str, dict[int, float]], place: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]  # fmt: skip
+def _table(
+    found: dict[str, dict[int, float]], place: dict[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     values = np.full((len(place), len(found)), np.nan)
     status = np.zeros(values.shape, np.uint8)
     for column, series in enumerate(found.values()):
@@ -132,7 +144,7 @@ def _table(found: dict[str, dict[int, float]], place: dict[int, int]) -> tuple[n
     return values, status
 
 
-def _line(found: dict[int, float], place: dict[int, int]) -> np.ndarray | None:  # type: ignore[type-arg]  # fmt: skip
+def _line(found: dict[int, float], place: dict[int, int]) -> np.ndarray | None:  # fmt: skip
     if not found:
         return None
     out = np.full(len(place), np.nan)
@@ -150,7 +162,9 @@ def _values(path: str, notes: list[str]) -> Iterator[tuple[int, str, float | _Hi
         try:
             yield from _event(record)
         except (ValueError, struct.error, IndexError) as error:
-            raise InputError(path, "malformed", f"holds an event that cannot be read: {error}") from None  # fmt: skip
+            raise InputError(
+                path, "malformed", f"holds an event that cannot be read: {error}"
+            ) from None
 
 
 def _records(path: str, notes: list[str]) -> Iterator[bytes]:
@@ -161,14 +175,18 @@ def _records(path: str, notes: list[str]) -> Iterator[bytes]:
             length = struct.unpack_from("<Q", head)[0] if len(head) == 12 else 0
             if len(head) < 12 or at + length + 16 > size:
                 if len(head) == 12 and struct.unpack_from("<I", head, 8)[0] != _masked(head[:8]):
-                    raise InputError(path, "malformed", f"the record at byte {at} has a wrong checksum")  # fmt: skip
+                    raise InputError(
+                        path, "malformed", f"the record at byte {at} has a wrong checksum"
+                    )
                 notes.append(f"{os.path.basename(path)} ends inside a record, which was left out")
                 return
             if struct.unpack_from("<I", head, 8)[0] != _masked(head[:8]) or length > _MOST_RECORD:
                 raise InputError(path, "malformed", f"the record at byte {at} has a wrong checksum")
             data = file.read(length)
             if struct.unpack("<I", file.read(4))[0] != _masked(data):
-                raise InputError(path, "malformed", f"the data of the record at byte {at} have a wrong checksum")  # fmt: skip
+                raise InputError(
+                    path, "malformed", f"the data of the record at byte {at} have a wrong checksum"
+                )
             at += length + 16
             yield data
 
@@ -216,7 +234,8 @@ def _event(data: bytes) -> Iterator[tuple[int, str, float | _Histogram]]:
 
 def _value(data: bytes) -> Iterator[tuple[str, float | _Histogram]]:
     """Summary.Value: tag 1, simple_value 2, histo 5, tensor 8."""
-    tag, found = "", None
+    tag = ""
+    found: float | _Histogram | None = None
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
             tag = value.decode("utf-8", "replace")
@@ -241,7 +260,7 @@ def _histogram(data: bytes) -> _Histogram | None:
 
 
 def _scalar_tensor(data: bytes) -> float | None:
-    """TensorProto of one number: dtype 1 (1 float, 2 double), content 4, float_val 5, double_val 6."""
+    """TensorProto of one number: content 4, float_val 5, double_val 6."""
     for number, value in _fields(data):
         if number == 4 and isinstance(value, bytes) and len(value) in (4, 8):
             return float(struct.unpack("<f" if len(value) == 4 else "<d", value)[0])

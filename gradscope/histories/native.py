@@ -14,8 +14,8 @@ from numpy.lib import format as npy
 from pydantic import ValidationError
 
 from gradscope.checkpoints.tensors import Failure
-from gradscope.errors import InputError
-from gradscope.histories.history import KINDS, Exact, History, Layer, Sketches, Status
+from gradscope.errors import InputError, InputKind
+from gradscope.histories.history import KINDS, Exact, History, Layer, Sketches, Status, Topology
 from gradscope.histories.schema import FORMAT, KEYS, VERSION, Meta, fault
 from gradscope.histories.steps import ordered
 
@@ -73,8 +73,9 @@ def _shard(path: str) -> _Shard:
     try:
         arrays = _arrays(path)
     except zipfile.BadZipFile as error:
-        kind = "truncated" if "not a zip" in str(error) else "malformed"
-        raise InputError(path, kind, f"is a damaged or truncated archive ({error}); {_FETCH_AGAIN}") from None  # type: ignore[arg-type]  # fmt: skip
+        kind: InputKind = "truncated" if "not a zip" in str(error) else "malformed"
+        message = f"is a damaged or truncated archive ({error}); {_FETCH_AGAIN}"
+        raise InputError(path, kind, message) from None
     except OSError as error:
         raise InputError(path, "missing", f"cannot be read: {error.strerror or error}") from None
     except (
@@ -102,7 +103,10 @@ def _arrays(path: str) -> Arrays:
             if not info.filename.endswith(".npy"):
                 continue
             if info.file_size > _BOMB_BYTES and info.file_size > _BOMB_RATIO * info.compress_size:
-                message = f"{info.filename} would inflate from {info.compress_size} bytes to {info.file_size}"  # fmt: skip
+                message = (
+                    f"{info.filename} would inflate from {info.compress_size} bytes "
+                    f"to {info.file_size}"
+                )
                 raise InputError(
                     path, "unsafe", f"{message}; save it uncompressed if that is right"
                 )
@@ -120,15 +124,19 @@ def _member(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.nd
         reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = reader(file)
         if dtype.hasobject:
-            raise InputError(path, "unsafe", f"{info.filename} holds pickled objects, which are never loaded")  # fmt: skip
+            raise InputError(
+                path, "unsafe", f"{info.filename} holds pickled objects, which are never loaded"
+            )
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if size > info.file_size or size < 0:
-            raise InputError(path, "malformed", f"{info.filename} declares {size} bytes and has {info.file_size}")  # fmt: skip
+            raise InputError(
+                path, "malformed", f"{info.filename} declares {size} bytes and has {info.file_size}"
+            )
         data = file.read(size)
     if len(data) != size:
         raise InputError(path, "truncated", f"{info.filename} ends early; {_FETCH_AGAIN}")
-    order = "F" if fortran else "C"
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order=order)
+    flat = np.frombuffer(data, dtype=dtype)
+    return flat.reshape(shape, order="F") if fortran else flat.reshape(shape)
 
 
 def _meta(path: str, found: np.ndarray[Any, Any] | None) -> dict[str, Any]:
@@ -139,7 +147,11 @@ def _meta(path: str, found: np.ndarray[Any, Any] | None) -> dict[str, Any]:
         if not isinstance(meta, dict):
             raise ValueError("it is not an object")
         if meta.get("format") == FORMAT and _major(meta) not in (None, VERSION[0]):
-            raise InputError(path, "malformed", f"is version {_major(meta)} of {FORMAT}; this gradscope reads version {VERSION[0]}")  # fmt: skip
+            raise InputError(
+                path,
+                "malformed",
+                f"is version {_major(meta)} of {FORMAT}; this gradscope reads version {VERSION[0]}",
+            )
         Meta.model_validate(meta)
     except InputError:
         raise
@@ -178,18 +190,20 @@ def _history(path: str, shards: Sequence[_Shard], failures: Sequence[InputError]
         sketches=joined.sketches(),
         exact=joined.exact(),
         edges=edges,
-        topology="assumed-chain"
-        if edges is None
-        else "recorded"
-        if source == "recorded"
-        else "given",  # fmt: skip
+        topology=_topology(edges is not None, source),
         meta=last.meta,
-        notes=tuple([*notes, *_unknown(shards)]),
+        notes=(*notes, *_unknown(shards)),
         failures=tuple(
             Failure(e.kind, f"{os.path.basename(e.path)}: {e.message}") for e in failures
         ),
         **joined.fields(),
     )
+
+
+def _topology(known: bool, source: object) -> Topology:
+    if not known:
+        return "assumed-chain"
+    return "recorded" if source == "recorded" else "given"
 
 
 def _places(shard: _Shard, names: Sequence[str]) -> np.ndarray[Any, Any]:
@@ -199,7 +213,11 @@ def _places(shard: _Shard, names: Sequence[str]) -> np.ndarray[Any, Any]:
 
 def _unknown(shards: Sequence[_Shard]) -> list[str]:
     unknown = dict.fromkeys(name for shard in shards for name in shard.unknown)
-    return [f"keys that this version does not know were ignored: {', '.join(unknown)}"] if unknown else []  # fmt: skip
+    return (
+        [f"keys that this version does not know were ignored: {', '.join(unknown)}"]
+        if unknown
+        else []
+    )
 
 
 _ABSENT = {"n_nan": -1, "n_inf": -1, "skipped": 0, "micro_count": 0}
@@ -265,7 +283,8 @@ class _Joined:
             if name in shard.arrays:
                 part[:, place] = shard.arrays[name]
             parts.append(part)
-        return np.concatenate(parts)[self.chosen]
+        result: np.ndarray[Any, Any] = np.concatenate(parts)[self.chosen]
+        return result
 
     def records(self, name: str, absent: Any) -> np.ndarray[Any, Any]:
         """A [T, …] array over all shards; columns are padded to the widest."""
@@ -281,7 +300,8 @@ class _Joined:
             if array is not None:
                 part[(slice(None), slice(array.shape[1])) if width else slice(None)] = array
             parts.append(part)
-        return np.concatenate(parts)[self.chosen]
+        result: np.ndarray[Any, Any] = np.concatenate(parts)[self.chosen]
+        return result
 
     def status(self) -> np.ndarray[Any, Any]:
         """The file's own; without one, everything in it was recorded."""
@@ -290,7 +310,8 @@ class _Joined:
             part = np.zeros((len(shard.arrays["steps"]), len(self.names)), np.uint8)
             part[:, place] = shard.arrays.get("grad/status", Status.RECORDED)
             parts.append(part)
-        return np.concatenate(parts)[self.chosen]
+        result: np.ndarray[Any, Any] = np.concatenate(parts)[self.chosen]
+        return result
 
     def fields(self) -> dict[str, Any]:
         """The optional arrays that are fields of a history."""
@@ -308,10 +329,8 @@ class _Joined:
         return found
 
     def _same_edges(self) -> bool:
-        first = self.shards[0].arrays.get("graph/edges")
-        return all(
-            np.array_equal(first, shard.arrays.get("graph/edges")) for shard in self.shards[1:]
-        )
+        found = [shard.arrays.get("graph/edges", np.empty(0)) for shard in self.shards]
+        return all(np.array_equal(found[0], other) for other in found[1:])
 
     def sketches(self) -> Sketches | None:
         """All sketches, with the place of their records in the joined history."""
@@ -348,7 +367,8 @@ class _Joined:
             found = shard.arrays.get("graph/edges")
             if found is not None and len(found):
                 full = np.append(place, [len(self.names), -1])
-                return full[found.astype(np.int64)]
+                result: np.ndarray[Any, Any] = full[found.astype(np.int64)]
+                return result
         return None
 
 

@@ -19,7 +19,10 @@ from gradscope.histories.native import files_of, is_native, read_native, read_sh
 #: Entry points of this group: a callable from path to History, or None for what it does not read.
 GROUP = "gradscope.histories"
 _JSON_CAP = 1 << 30
-_READS = "gradscope.grads (npz), npz, safetensors and .pt of norms or gradients, CSV, JSON lines, Parquet, TensorBoard events, trainer_state.json"  # fmt: skip
+_READS = (
+    "gradscope.grads (npz), npz, safetensors and .pt of norms or gradients, CSV, JSON "
+    "lines, Parquet, TensorBoard events, trainer_state.json"
+)
 
 
 def open_history(path: str, *, as_: As | None = None) -> History:
@@ -53,7 +56,9 @@ def _folder(path: str) -> History:
     state = os.path.join(path, "trainer_state.json")
     if os.path.isfile(state):
         return _json(state, None)
-    raise InputError(path, "missing", "holds neither shards (00000.npz, …), event files nor trainer_state.json")  # fmt: skip
+    raise InputError(
+        path, "missing", "holds neither shards (00000.npz, …), event files nor trainer_state.json"
+    )
 
 
 def _is_parquet(path: str, start: bytes) -> bool:
@@ -95,7 +100,11 @@ def _json(path: str, as_: As | None) -> History:
     except (ValueError, RecursionError):
         return read_jsonl(path)
     if isinstance(whole, dict) and isinstance(whole.get("log_history"), list):
-        rows = [r for r in whole["log_history"] if isinstance(r, dict) and ("grad_norm" in r or "loss" in r)]  # fmt: skip
+        rows = [
+            r
+            for r in whole["log_history"]
+            if isinstance(r, dict) and ("grad_norm" in r or "loss" in r)
+        ]
         return read_json(path, rows, "trainer_state")
     return read_json(path, whole) if isinstance(whole, list) else read_jsonl(path)
 

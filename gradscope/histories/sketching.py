@@ -41,7 +41,7 @@ def hashed(index: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     return h ^ (h >> 16)
 
 
-def sketch(values: NDArray[np.floating], *, seed: int, width: int = WIDTH) -> NDArray[np.float64]:  # type: ignore[type-arg]
+def sketch(values: NDArray[np.floating], *, seed: int, width: int = WIDTH) -> NDArray[np.float64]:
     """The count-sketch of an array's elements in row-major order, float64 [width].
 
     Linear; the inner product of two sketches with one seed is an unbiased estimate of that of the

@@ -30,7 +30,14 @@ _STEP = (
 )
 _LAYER = ("param", "parameter", "layer", "layer_name", "name", "module", "tag")
 _VALUE = ("grad_norm", "l2", "l2_norm", "norm", "gradient_norm", "magnitude", "grad_l2", "value")
-_TOTAL = ("grad_norm", "total_grad_norm", "train/grad_norm", "grad_norm/total", "total_l2", "grad_2.0_norm_total")  # fmt: skip
+_TOTAL = (
+    "grad_norm",
+    "total_grad_norm",
+    "train/grad_norm",
+    "grad_norm/total",
+    "total_l2",
+    "grad_2.0_norm_total",
+)
 _LOSS = ("loss", "train_loss", "train/loss", "training_loss")
 _RATE = ("lr", "learning_rate", "train/learning_rate", "lr-sgd", "lr-adam", "lr-adamw")
 #: How writers name a parameter's norm in a wide table: Lightning, Composer, OLMo, W&B, plain.
@@ -143,12 +150,18 @@ class _Table:
             raise InputError(self.path, "malformed", message)
         step_column = _column(row, _STEP)
         if step_column is None:
-            raise InputError(self.path, "malformed", f"row {number} has no step: a column named one of {', '.join(_STEP[:4])}")  # fmt: skip
+            raise InputError(
+                self.path,
+                "malformed",
+                f"row {number} has no step: a column named one of {', '.join(_STEP[:4])}",
+            )
         value = _number(self.path, number, step_column, row[step_column])
         if value is None:
             return
         if not math.isfinite(value) or abs(value) >= 2**62:
-            raise InputError(self.path, "malformed", f"row {number}: {step_column} is {row[step_column]!r}")  # fmt: skip
+            raise InputError(
+                self.path, "malformed", f"row {number}: {step_column} is {row[step_column]!r}"
+            )
         record = self._record(int(value))
         layer, norm = _column(row, _LAYER), _column(row, _VALUE)
         if layer is not None and norm is not None:
@@ -168,7 +181,10 @@ class _Table:
             self.cells.append((record, self.layers.setdefault(name, len(self.layers)), found))
 
     def _wide(self, number: int, record: int, row: Row) -> None:
-        known = {_column(row, names): store for names, store in ((_TOTAL, self.totals), (_LOSS, self.losses), (_RATE, self.rates))}  # fmt: skip
+        known = {
+            _column(row, names): store
+            for names, store in ((_TOTAL, self.totals), (_LOSS, self.losses), (_RATE, self.rates))
+        }
         for column, value in row.items():
             if column in known:
                 found = _number(self.path, number, column, value)
@@ -182,9 +198,19 @@ class _Table:
         if not self.rows:
             raise InputError(self.path, "malformed", "has no rows")
         if not self.layers and not self.totals:
-            raise InputError(self.path, "malformed", "has no column of gradient norms: step,layer,value in long form, or one column for each parameter such as grad_norm/NAME")  # fmt: skip
+            raise InputError(
+                self.path,
+                "malformed",
+                "has no column of gradient norms: "
+                "step,layer,value in long form, or one column for each parameter such as "
+                "grad_norm/NAME",
+            )
         if len(self.steps) * max(1, len(self.layers)) > _MOST_CELLS:
-            raise InputError(self.path, "unsupported", f"{len(self.steps)} steps of {len(self.layers)} layers are too many for a table")  # fmt: skip
+            raise InputError(
+                self.path,
+                "unsupported",
+                f"{len(self.steps)} steps of {len(self.layers)} layers are too many for a table",
+            )
         steps, place, notes = self._merged()
         shape = (len(steps), len(self.layers))
         norms, status = np.full(shape, np.nan), np.zeros(shape, np.uint8)

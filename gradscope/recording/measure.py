@@ -26,14 +26,19 @@ def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
         return torch.zeros(0)
     if order == math.inf:
         # foreach refuses to take the maximum of nothing.
-        return torch.stack([_top(t) for t in tensors]) if any(not t.numel() for t in tensors) else _foreach(tensors, order)  # fmt: skip
+        return (
+            torch.stack([_top(t) for t in tensors])
+            if any(not t.numel() for t in tensors)
+            else _foreach(tensors, order)
+        )
     return _foreach(tensors, order)
 
 
 def _top(tensor: Tensor) -> Tensor:
     if not tensor.numel():
         return torch.zeros((), dtype=torch.float32, device=tensor.device)
-    return torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)
+    result: Tensor = torch.linalg.vector_norm(tensor, math.inf, dtype=torch.float32)
+    return result
 
 
 def _foreach(tensors: Sequence[Tensor], order: float) -> Tensor:
@@ -49,9 +54,8 @@ def _foreach(tensors: Sequence[Tensor], order: float) -> Tensor:
 
 def dots(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """The inner product of each pair, float32 [len(first)]."""
-    return torch.stack(
-        [torch.dot(a.flatten().float(), b.flatten().float()) for a, b in zip(first, second, strict=True)]
-    )  # fmt: skip
+    pairs = zip(first, second, strict=True)
+    return torch.stack([torch.dot(a.flatten().float(), b.flatten().float()) for a, b in pairs])
 
 
 class Sketcher:
@@ -90,8 +94,13 @@ class Sketcher:
 
         ``gradients`` are all rows', in order; ``lengths`` their norms [L].
         """
-        flat = [g.reshape(-1) if i is None else g.reshape(-1)[i] for g, i in zip(gradients, self.chosen, strict=True)]  # fmt: skip
-        table = torch.zeros(self.rows * 2 * self.width, dtype=torch.float32, device=self.bucket.device)  # fmt: skip
+        flat = [
+            g.reshape(-1) if i is None else g.reshape(-1)[i]
+            for g, i in zip(gradients, self.chosen, strict=True)
+        ]
+        table = torch.zeros(
+            self.rows * 2 * self.width, dtype=torch.float32, device=self.bucket.device
+        )
         values = torch.cat([f.float() for f in flat])
         table.index_add_(0, self.bucket, values)
         usable = (lengths > 0) & torch.isfinite(lengths)

@@ -36,14 +36,15 @@ class GradientRecorder:
             for step, batch in enumerate(loader):
                 loss = compute(batch)
                 loss.backward()
-                recorder.capture(step, loss=loss)   # after backward (and unscale_), before clipping
+                recorder.capture(step, loss=loss)  # after backward, before clipping
                 optimizer.step()
                 optimizer.zero_grad()
 
     Every ``every``-th step each parameter's gradient norm, greatest magnitude, share of zeros and
     count-sketch are taken, as well as weight and update norms, loss, learning rates and the loss
     scale; with ``directions`` the norm and sketch of the step after it too, because successive
-    steps are what shows overshooting. Nothing waits for the device until ``capacity`` records are full or the recorder is
+    steps are what shows overshooting. Nothing waits for the device until ``capacity`` records are
+    full or the recorder is
     closed; then one shard is written, whole or not at all. Without any ``capture`` call gradients
     are taken in the optimizer's pre-step hook, that is after clipping, and the file says so.
 
@@ -201,7 +202,7 @@ class GradientRecorder:
         """One look at the first output that can be differentiated; then the hook is gone."""
         me = weakref.ref(self)
 
-        def seen(module: Any, inputs: Any, output: Any) -> None:
+        def seen(_module: Any, _inputs: Any, output: Any) -> None:
             recorder = me()
             if recorder is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return
@@ -278,7 +279,9 @@ class GradientRecorder:
         pending, self._pending = self._pending, None
         if pending is None or self._ring is None:
             return
-        self._ring.hosts[pending.at].skipped = pending.may_skip and not pending.stepped and self._optimizer is not None  # fmt: skip
+        self._ring.hosts[pending.at].skipped = (
+            pending.may_skip and not pending.stepped and self._optimizer is not None
+        )
 
     def _current_rows(self, step: int) -> _Rows:
         """The parameters as they are now; a change of them, or of the order, begins a shard."""
@@ -290,7 +293,9 @@ class GradientRecorder:
             return self._rows
         self.flush()
         if not known or self._rows is None:
-            self._rows = _Rows(_inner(self._model), self._optimizer, self._topology, self._directions)  # fmt: skip
+            self._rows = _Rows(
+                _inner(self._model), self._optimizer, self._topology, self._directions
+            )
             self._ring = None
         if self._ring is None:
             self._ring = Ring(len(self._rows.names), self._capacity, self._rows.device, WIDTH)
@@ -310,7 +315,10 @@ class GradientRecorder:
         if self._optimizer is None:
             return []
         rates = [group.get("lr", float("nan")) for group in self._optimizer.param_groups]
-        return [float("nan") if isinstance(r, Tensor) and r.device.type != "cpu" else float(r) for r in rates]  # fmt: skip
+        return [
+            float("nan") if isinstance(r, Tensor) and r.device.type != "cpu" else float(r)
+            for r in rates
+        ]
 
     def _meta(self, rows: _Rows) -> dict[str, Any]:
         return {
@@ -323,7 +331,7 @@ class GradientRecorder:
             "rank": _rank(),
             "sketch": {"k": WIDTH, "hash": "murmur3 finaliser", "most": MOST_SKETCHED},
             "optimizer": _described(self._optimizer),
-            "precision": {"grad": str(rows.dtype).removeprefix("torch."), "param": str(rows.dtype).removeprefix("torch.")},
+            "precision": dict.fromkeys(("grad", "param"), str(rows.dtype).removeprefix("torch.")),
             "topology": {"source": "assumed-chain" if self._topology is None else "recorded"},
             **({} if self._batch_size is None else {"batch_size": float(self._batch_size)}),
         }  # fmt: skip
@@ -363,7 +371,7 @@ class _Rows:
         self.modules = [module for _, module, _ in found]
         self.parameters = [parameter for _, _, parameter in found]
         self._ids = [id(p) for p in model.parameters()]
-        self._types = {name: module for name, module in model.named_modules()}
+        self._types = dict(model.named_modules())
         self._groups = _groups(optimizer)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self.dtype = self.parameters[0].dtype if self.parameters else torch.float32
@@ -381,7 +389,7 @@ class _Rows:
         return [id(p) for p in parameters] == self._ids
 
     def gradients(self) -> dict[int, Tensor]:
-        """The gradients there are, by row; those of sparse embeddings without what is not stored."""
+        """The gradients there are, by row; of sparse ones what is stored."""
         return {row: _dense(p.grad) for row, p in enumerate(self.parameters) if p.grad is not None}
 
     def index(self, found: Mapping[int, Tensor] | Sequence[int]) -> Tensor | slice:
@@ -441,7 +449,7 @@ class _Rows:
             "layer/module": np.array(self.modules, dtype=str),
             "layer/kind": np.array([self._kind(i) for i in range(len(self.names))], dtype=str),
             "layer/numel": np.array([p.numel() for p in self.parameters], dtype=np.int64),
-            "layer/group": np.array([self._groups.get(id(p), -1) for p in self.parameters], dtype=np.int64),
+            "layer/group": np.array([self._groups.get(id(p), -1) for p in self.parameters]),
         }  # fmt: skip
         if order is not None:
             arrays["graph/edges"] = self._edges(order)

@@ -128,9 +128,15 @@ def save(
     arrays = {**layers, **drained}
     nonzero = arrays.pop("nonzero")
     sizes = np.maximum(layers["layer/numel"], 1).astype(np.float32)
-    arrays["grad/zero_frac"] = np.where(np.isnan(nonzero), np.nan, 1 - nonzero / sizes).astype(np.float32)  # fmt: skip
+    arrays["grad/zero_frac"] = np.where(np.isnan(nonzero), np.nan, 1 - nonzero / sizes).astype(
+        np.float32
+    )
     optional = (*SCALARS, *CELLS[3:], "lr", "grad/zero_frac")
-    kept = {k: v for k, v in arrays.items() if k not in optional or np.isfinite(v).any() or (k == "loss" and _is_known(v))}  # fmt: skip
+    kept = {
+        k: v
+        for k, v in arrays.items()
+        if k not in optional or np.isfinite(v).any() or (k == "loss" and _is_known(v))
+    }
     write(path, kept, meta)
 
 

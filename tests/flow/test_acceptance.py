@@ -18,6 +18,7 @@ from gradscope.report.severity import Severity
 from .made import made, noise, of_vectors, quadratic
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
+CELLS = ("l2", "status", "max_abs", "zero_fraction", "param_l2", "update_l2")
 RUNS = ("cnn", "transformer", "diverging", "dying", "plain", "residual")
 
 
@@ -121,7 +122,7 @@ def test_the_order_of_rows_in_a_file_changes_no_finding() -> None:
         edges=place[history.edges],
         **{
             name: getattr(history, name)[:, order]
-            for name in ("l2", "status", "max_abs", "zero_fraction", "param_l2", "update_l2", "update_cosine")
+            for name in (*CELLS, "update_cosine")
         },
     )  # fmt: skip
 
@@ -131,7 +132,7 @@ def test_the_order_of_rows_in_a_file_changes_no_finding() -> None:
 def thinned(history: History) -> History:
     fields = {
         name: getattr(history, name)[::2]
-        for name in ("steps", "l2", "status", "max_abs", "zero_fraction", "param_l2", "update_l2", "loss")
+        for name in ("steps", "loss", *CELLS)
         if getattr(history, name) is not None
     }  # fmt: skip
     empty = dict.fromkeys(("sketches", "exact", "skipped", "lr", "total_l2", "update_cosine"))
@@ -195,7 +196,10 @@ def test_white_noise_raises_no_alarm_in_a_hundred_thousand_layer_records(
     heavy = np.exp(0.3 * np.random.default_rng(1).standard_t(3, (2500, 40)))
     spikes = len(analyze_flow(made(heavy)).result.spikes)
     record_property("student_t3_spikes_per_1e5", spikes)
-    print(f"\nfalse alarms in 1e5 layer-records: Gaussian {len(report.findings)}, Student t3 spikes {spikes}")  # fmt: skip
+    print(
+        f"\nfalse alarms in 1e5 layer-records: Gaussian {len(report.findings)}, Student "
+        f"t3 spikes {spikes}"
+    )
 
     assert report.findings == ()
     assert report.result.oscillation == ()
@@ -213,7 +217,9 @@ def test_directions_of_noise_are_indeterminate_and_no_oscillation() -> None:
     assert {t.flow_direction for t in report.result.temporal} == {"indeterminate"}
 
 
-@pytest.mark.parametrize(("rate", "direction"), [(0.5, "forward"), (1.5, "oscillating"), (2.2, "oscillating")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rate", "direction"), [(0.5, "forward"), (1.5, "oscillating"), (2.2, "oscillating")]
+)
 def test_gradient_descent_on_a_quadratic_shows_its_learning_rate(
     rate: float, direction: str
 ) -> None:
@@ -269,7 +275,7 @@ def test_growth_that_no_spike_detector_sees_is_an_explosion() -> None:
 
     assert report.result.spikes == ()
     assert severe(report) == [("exploding-gradient", "layers.0 … layers.4")]
-    after, until = report.result.exploding_regions[0].extent.onset
+    _, until = report.result.exploding_regions[0].extent.onset
     assert 150 <= until <= 240
 
 
@@ -346,4 +352,8 @@ def test_tied_weights_are_counted_once() -> None:
 def test_what_needs_directions_or_updates_is_not_evaluated_without_them() -> None:
     report = analyze_flow(made(noise(50, 3)))
 
-    assert {n.rule for n in report.coverage.not_evaluated} >= {"oscillation", "update-ratio", "stagnation"}  # fmt: skip
+    assert {n.rule for n in report.coverage.not_evaluated} >= {
+        "oscillation",
+        "update-ratio",
+        "stagnation",
+    }

@@ -41,7 +41,14 @@ def event(step: int, tag: str, value: float | np.ndarray[Any, Any]) -> bytes:
     """A scalar, or torch's histogram of an array."""
     if isinstance(value, np.ndarray):
         v = value.astype(np.float64)
-        body = message(5, double(1, v.min()) + double(2, v.max()) + double(3, v.size) + double(4, v.sum()) + double(5, (v * v).sum()))  # fmt: skip
+        body = message(
+            5,
+            double(1, v.min())
+            + double(2, v.max())
+            + double(3, v.size)
+            + double(4, v.sum())
+            + double(5, (v * v).sum()),
+        )
     else:
         body = varint(2 << 3 | 5) + struct.pack("<f", value)
     summary = message(1, message(1, tag.encode()) + body)

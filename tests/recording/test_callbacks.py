@@ -38,7 +38,9 @@ def backward(model: nn.Module) -> torch.Tensor:
 def test_lightning_records_before_every_optimizer_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = stand_in(monkeypatch, "lightning.pytorch.callbacks", "Callback", "gradscope.recording.lightning")  # fmt: skip
+    ours = stand_in(
+        monkeypatch, "lightning.pytorch.callbacks", "Callback", "gradscope.recording.lightning"
+    )
     model = nn.Linear(3, 2)
     trainer = SimpleNamespace(
         optimizers=[torch.optim.SGD(model.parameters(), 0.1)], global_step=0,
@@ -67,7 +69,9 @@ def test_the_trainers_callback_says_that_gradients_are_clipped(
     model = nn.Linear(3, 2)
     args, state = SimpleNamespace(max_grad_norm=1.0), SimpleNamespace(global_step=0)
     callback = ours.GradientRecorderCallback(tmp_path / "a", every=1)
-    callback.on_train_begin(args, state, None, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1))  # fmt: skip
+    callback.on_train_begin(
+        args, state, None, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)
+    )
     for state.global_step in range(2):
         backward(model)
         callback.on_pre_optimizer_step(args, state, None)

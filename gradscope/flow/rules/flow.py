@@ -20,7 +20,8 @@ def dead_zone(result: FlowResult) -> Iterator[Observation]:
     for zone in result.dead_zones:
         yield Observation(
             place(zone.affected_layers),
-            f"no gradient in {some(zone.affected_layers)} for {plural(zone.extent.records, 'record')}, "
+            f"no gradient in {some(zone.affected_layers)} for "
+            f"{plural(zone.extent.records, 'record')}, "
             f"{span(zone.extent)}; recovery potential {zone.recovery_potential}",
             _revive(zone),
             {
@@ -61,7 +62,7 @@ def _revive(zone: DeadZone) -> str:
 def bottleneck(
     result: FlowResult, *, decades: float = 2.0, criticality: float = 0.5
 ) -> Iterator[Observation]:
-    """A layer's gradient lies far below that of its neighbours on both sides, or a path hangs on it.
+    """A layer's gradient lies far below both its neighbours', or a path hangs on it.
 
     Low from one decade below both neighbours, medium from ``decades``; medium as well where the
     only way to a layer (``criticality``, from the recorded topology) has a link that ``decades``
@@ -77,8 +78,10 @@ def bottleneck(
         below = 3 * score
         yield Observation(
             node.layer_name,
-            f"its RMS gradient lies {'at least ' if score >= 1 else ''}{below:.1f} decades below both neighbours",
-            "look at what it multiplies: a tiny gain or initial scale, a saturated activation behind it",
+            f"its RMS gradient lies {'at least ' if score >= 1 else ''}{below:.1f} decades "
+            "below both neighbours",
+            "look at what it multiplies: a tiny gain or initial scale, a saturated "
+            "activation behind it",
             {"bottleneck_score": score, "connectivity": node.connectivity or 0},
             threshold=decades,
             severity=Severity.MEDIUM if below >= decades else Severity.LOW,
@@ -101,7 +104,8 @@ def bottleneck(
             seen.add(weak)
             yield Observation(
                 f"{weak[0]} → {weak[1]}",
-                f"the only wide way of the gradient to {path.layers[-1]} passes this link, which carries "
+                f"the only wide way of the gradient to {path.layers[-1]} passes this link, "
+                "which carries "
                 f"{potential:.1f} decades less than the median one",
                 "add a way around it (a residual connection), or find what attenuates there",
                 {
@@ -126,7 +130,8 @@ def missing_gradient(result: FlowResult) -> Iterator[Observation]:
         names = [m.layer_name for m in unused]
         yield Observation(
             place(names),
-            f"no gradient at any of {plural(result.steps, 'record')} though one is required: {some(names)}",
+            f"no gradient at any of {plural(result.steps, 'record')} though one is "
+            f"required: {some(names)}",
             "the forward pass does not use these parameters or a detach() cuts them off; use them, "
             "or set requires_grad to False",
             {

@@ -58,8 +58,8 @@ def _oscillation(result: FlowResult, o: Oscillation, opposed: float, most: float
         facts["divide_learning_rate_by"] = advice.divide_by
     return Observation(
         "network" if o.share_of_layers >= most else o.layers[0],
-        f"successive gradients oppose each other ({cosine}{growth}) in {some(o.layers)}, {since(o.onset)}"
-        + (", to the end" if o.ongoing else ""),
+        f"successive gradients oppose each other ({cosine}{growth}) in {some(o.layers)}, "
+        f"{since(o.onset)}" + (", to the end" if o.ongoing else ""),
         _lower(advice),
         facts,
         threshold=opposed,
@@ -140,9 +140,11 @@ def update_ratio(
     names = [u.layer_name for u in found]
     yield Observation(
         worst.layer_name if len(found) == 1 else "network",
-        f"the median step changes {plural(len(found), 'layer')} by more than a twentieth of the weights: "
+        f"the median step changes {plural(len(found), 'layer')} by more than a twentieth of "
+        "the weights: "
         f"{some(names)} (most {worst.median:.2g}, peak {worst.peak:.2g} at step {worst.step})",
-        "lower the learning rate of these layers, or warm it up; zero-initialised layers settle by themselves",
+        "lower the learning rate of these layers, or warm it up; zero-initialised layers "
+        "settle by themselves",
         {
             "median": worst.median,
             "peak": worst.peak,

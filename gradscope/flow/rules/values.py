@@ -35,7 +35,10 @@ def non_finite_gradient(result: FlowResult) -> Iterator[Observation]:
 
 def _non_finite(stretches: Sequence[NonFinite]) -> Observation:
     first, later = stretches[0], len(stretches) - 1
-    said = f"gradients are not finite from step {first.step} on, for {plural(first.records, 'record')}, beginning at {first.origin or 'the loss'}"
+    said = (
+        f"gradients are not finite from step {first.step} on, for "
+        f"{plural(first.records, 'record')}, beginning at {first.origin or 'the loss'}"
+    )
     if first.inherited_by:
         said += f"; inherited by {plural(len(first.inherited_by), 'layer')}"
     if later:
@@ -62,7 +65,8 @@ def _where_to_look(first: NonFinite) -> str:
         back = f"go back to a checkpoint of step {first.last_finite_step} or before; "
     if (first.growth_before or 0) > _DIVERGED:
         return (
-            f"{back}the run diverged (norms had grown {first.growth_before:.2g} times just before): "
+            f"{back}the run diverged (norms had grown {first.growth_before:.2g} times just "
+            "before): "
             "lower the learning rate, warm it up, or clip the total norm"
         )
     if first.loss_nonfinite:
@@ -71,7 +75,8 @@ def _where_to_look(first: NonFinite) -> str:
             "overflow in the forward pass"
         )
     return (
-        f"{back}the loss was finite, so look at the backward pass of {first.origin}: a root or norm "
+        f"{back}the loss was finite, so look at the backward pass of {first.origin}: a root "
+        "or norm "
         "at zero, a masked division, overflow in half precision"
     )
 
@@ -103,7 +108,8 @@ def _stack(result: FlowResult, regions: Sequence[Region]) -> Observation:
     return Observation(
         place(layers),
         f"the whole stack vanishes: each layer divides the gradient by {rate:.1f}, and "
-        f"{plural(len(layers), 'layer')} lie up to {lost:.1f} decades below the loss side, {span(worst.extent)}",
+        f"{plural(len(layers), 'layer')} lie up to {lost:.1f} decades below the loss side, "
+        f"{span(worst.extent)}",
         "; ".join(worst.mitigation_suggestions),
         _evidence(worst, len(regions)) | {"factor_per_layer": rate},
         threshold=3.0,
@@ -121,7 +127,8 @@ def _vanishing(regions: Sequence[Region]) -> Observation:
     )
     return Observation(
         place(worst.affected_layers),
-        f"gradients vanish{lost} in {some(worst.affected_layers)}, {span(worst.extent)}: {worst.cause}{learns}{_again(regions)}",
+        f"gradients vanish{lost} in {some(worst.affected_layers)}, {span(worst.extent)}: "
+        f"{worst.cause}{learns}{_again(regions)}",
         "; ".join(worst.mitigation_suggestions),
         _evidence(worst, len(regions)),
         threshold=3.0,
@@ -162,8 +169,8 @@ def gradient_spike(result: FlowResult, *, tall: float = 50.0) -> Iterator[Observ
 
     Six robust standard deviations and four times the median of the 128 records before (six sigma
     as OLMo-core). Heavy-tailed gradients do that now and then, so small spikes are information,
-    those above 10 times low and those above ``tall`` times (SPAM) medium: a spike that leaves no trace is
-    never more. One that stays is an exploding gradient.
+    those above 10 times low and those above ``tall`` times (SPAM) medium: one that leaves no trace
+    is never more. One that stays is an exploding gradient.
     """
     if not result.spikes:
         return
