@@ -40,7 +40,7 @@ from gradscope.flow.regions import (
     sustained,
 )
 from gradscope.flow.result import LEVELS, Depth, Level, Peak, Region, Spike
-from gradscope.flow.robust import MIN_TREND, Array, mann_kendall, nanmedian, theil_sen
+from gradscope.flow.robust import MIN_TREND, Array, mann_kendall, nanmedian, spread, theil_sen
 from gradscope.flow.series import Mask, Series, own_level, own_records
 from gradscope.flow.trailing import trailing
 
@@ -87,11 +87,11 @@ def exploding(series: Series, graph: Graph) -> Exploding:
     """Every cell judged by every test that the history allows."""
     usable = series.recorded & ~series.skipped[:, None]
     logs = np.where(usable, series.finite_log, np.nan)
-    median, spread = trailing(logs, TRAILING, _LEAST_TRAILING)
+    median, wide = trailing(logs, TRAILING, _LEAST_TRAILING)
     just_before, _ = trailing(logs, _JUST_BEFORE, 1)
     with np.errstate(invalid="ignore", over="ignore"):
         ratio, jump = np.exp(logs - median), np.exp(logs - just_before)
-        z = (logs - median) / np.maximum(spread, _SPREAD_FLOOR)
+        z = (logs - median) / np.maximum(wide, _SPREAD_FLOOR)
         own = np.exp(logs - own_level(series))
         own[: own_records(series).stop] = np.nan
         above = logs - reference(series, graph)
@@ -136,7 +136,7 @@ def _growth(series: Series, logs: Array) -> Mask:
     for end in ends:
         for row in _climbing(logs, end - window, end):
             if _grows(series, logs, row, end - window, end):
-                flags[end - window : end, row] = True
+                flags[_begun(logs[end - window : end, row]) + end - window : end, row] = True
     return flags
 
 
@@ -162,6 +162,14 @@ def _grows(series: Series, logs: Array, row: int, first: int, end: int) -> bool:
     earlier = earlier[np.isfinite(earlier)]
     escaped = len(earlier) < MIN_TREND or np.nanmax(inside) > earlier.max()
     return p is not None and p < _GROWTH_P and bool(escaped)
+
+
+def _begun(inside: Array) -> int:
+    """The record after the last one within the range that a window begins with."""
+    quarter = inside[: len(inside) // 4]
+    ceiling = nanmedian(quarter) + max(3 * spread(quarter), _SPREAD_FLOOR)
+    below = np.flatnonzero(inside <= ceiling)
+    return int(below[-1]) + 1 if len(below) else 0
 
 
 def growth_rate(series: Series, row: int, first: int, end: int) -> float | None:

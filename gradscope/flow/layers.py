@@ -85,7 +85,7 @@ def layer_flows(
     for row, layer in enumerate(series.layers):
         directed = together is not None and not np.isnan(together[row])
         basis: Basis = found.basis if found is not None and directed else "norm"
-        signal = None if found is None else signal_fraction(series, found, row, window)
+        signal = None if found is None else signal_of(series, found, row, window)
         yield LayerFlow(
             layer_name=layer.name,
             kind=layer.kind,
@@ -105,7 +105,7 @@ def layer_flows(
             zero_fraction=_median(series.zero_fraction, row, window),
             flow_direction=str(now.direction[-1, row]) if len(now.direction) else "indeterminate",  # type: ignore[arg-type]
             stability_score=_or_none(steady[row]),
-            noise_scale=noise_scale(series, found, signal),
+            noise_scale=noise_scale(series, signal),
             records=int(series.recorded[:, row].sum()),
             missing=int((series.status[:, row] == Status.NOT_RECORDED).sum()),
         )
@@ -126,11 +126,20 @@ def _consistency(series: Series, window: int) -> Array | None:
     return pairwise_cosine(Window(series.sketches.values[-window:].astype(np.float32)))
 
 
-def signal_fraction(series: Series, found: Cosines, row: int, window: int) -> float | None:
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Share of a gradient's power that lasts, and its standard error."""
+
+    share: float
+    error: float
+
+
+def signal_of(series: Series, found: Cosines, row: int, window: int) -> Signal | None:
     """Share of the gradient's power that lasts from one record to the next.
 
     mean <g_t, g_{t+lag}> / mean |g|^2 over the last window, the unbiased share of the squared mean
-    gradient when batches are independent; None with fewer than five pairs.
+    gradient when batches are independent; its error is that of the mean over the pairs. None with
+    fewer than five pairs.
     """
     cosine, before, after = (
         found.cosine[-window:, row],
@@ -146,16 +155,17 @@ def signal_fraction(series: Series, found: Cosines, row: int, window: int) -> fl
         return None
     a, b = a / top, b / top
     power = float((a**2).mean() + (b**2).mean()) / 2
-    return float((cosine[known] * a * b).mean()) / power
+    products = cosine[known] * a * b / power
+    return Signal(float(products.mean()), float(products.std(ddof=1) / math.sqrt(len(products))))
 
 
-def _rate(series: Series, row: int, window: int, signal: float | None) -> float | None:
+def _rate(series: Series, row: int, window: int, signal: Signal | None) -> float | None:
     """Bits per step and effective dimension: 0.5 log2(1 + rho / (1 - rho)), rho the signal.
 
     Without directions the median absolute change of ln norm per step.
     """
     if signal is not None:
-        share = min(max(signal, 0.0), _MOST_SIGNAL)
+        share = min(max(signal.share, 0.0), _MOST_SIGNAL)
         return 0.5 * math.log2(1 + share / (1 - share))
     logs, steps = series.finite_log[-window:, row], series.steps[-window:]
     known = np.isfinite(logs)
@@ -164,19 +174,18 @@ def _rate(series: Series, row: int, window: int, signal: float | None) -> float 
     return float(np.median(np.abs(np.diff(logs[known]) / np.diff(steps[known]))))
 
 
-def noise_scale(series: Series, found: Cosines | None, signal: float | None) -> float | None:
+def noise_scale(series: Series, signal: Signal | None) -> float | None:
     """Effective gradient noise scale B (1 - rho) / rho in samples (McCandlish et al. 2018).
 
     From lagged products instead of micro-batches, so the motion of the parameters counts as noise;
     None when the batch size is unknown or the signal is not above its error.
     """
     batch = series.history.meta.get("batch_size")
-    if found is None or signal is None or not isinstance(batch, int | float):
+    if signal is None or not isinstance(batch, int | float):
         return None
-    error = float(np.nanmedian(found.error)) if found.error.size else 0.0
-    if signal <= 2 * error / math.sqrt(max(1, min(32, len(found.after)))) or signal >= 1:
+    if not 2 * signal.error < signal.share < 1:
         return None
-    return float(batch) * (1 - signal) / signal
+    return float(batch) * (1 - signal.share) / signal.share
 
 
 def _directions(

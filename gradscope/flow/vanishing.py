@@ -126,8 +126,8 @@ def _stalled(series: Series) -> Mask:
     if ratio is not None:
         with np.errstate(invalid="ignore"):
             network = nanmedian(ratio, axis=1)[:, None]
-            result: Mask = (ratio < UPDATE_FLOOR) & (network > UPDATE_ALIVE) & (series.norm > 0)
-            return result
+            stalled: Mask = (ratio < UPDATE_FLOOR) & (network > UPDATE_ALIVE) & (series.norm > 0)
+            return stalled
     kept = attenuation(series)
     if kept is None:
         return np.zeros(series.rms.shape, bool)

@@ -1,0 +1,152 @@
+"""Every flow rule fires on what it is for, and says what, where, since when and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from gradscope import analyze_flow
+from gradscope.histories.history import History, Status
+from gradscope.report.rules import load_rules
+
+from .made import made, noise, of_vectors, quadratic
+
+RULES = {rule.name: rule for rule in load_rules().values() if rule.code.startswith("F")}
+
+
+def with_nan() -> History:
+    norms = noise(60, 4)
+    norms[30, 1] = np.nan
+    return made(norms)
+
+
+def vanished() -> History:
+    norms = noise(60, 8)
+    norms[:, 2] *= 1e-6
+    return made(norms)
+
+
+def exploded() -> History:
+    norms = noise(200, 4, scale=0.05)
+    norms[150:] *= 300
+    return made(norms)
+
+
+def spiked() -> History:
+    norms = noise(200, 4, scale=0.05)
+    norms[150] *= 30
+    return made(norms)
+
+
+def died() -> History:
+    norms = noise(60, 4)
+    norms[30:, 1] = 0
+    return made(norms)
+
+
+def repeated() -> History:
+    norms = noise(60, 4)
+    norms[30:] = norms[30]
+    return made(norms)
+
+
+def narrow() -> History:
+    norms = noise(60, 7)
+    norms[:, 3] /= 300
+    return made(norms)
+
+
+def wild() -> History:
+    return made(noise(60, 3), param_l2=np.ones((60, 3)), update_l2=np.full((60, 3), 0.7))
+
+
+def unused() -> History:
+    norms = noise(60, 4)
+    status = np.full(norms.shape, Status.RECORDED, np.uint8)
+    status[:, 1] = Status.NONE
+    return made(norms, status=status)
+
+
+FIRING: dict[str, tuple[Callable[[], History], str, str]] = {
+    "non-finite-gradient": (with_nan, "critical", "layers.1"),
+    "vanishing-gradient": (vanished, "critical", "layers.2"),
+    "exploding-gradient": (exploded, "critical", "layers.0 … layers.3"),
+    "gradient-spike": (spiked, "low", "network"),
+    "dead-zone": (died, "high", "layers.1"),
+    "oscillation": (lambda: quadratic(1.5), "medium", "network"),
+    "stagnation": (repeated, "medium", "network"),
+    "bottleneck": (narrow, "medium", "layers.3"),
+    "update-ratio": (wild, "high", "network"),
+    "missing-gradient": (unused, "medium", "layers.1"),
+}
+
+
+def test_every_rule_of_the_contract_has_an_example() -> None:
+    assert set(FIRING) == set(RULES)
+
+
+@pytest.mark.parametrize("name", FIRING)
+def test_a_rule_fires_with_its_severity_place_and_remedy(name: str) -> None:
+    make, severity, subject = FIRING[name]
+
+    found = [f for f in analyze_flow(make()).findings if f.name == name]
+
+    assert [(f.severity, f.subject) for f in found] == [(severity, subject)]
+    assert found[0].recommendation
+    assert found[0].evidence
+    assert found[0].rule == RULES[name].code
+
+
+@pytest.mark.parametrize("name", FIRING)
+def test_a_rule_is_silent_about_an_ordinary_run(name: str) -> None:
+    rng = np.random.default_rng(2)
+    signal = rng.normal(size=(4, 60))
+    vectors = [[s + 2 * rng.normal(size=60) for s in signal] for _ in range(120)]
+    ratio = np.full((120, 4), 1e-3)
+
+    report = analyze_flow(
+        of_vectors(vectors, param_l2=np.ones((120, 4)), update_l2=ratio), select=[name]
+    )
+
+    assert report.findings == ()
+    assert report.coverage.not_evaluated == ()
+
+
+@pytest.mark.parametrize("name", FIRING)
+def test_a_rule_documents_why_it_matters(name: str) -> None:
+    assert len(RULES[name].documentation.splitlines()) >= 3
+
+
+def test_a_cause_is_one_finding_however_many_layers_it_has() -> None:
+    norms = noise(60, 40) * 10.0 ** (-0.6 * np.arange(40)[::-1])
+
+    report = analyze_flow(made(norms))
+
+    assert [f.name for f in report.findings] == ["vanishing-gradient"]
+    assert report.findings[0].evidence["factor_per_layer"] == pytest.approx(10**0.6, rel=0.02)
+
+
+def test_a_small_gradient_that_an_adaptive_optimizer_makes_up_for_is_at_most_medium() -> None:
+    norms = noise(60, 8)
+    norms[:, 2] *= 1e-6
+
+    kept = analyze_flow(made(norms, meta={"optimizer": {"class": "AdamW", "eps": 1e-12}}))
+    lost = analyze_flow(made(norms, meta={"optimizer": {"class": "AdamW", "eps": 1e-4}}))
+
+    assert [f.severity for f in kept.findings] == ["medium"]
+    assert [f.severity for f in lost.findings] == ["critical"]
+    assert "epsilon" in lost.findings[0].recommendation
+
+
+def test_half_precision_that_underflows_is_told_by_its_type() -> None:
+    norms = noise(60, 4) * 1e-3
+    fields = {"zero_fraction": np.full((60, 4), 0.7), "numel": 10**6}
+
+    half = analyze_flow(made(norms, meta={"precision": {"grad": "float16"}}, **fields))
+    whole = analyze_flow(made(norms, meta={"precision": {"grad": "bfloat16"}}, **fields))
+
+    assert [f.name for f in half.findings] == ["vanishing-gradient"]
+    assert "gradient scaler" in half.findings[0].recommendation
+    assert whole.findings == ()
