@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
-import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 from pydantic import ValidationError
 
+from gradscope.checkpoints.archive import DEFLATED, STORED, Member, read_archive
 from gradscope.checkpoints.tensors import Failure
-from gradscope.errors import InputError, InputKind
+from gradscope.errors import InputError
 from gradscope.histories.history import KINDS, Exact, History, Layer, Sketches, Status, Topology
 from gradscope.histories.schema import FORMAT, KEYS, VERSION, Meta, fault
 from gradscope.histories.steps import ordered
@@ -25,6 +28,8 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 _BOMB_RATIO = 200
 _BOMB_BYTES = 1 << 30
 _FETCH_AGAIN = "copy it again, or drop it to read the rest"
+#: Floats that compiled analyzers do not take, and what holds their values; sketches stay small.
+_WIDENED = {"f2": "f4", "f12": "f8", "f16": "f8"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,12 +43,13 @@ class _Shard:
 
 
 def is_native(path: str) -> bool:
-    """Whether a file is an archive with the format's ``meta``."""
+    """Whether a file is an archive of the format; also one that lost its ``meta``."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return "meta.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+        with open(path, "rb") as file:
+            names = read_archive(file, path, 0, os.fstat(file.fileno()).st_size).members
+    except (OSError, InputError):
         return False
+    return "meta.npy" in names or {"grad/l2.npy", "layer/name.npy"} <= names.keys()
 
 
 def read_native(path: str) -> History:
@@ -71,71 +77,87 @@ def read_shards(folder: str, files: Sequence[str]) -> History:
 
 def _shard(path: str) -> _Shard:
     try:
-        arrays = _arrays(path)
-    except zipfile.BadZipFile as error:
-        kind: InputKind = "truncated" if "not a zip" in str(error) else "malformed"
-        message = f"is a damaged or truncated archive ({error}); {_FETCH_AGAIN}"
-        raise InputError(path, kind, message) from None
+        with open(path, "rb") as file:
+            arrays, unknown = _arrays(path, file)
     except OSError as error:
         raise InputError(path, "missing", f"cannot be read: {error.strerror or error}") from None
-    except (
-        ValueError,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        SyntaxError,
-        MemoryError,
-    ) as error:
-        raise InputError(
-            path, "malformed", f"holds an array that cannot be read: {error}"
-        ) from None
+    except InputError as error:
+        if error.kind != "truncated":
+            raise
+        raise InputError(path, "truncated", f"{error.message}; {_FETCH_AGAIN}") from None
     meta = _meta(path, arrays.pop("meta", None))
     if reason := fault(arrays):
         raise InputError(path, "malformed", reason)
-    unknown = tuple(name for name in arrays if name not in KEYS)
     return _Shard(path, arrays, meta, unknown)
 
 
-def _arrays(path: str) -> Arrays:
-    arrays: Arrays = {}
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if not info.filename.endswith(".npy"):
-                continue
-            if info.file_size > _BOMB_BYTES and info.file_size > _BOMB_RATIO * info.compress_size:
-                message = (
-                    f"{info.filename} would inflate from {info.compress_size} bytes "
-                    f"to {info.file_size}"
-                )
-                raise InputError(
-                    path, "unsafe", f"{message}; save it uncompressed if that is right"
-                )
-            name = info.filename[: -len(".npy")]
-            if name == "meta" or name in KEYS:
-                arrays[name] = _member(path, archive, info)
-            else:
-                arrays[name] = np.empty(0)
-    return arrays
+def _arrays(path: str, file: BinaryIO) -> tuple[Arrays, tuple[str, ...]]:
+    """The arrays of the format's keys, and the names of the others, which are not read."""
+    members = read_archive(file, path, 0, os.fstat(file.fileno()).st_size).members
+    named = {name.removesuffix(".npy"): m for name, m in members.items() if name.endswith(".npy")}
+    known = {name: m for name, m in named.items() if name == "meta" or name in KEYS}
+    size = sum(m.size for m in known.values())
+    packed = sum(m.packed_size for m in known.values())
+    if size > _BOMB_BYTES and size > _BOMB_RATIO * packed:
+        message = (
+            f"would inflate from {packed} bytes to {size}; save it uncompressed if it is right"
+        )
+        raise InputError(path, "unsafe", message)
+    arrays = {name: _array(path, name, _content(path, file, m)) for name, m in known.items()}
+    return arrays, tuple(name for name in named if name not in known)
 
 
-def _member(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
-    with archive.open(info) as file:
-        version = npy.read_magic(file)
-        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = reader(file)
-        if dtype.hasobject:
+def _content(path: str, file: BinaryIO, member: Member) -> bytes:
+    """The bytes of a member: as many as declared, with the checksum that it has."""
+    file.seek(member.offset)
+    data = file.read(member.packed_size)
+    try:
+        if member.method == DEFLATED:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+        elif member.method != STORED:
             raise InputError(
-                path, "unsafe", f"{info.filename} holds pickled objects, which are never loaded"
+                path, "unsupported", f"{member.name} is packed by method {member.method}"
             )
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if size > info.file_size or size < 0:
-            raise InputError(
-                path, "malformed", f"{info.filename} declares {size} bytes and has {info.file_size}"
-            )
-        data = file.read(size)
-    if len(data) != size:
-        raise InputError(path, "truncated", f"{info.filename} ends early; {_FETCH_AGAIN}")
-    flat = np.frombuffer(data, dtype=dtype)
+    except zlib.error as error:
+        raise InputError(
+            path, "malformed", f"{member.name} is damaged: {error}; {_FETCH_AGAIN}"
+        ) from None
+    if len(data) != member.size or zlib.crc32(data) != member.crc:
+        raise InputError(
+            path, "malformed", f"{member.name} is damaged: its checksum is wrong; {_FETCH_AGAIN}"
+        )
+    return data
+
+
+def _array(path: str, name: str, data: bytes) -> np.ndarray[Any, Any]:
+    """An .npy file's array, read-only, in a dtype that every analyzer takes."""
+    try:
+        array = _parsed(data)
+        if array is not None and array.dtype.kind == "U":
+            array.tolist()  # raises on what is no character
+    # What literal_eval, np.dtype and decoding raise on hostile bytes is not documented.
+    except (Exception, SystemError) as error:
+        message = f"{name} is no array that can be read: {error}"
+        raise InputError(path, "malformed", message) from None
+    if array is None:
+        raise InputError(path, "unsafe", f"{name} holds pickled objects, which are never loaded")
+    widened = _WIDENED.get(array.dtype.str.lstrip("<>|="))
+    return array if widened is None or name == "grad/sketch" else array.astype(widened)
+
+
+def _parsed(data: bytes) -> np.ndarray[Any, Any] | None:
+    file = io.BytesIO(data)
+    header = (
+        npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+    )
+    shape, fortran, dtype = header(file)
+    if dtype.hasobject:
+        return None
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize != len(data) - file.tell():
+        raise ValueError(f"{list(shape)} of {dtype} are not the bytes that it has")
+    flat = np.frombuffer(data, dtype, count, file.tell()) if count else np.empty(0, dtype)
+    flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)
     return flat.reshape(shape, order="F") if fortran else flat.reshape(shape)
 
 
@@ -170,7 +192,7 @@ def _major(meta: Mapping[str, Any]) -> object:
 
 
 def _history(path: str, shards: Sequence[_Shard], failures: Sequence[InputError]) -> History:
-    names = list(dict.fromkeys(n for s in shards for n in s.arrays["layer/name"].tolist()))
+    names = _names(shards)
     places = [_places(shard, names) for shard in shards]
     steps = np.concatenate([shard.arrays["steps"].astype(np.int64) for shard in shards])
     chosen, notes = ordered(steps)
@@ -206,6 +228,18 @@ def _topology(known: bool, source: object) -> Topology:
     return "recorded" if source == "recorded" else "given"
 
 
+def _names(shards: Sequence[_Shard]) -> list[str]:
+    """Every layer of every shard: in execution order where a shard has it, else as they appear."""
+    order: dict[str, float] = {}
+    for shard in shards:
+        names = shard.arrays["layer/name"].tolist()
+        places = shard.arrays.get("layer/order", np.full(len(names), -1)).tolist()
+        for name, place in zip(names, places, strict=True):
+            if place >= 0 or name not in order:
+                order[name] = place if place >= 0 else math.inf
+    return sorted(order, key=lambda name: order[name])
+
+
 def _places(shard: _Shard, names: Sequence[str]) -> np.ndarray[Any, Any]:
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[n] for n in shard.arrays["layer/name"].tolist()], dtype=np.int64)
@@ -235,8 +269,12 @@ class _Joined:
 
     @property
     def _plain(self) -> bool:
-        """One shard, all records, in its own order: nothing needs copying."""
-        return len(self.shards) == 1 and len(self.chosen) == len(self.steps)
+        """One shard, all records, rows in its own order: nothing needs copying."""
+        return (
+            len(self.shards) == 1
+            and len(self.chosen) == len(self.steps)
+            and bool(np.all(np.diff(self.places[0]) > 0))
+        )
 
     def _row(self, name: str, absent: Any) -> list[Any]:
         values: list[Any] = [absent] * len(self.names)
@@ -276,7 +314,7 @@ class _Joined:
         """A [T, L] array over all shards, ``absent`` where one does not have it."""
         if self._plain:
             return self.shards[0].arrays[name]
-        dtype = next(s.arrays[name].dtype for s in self.shards if name in s.arrays)
+        dtype = np.result_type(*(s.arrays[name].dtype for s in self.shards if name in s.arrays))
         parts = []
         for shard, place in zip(self.shards, self.places, strict=True):
             part = np.full((len(shard.arrays["steps"]), len(self.names)), absent, dtype)
@@ -324,7 +362,7 @@ class _Joined:
                 found[key.field] = self.cells(name, absent)
             elif key.shape[0] == "T" and (name != "edge/flow" or self._same_edges()):
                 found[key.field] = self.records(name, absent)
-            elif key.shape[0] != "T" and len(self.shards) == 1:
+            elif key.shape[0] != "T" and self._plain:
                 found[key.field] = self.shards[0].arrays[name]
         return found
 
@@ -374,7 +412,16 @@ class _Joined:
 
 def files_of(folder: str) -> list[str]:
     """The shards of a folder by number, then name."""
-    names = [n for n in os.listdir(folder) if n.endswith(".npz") and not n.startswith(".")]
-    stem = {n: n[: -len(".npz")] for n in names}
-    names.sort(key=lambda n: (not stem[n].isdigit(), int(stem[n]) if stem[n].isdigit() else 0, n))
-    return [os.path.join(folder, name) for name in names]
+    names = (n for n in os.listdir(folder) if n.endswith(".npz") and not n.startswith("."))
+    return by_number([os.path.join(folder, name) for name in names])
+
+
+def by_number(files: Sequence[str]) -> list[str]:
+    """Files in the order of the numbers that their names are; the others after them, by name."""
+
+    def key(path: str) -> tuple[bool, int, str]:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        numbered = stem.isascii() and stem.isdigit()
+        return not numbered, int(stem[:18]) if numbered else 0, path
+
+    return sorted(files, key=key)

@@ -14,7 +14,7 @@ from gradscope.checkpoints.sniff import sniff
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.arrays import As, read_arrays
 from gradscope.histories.history import History
-from gradscope.histories.native import files_of, is_native, read_native, read_shards
+from gradscope.histories.native import by_number, files_of, is_native, read_native, read_shards
 
 #: Entry points of this group: a callable from path to History, or None for what it does not read.
 GROUP = "gradscope.histories"
@@ -33,7 +33,7 @@ def open_history(path: str, *, as_: As | None = None) -> History:
     """
     if os.path.isdir(path):
         return _folder(path)
-    if not os.path.exists(path) and (files := sorted(glob.glob(path))):
+    if not os.path.exists(path) and (files := by_number(glob.glob(path))):
         return read_shards(path, files)
     size = stamp(path)[0]
     if not size:

@@ -116,11 +116,7 @@ def fault(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
     for name, array in arrays.items():
         if name in KEYS and (reason := _misfit(KEYS[name], array, sizes)):
             return f"{name} {reason}"
-    steps = arrays["steps"]
-    if len(steps) > 1 and not bool(np.all(steps[1:] > steps[:-1])):
-        at = int(np.argmin(steps[1:] > steps[:-1])) + 1
-        return f"steps must increase; record {at} has {steps[at]} after {steps[at - 1]}"
-    return _broken_reference(arrays, sizes)
+    return _disorder(arrays) or _broken_reference(arrays, sizes) or _impossible(arrays)
 
 
 def _misfit(key: Key, array: np.ndarray[Any, Any], sizes: dict[str, int]) -> str | None:
@@ -156,6 +152,38 @@ def _broken_reference(
         return "layer/name has a name twice"
     if ("grad/sketch" in arrays) != ("grad/sketch_index" in arrays):
         return "grad/sketch and grad/sketch_index belong together"
+    return None
+
+
+#: What must rise from entry to entry, and by at least how much.
+_RISING = {"steps": 1, "grad/sketch_index": 1, "unit/offset": 0}
+
+
+def _disorder(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
+    for name, least in _RISING.items():
+        found = arrays.get(name, np.empty(0, np.int64))
+        if found.size and int(found.max()) > np.iinfo(np.int64).max:
+            return f"{name} has {found.max()}, which no counter reaches"
+        found = found.astype(np.int64)
+        falls = np.flatnonzero(found[1:] < found[:-1] + least)
+        if len(falls):
+            at = int(falls[0]) + 1
+            place = "record" if name == "steps" else "entry"
+            return f"{name} must increase; {place} {at} has {found[at]} after {found[at - 1]}"
+    return None
+
+
+def _impossible(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
+    """Norms below zero; and units that are not those of the layers."""
+    for name in ("grad/l2", "grad/max_abs", "param/l2", "update/l2"):
+        if name in arrays and bool(np.any(arrays[name] < 0)):
+            at = np.argwhere(arrays[name] < 0)[0]
+            return f"{name} is below zero for {arrays['layer/name'][at[1]]} in record {at[0]}"
+    offsets, units = arrays.get("unit/offset"), arrays.get("unit/last_nonzero")
+    if (offsets is None) != (units is None):
+        return "unit/offset and unit/last_nonzero belong together"
+    if offsets is not None and units is not None and (offsets[0], offsets[-1]) != (0, len(units)):
+        return f"unit/offset must lead from 0 to {len(units)}, the number of units"
     return None
 
 

@@ -1,0 +1,119 @@
+"""The native format as strangers may write it: other byte orders, other orders, and damage."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradscope.errors import InputError
+from gradscope.histories.open import open_history
+
+from .files import native
+
+
+def changed(path: Path, change: dict[str, Any], **more: Any) -> str:
+    """A good file with some arrays replaced, by NumPy itself."""
+    native(path / "good.npz", **more)
+    np.savez_compressed(path / "x.npz", **{**np.load(path / "good.npz"), **change})
+    return str(path / "x.npz")
+
+
+@given(places=st.lists(st.integers(0, 10**6), min_size=1, max_size=8), value=st.integers(0, 255))
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_compressed_file_is_an_error_a_person_can_read(
+    places: list[int], value: int, tmp_path: Path
+) -> None:
+    path = Path(changed(tmp_path, {}))
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place % len(data)] = value
+    path.write_bytes(data)
+
+    with suppress(InputError):
+        open_history(str(path))
+
+
+def test_layers_come_in_the_order_of_the_forward_pass_where_it_is_known(tmp_path: Path) -> None:
+    edges = np.array([[-1, 1], [1, 2], [2, 0], [0, 3]])
+    tied = np.array([2, -1, -1])
+    more = {"layer/order": np.array([2, 0, 1]), "graph/edges": edges, "layer/tied_to": tied}
+    plain = open_history(str(native(tmp_path / "plain.npz")))
+
+    history = open_history(str(native(tmp_path / "x.npz", **more)))
+
+    assert [layer.name for layer in history.layers] == ["l1.weight", "l2.weight", "l0.weight"]
+    np.testing.assert_array_equal(history.l2, plain.l2[:, [1, 2, 0]])
+    assert history.edges is not None
+    assert history.edges.tolist() == [[-1, 0], [0, 1], [1, 2], [2, 3]]
+    assert history.layers[2].tied_to == 1
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "f2", "longdouble"])
+def test_numbers_of_any_width_and_byte_order_come_in_one_that_analyzers_take(
+    dtype: str, tmp_path: Path
+) -> None:
+    l2 = np.array([[1.5, 2.5, np.inf]] * 6)
+
+    history = open_history(changed(tmp_path, {"grad/l2": l2.astype(dtype)}))
+
+    assert history.l2.dtype in (np.dtype("=f4"), np.dtype("=f8"))
+    np.testing.assert_array_equal(history.l2, l2)
+
+
+IMPOSSIBLE = {
+    "a norm below zero": ({"grad/l2": np.full((6, 3), -1.0)}, "below zero for l0.weight"),
+    "a step no counter reaches": (
+        {"steps": np.array([1, 2, 3, 4, 5, 2**63 + 5], np.uint64)}, "no counter reaches"),
+    "two sketches of one record": (
+        {"grad/sketch": np.ones((2, 3, 4), "f4"), "grad/sketch_index": np.array([1, 1])},
+        "entry 1 has 1 after 1"),
+    "units that are not there": (
+        {"unit/offset": np.array([0, 1, 2, 9]), "unit/last_nonzero": np.zeros(4, int)},
+        "from 0 to 4"),
+    "a name of no characters": (
+        {"layer/name": np.array([0x7FFFFFFF, 65, 66], np.uint32).view("<U1")}, "layer/name is no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_what_cannot_be_is_refused_with_its_place(fault: str, tmp_path: Path) -> None:
+    change, said = IMPOSSIBLE[fault]
+
+    with pytest.raises(InputError, match=said) as refused:
+        open_history(changed(tmp_path, change))
+    assert refused.value.kind == "malformed"
+
+
+def test_many_arrays_that_inflate_together_are_a_bomb_too(tmp_path: Path) -> None:
+    great = {name: np.zeros((6, 3 * 10**7), "f4") for name in ("grad/l2", "grad/mean")}
+
+    with pytest.raises(InputError) as refused:
+        open_history(changed(tmp_path, great))
+    assert refused.value.kind == "unsafe"
+
+
+def test_a_file_that_lost_its_meta_is_still_known_for_what_it_is(tmp_path: Path) -> None:
+    arrays = dict(np.load(native(tmp_path / "good.npz")))
+    del arrays["meta"]
+    np.savez(tmp_path / "x.npz", **arrays)
+
+    with pytest.raises(InputError, match="has no meta"):
+        open_history(str(tmp_path / "x.npz"))
+
+
+def test_shards_of_a_glob_are_taken_by_number(tmp_path: Path) -> None:
+    native(tmp_path / "10.npz", first=6)
+    native(tmp_path / "9.npz")
+
+    history = open_history(str(tmp_path / "*.npz"))
+
+    assert history.steps.tolist() == list(range(12))
+    assert history.notes == ()
