@@ -100,6 +100,14 @@ def analyze(
     threshold: float | None = None,
 ) -> FlowResult:
     """Every analyzer over one history: arrays in, the typed result out; nothing is judged here."""
+    # NaN and infinity are data here, and what is divided by zero is undefined, not an accident.
+    with np.errstate(all="ignore"):
+        return _analyzed(history, by, window, all_series, threshold)
+
+
+def _analyzed(
+    history: History, by: By, window: int, all_series: bool, threshold: float | None
+) -> FlowResult:
     s = series(history, by)
     graph = graph_of(s)
     depth = depth_of(s, graph)

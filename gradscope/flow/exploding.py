@@ -87,11 +87,8 @@ def exploding(series: Series, graph: Graph) -> Exploding:
     """Every cell judged by every test that the history allows."""
     usable = series.recorded & ~series.skipped[:, None]
     logs = np.where(usable, series.finite_log, np.nan)
-    median, wide = trailing(logs, TRAILING, _LEAST_TRAILING)
-    just_before, _ = trailing(logs, _JUST_BEFORE, 1)
+    ratio, z, jumps = _jumps(logs)
     with np.errstate(invalid="ignore", over="ignore"):
-        ratio, jump = np.exp(logs - median), np.exp(logs - just_before)
-        z = (logs - median) / np.maximum(wide, _SPREAD_FLOOR)
         own = np.exp(logs - own_level(series))
         own[: own_records(series).stop] = np.nan
         above = logs - reference(series, graph)
@@ -99,7 +96,7 @@ def exploding(series: Series, graph: Graph) -> Exploding:
         level = hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / 3)
     tests = {
         "non-finite": series.nonfinite & ~series.skipped[:, None],
-        "spike": (z > SPIKE_Z) & (ratio > SPIKE_RATIO) & (jump > SPIKE_RATIO),
+        "spike": (z > SPIKE_Z) & (ratio > SPIKE_RATIO) & jumps,
         "growth": _growth(series, logs),
         "update": _large_updates(series),
         "depth": by_depth & usable,
@@ -107,6 +104,22 @@ def exploding(series: Series, graph: Graph) -> Exploding:
     }
     levels = _levels(tests, own, above, series)
     return Exploding(tests, levels, ratio, z, own)
+
+
+def _jumps(logs: Array) -> tuple[Array, Array, Mask]:
+    """Each norm over the median of the records before and its modified z, and where it jumps.
+
+    The long window is walked only for layers that jump at all; the others' ratio and z are NaN.
+    """
+    just_before, _ = trailing(logs, _JUST_BEFORE, 1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        jumps: Mask = logs - just_before > math.log(SPIKE_RATIO)
+        rows = np.flatnonzero(jumps.any(axis=0))
+        median, wide = trailing(logs[:, rows], TRAILING, _LEAST_TRAILING)
+        ratio, z = np.full(logs.shape, np.nan), np.full(logs.shape, np.nan)
+        above = logs[:, rows] - median
+        ratio[:, rows], z[:, rows] = np.exp(above), above / np.maximum(wide, _SPREAD_FLOOR)
+    return ratio, z, jumps
 
 
 def _lasting(flags: Mask) -> Mask:

@@ -21,7 +21,7 @@ from gradscope.flow.result import (
     NetworkMetrics,
     NodeType,
 )
-from gradscope.flow.robust import GAUSSIAN, Array, nanmedian, steadiness
+from gradscope.flow.robust import Array, nanmedian, spread, steadiness
 from gradscope.flow.series import Series
 
 #: Of the median edge that carries anything: below the first an edge carries nothing at that
@@ -90,12 +90,13 @@ def _nodes(series: Series, graph: Graph, measured: Levels) -> Iterator[FlowNode]
     chain = graph.topology == "assumed-chain"
     total = series.numel(graph.rows)
     gains = _gains(series, graph, measured)
+    usual = _usual(series, graph, gains)
     influence = (
         {} if chain else {row: series.numel(behind) for row, behind in graph.dominated.items()}
     )
     for row in graph.order:
         role = _role(graph, row)
-        condition = _condition(series, graph, measured, gains, row)
+        condition = _condition(measured, gains, usual[series.group(row)], row)
         share = influence.get(row)
         yield FlowNode(
             layer_name=series.names[row],
@@ -136,18 +137,25 @@ def _gains(series: Series, graph: Graph, measured: Levels) -> Array:
     return out
 
 
-def _condition(series: Series, graph: Graph, measured: Levels, gains: Array, row: int) -> Condition:
+def _condition(measured: Levels, gains: Array, usual: tuple[float, float], row: int) -> Condition:
     """A tenth of both neighbours is a bottleneck; ten times the next layer, alone, an amplifier."""
     if measured.bottleneck[row] > math.log10(1 / BOTTLENECK_RATIO) / 3:
         return "bottleneck"
-    same = np.array([gains[r] for r in graph.rows if series.group(r) == series.group(row)])
-    same = same[np.isfinite(same)]
-    if not np.isfinite(gains[row]) or len(same) < 3:
-        return "normal"
-    centre = np.median(same)
-    wide = GAUSSIAN * np.median(np.abs(same - centre))
-    unusual = gains[row] - centre > _AMPLIFIER_Z * max(wide, 0.05)
+    centre, wide = usual
+    with np.errstate(invalid="ignore"):
+        unusual = gains[row] - centre > _AMPLIFIER_Z * max(wide, 0.05)
     return "amplifier" if gains[row] > math.log(AMPLIFIER_GAIN) and unusual else "normal"
+
+
+def _usual(series: Series, graph: Graph, gains: Array) -> dict[str, tuple[float, float]]:
+    """Median and spread of the gains of each kind; NaN with fewer than three."""
+    found: dict[str, list[float]] = {}
+    for row in graph.rows:
+        found.setdefault(series.group(row), []).extend(gains[[row]][np.isfinite(gains[[row]])])
+    return {
+        kind: (float(np.median(g)), float(spread(np.array(g)))) if len(g) >= 3 else (np.nan, np.nan)
+        for kind, g in found.items()
+    }
 
 
 def _edges(series: Series, graph: Graph, found: Flows, window: int) -> Iterator[FlowEdge]:

@@ -153,10 +153,12 @@ def _by_norm(
 def _norm_directions(log_norms: Array) -> NDArray[np.str_]:
     """One window, [W, L], by trend and lag-one autocorrelation of what the trend leaves."""
     known = np.isfinite(log_norms).sum(axis=0)
-    slope, p = column_trends(log_norms)
-    at = np.arange(len(log_norms), dtype=np.float64)[:, None]
-    residual = log_norms - slope * at
-    residual = residual - nanmedian(residual, axis=0)
+    residual, drift = _detrended(log_norms)
+    slope, p = np.zeros(len(known)), np.ones(len(known))
+    # A necessary sign first: pairwise slopes of every layer would take most of the time.
+    rows = np.flatnonzero(np.abs(drift) * (len(log_norms) - 1) > 0.5 * _TREND_NATS)
+    if len(rows):
+        slope[rows], p[rows] = column_trends(log_norms[:, rows])
     with np.errstate(invalid="ignore", divide="ignore"):
         repeat = np.nansum(residual[1:] * residual[:-1], axis=0) / np.nansum(residual**2, axis=0)
         error = (1 - repeat**2) / np.sqrt(known)
@@ -165,6 +167,19 @@ def _norm_directions(log_norms: Array) -> NDArray[np.str_]:
     named = np.where(swings, "oscillating", "indeterminate")
     named = np.where(significant, np.where(slope > 0, "forward", "backward"), named)
     return np.where(known >= MIN_TREND, named, "indeterminate")
+
+
+def _detrended(values: Array) -> tuple[Array, Array]:
+    """Each column less its least-squares line over what is known, and the line's slope."""
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    at = np.where(known, np.arange(len(values), dtype=np.float64)[:, None], 0.0)
+    filled = np.where(known, values, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = np.where(known, at - at.sum(axis=0) / count, 0.0)
+        centred = np.where(known, filled - filled.sum(axis=0) / count, np.nan)
+        slope: Array = np.nansum(at * centred, axis=0) / (at**2).sum(axis=0)
+    return centred - slope * at, np.nan_to_num(slope)
 
 
 def stability(series: Series, records: NDArray[np.int64], window: int = WINDOW) -> Array:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gradscope.errors import InputError
-from gradscope.histories.arrays import guessed_kind
 from gradscope.histories.history import History, Layer, Status
+from gradscope.histories.names import guessed_kind
 
 _GRADIENT = re.compile(
     r"(^|[/_.])(grads?|gradients?|grad_norms?|gradient_norms?|l2_norm/grad)([/_.]|$)", re.I

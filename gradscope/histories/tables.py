@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gradscope.errors import InputError, UsageError
-from gradscope.histories.arrays import guessed_kind
 from gradscope.histories.history import History, Layer, Status
+from gradscope.histories.names import guessed_kind
 from gradscope.histories.steps import ordered
 
 _STEP = (
