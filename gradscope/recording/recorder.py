@@ -18,13 +18,10 @@ import torch
 from gradscope.histories.history import Kind, Status
 from gradscope.histories.sketching import WIDTH
 from gradscope.recording.measure import MOST_SKETCHED, Sketcher, dots, norms
-from gradscope.recording.shards import CELLS, SCALARS, Host, Ring, folder_for, save
+from gradscope.recording.shards import Record, drained, folder_for, save
 from gradscope.recording.topology import Topology, modules_of, topology
 
 Tensor = torch.Tensor
-
-_COLUMN = {name: i for i, name in enumerate(CELLS)}
-_SCALAR = {name: i for i, name in enumerate(SCALARS)}
 
 
 class GradientRecorder:
@@ -87,7 +84,7 @@ class GradientRecorder:
         self._called = self._closed = self._warned = False
         self._steps = 0
         self._rows: _Rows | None = None
-        self._ring: Ring | None = None
+        self._records: list[Record] = []
         self._topology: Topology | None = None
         self._pending: _Pending | None = None
         self._hooks = [*self._watch_optimizer(), *self._watch_forward()]
@@ -124,13 +121,14 @@ class GradientRecorder:
     def flush(self) -> None:
         """Write what has been recorded so far as a shard. Waits for the device."""
         self._settle()
-        ring, rows = self._ring, self._rows
-        if ring is None or rows is None or not ring.hosts:
+        rows, records = self._rows, self._records
+        if rows is None or not records:
             return
-        drained = ring.drain()
+        self._records = []
+        arrays = drained(records, len(rows.names))
         if self._writes:
             path = os.path.join(self._folder, f"{self._shard:05d}.npz")
-            save(path, drained, rows.arrays(self._topology), self._meta(rows))
+            save(path, arrays, rows.arrays(self._topology), self._meta(rows))
             self._shard += 1
 
     def close(self) -> None:
@@ -144,7 +142,7 @@ class GradientRecorder:
             for hook in self._hooks:
                 hook.remove()
             # Rows hold process groups, which must not outlive their destruction.
-            self._hooks, self._rows, self._ring, self._pending = [], None, None, None
+            self._hooks, self._rows, self._records, self._pending = [], None, [], None
             atexit.unregister(self._finalizer)
 
     def __enter__(self) -> GradientRecorder:
@@ -192,7 +190,7 @@ class GradientRecorder:
 
     def _after_step(self) -> None:
         pending = self._pending
-        if pending is not None and self._ring is not None:
+        if pending is not None:
             pending.stepped = True
             if pending.before:
                 self._measure_update(pending)
@@ -221,65 +219,51 @@ class GradientRecorder:
         rows = self._current_rows(step)
         found = rows.gradients()
         self._warn_if_empty(rows, found)
-        assert self._ring is not None
         status = np.array([_status(p) for p in rows.parameters], dtype=np.uint8)
-        at = self._ring.begin(Host(step, status, self._rates()))
+        record = Record(step, status, self._rates(), tuple(found))
+        self._records.append(record)
+        whole = step % self._every == 0
         with torch.no_grad():
-            whole = step % self._every == 0
-            self._measure(at, rows, found, whole)
-            self._note(at, scalars)
+            record.scalars |= _known(scalars)
+            if found:
+                self._measure(record, rows, found, whole)
             before = rows.copies(found) if self._updates and whole else []
-            self._pending = _Pending(at, rows, found, before, may_skip)
+        self._pending = _Pending(record, rows, found, before, may_skip)
 
-    def _measure(self, at: int, rows: _Rows, found: Mapping[int, Tensor], whole: bool) -> None:
-        assert self._ring is not None
-        if not found:
-            return
+    def _measure(
+        self, record: Record, rows: _Rows, found: Mapping[int, Tensor], whole: bool
+    ) -> None:
         values = [_local(g) for g in found.values()]
-        index = rows.index(found)
         lengths = rows.reduced(norms(values, 2), found, "square")
-        cells = self._ring.cells[at]
-        cells[_COLUMN["grad/l2"], index] = lengths
+        record.cells["grad/l2"] = lengths
         if whole:
             top = rows.reduced(norms(values, float("inf")), found, "max")
-            cells[_COLUMN["grad/max_abs"], index] = top
-            cells[_COLUMN["nonzero"], index] = rows.reduced(norms(values, 0), found, "sum")
+            record.cells["grad/max_abs"] = top
+            record.cells["nonzero"] = rows.reduced(norms(values, 0), found, "sum")
             weights = [_local(rows.parameters[row]) for row in found]
-            cells[_COLUMN["param/l2"], index] = rows.reduced(norms(weights, 2), found, "square")
+            record.cells["param/l2"] = rows.reduced(norms(weights, 2), found, "square")
             # Scaled by the greatest one, so that finite norms do not overflow in their sum.
             top = lengths.max().clamp_min(torch.finfo(torch.float32).tiny)
-            total = top * torch.linalg.vector_norm(lengths / top)
-            self._ring.scalars[at, _SCALAR["total_l2"]] = total
+            record.scalars["total_l2"] = top * torch.linalg.vector_norm(lengths / top)
         if self._directions and rows.sketcher is not None:
-            self._ring.sketch(at, rows.sketched(found, cells[_COLUMN["grad/l2"]]))
+            record.sketch = rows.sketched(found, lengths).half()
 
     def _measure_update(self, pending: _Pending) -> None:
-        rows, ring = pending.rows, self._ring
-        assert ring is not None
+        rows, cells = pending.rows, pending.record.cells
         with torch.no_grad():
             now = [_local(rows.parameters[row]) for row in pending.found]
             change = torch._foreach_sub(now, pending.before)
-            index = rows.index(pending.found)
             size = rows.reduced(norms(change, 2), pending.found, "square")
-            ring.cells[pending.at, _COLUMN["update/l2"], index] = size
             inner = rows.reduced(dots(change, pending.gradients), pending.found, "sum")
-            length = ring.cells[pending.at, _COLUMN["grad/l2"], index]
-            ring.cells[pending.at, _COLUMN["update/grad_cos"], index] = -inner / (size * length)
-
-    def _note(self, at: int, scalars: Mapping[str, Any]) -> None:
-        assert self._ring is not None
-        for name, value in scalars.items():
-            if isinstance(value, Tensor):
-                self._ring.scalars[at, _SCALAR[name]] = value.detach().float().mean()
-            elif value is not None:
-                self._ring.scalars[at, _SCALAR[name]] = float(value)
+            cells["update/l2"] = size
+            cells["update/grad_cos"] = -inner / (size * cells["grad/l2"])
 
     def _settle(self) -> None:
         """The record before is complete: whether its step was taken is known only now."""
         pending, self._pending = self._pending, None
-        if pending is None or self._ring is None:
+        if pending is None:
             return
-        self._ring.hosts[pending.at].skipped = (
+        pending.record.skipped = (
             pending.may_skip and not pending.stepped and self._optimizer is not None
         )
 
@@ -287,18 +271,14 @@ class GradientRecorder:
         """The parameters as they are now; a change of them, or of the order, begins a shard."""
         parameters = list(_inner(self._model).parameters())
         known = self._rows is not None and self._rows.same(parameters)
-        ring = self._ring
-        ordered = ring is None or not ring.hosts or ring.hosts[-1].step < step
-        if known and ring is not None and ordered and not ring.full and self._rows is not None:
-            return self._rows
-        self.flush()
+        records = self._records
+        room = len(records) < self._capacity and (not records or records[-1].step < step)
+        if not known or not room:
+            self.flush()
         if not known or self._rows is None:
             self._rows = _Rows(
                 _inner(self._model), self._optimizer, self._topology, self._directions
             )
-            self._ring = None
-        if self._ring is None:
-            self._ring = Ring(len(self._rows.names), self._capacity, self._rows.device, WIDTH)
         return self._rows
 
     def _warn_if_empty(self, rows: _Rows, found: Mapping[int, Tensor]) -> None:
@@ -337,18 +317,27 @@ class GradientRecorder:
         }  # fmt: skip
 
 
+def _known(scalars: Mapping[str, Any]) -> dict[str, Tensor | float]:
+    """What was given, tensors left where they are."""
+    return {
+        name: value.detach().float().mean() if isinstance(value, Tensor) else float(value)
+        for name, value in scalars.items()
+        if value is not None
+    }
+
+
 class _Pending:
     """A record whose step has not been seen yet."""
 
     def __init__(
         self,
-        at: int,
+        record: Record,
         rows: _Rows,
         found: Mapping[int, Tensor],
         before: list[Tensor],
         may_skip: bool,
     ) -> None:
-        self.at, self.rows, self.found = at, rows, list(found)
+        self.record, self.rows, self.found = record, rows, list(found)
         self.before, self.may_skip = before, may_skip
         self.gradients = [_local(g) for g in found.values()] if before else []
         self.stepped = False
@@ -382,7 +371,6 @@ class _Rows:
             self.sketcher = Sketcher(self.names, [p.numel() for p in self.parameters], self.device)
             self._zeros: dict[int, Tensor] = {}
         self._buffers: list[Tensor] = []
-        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     def same(self, parameters: Sequence[Tensor]) -> bool:
         """Whether a model still has these parameters."""
@@ -391,15 +379,6 @@ class _Rows:
     def gradients(self) -> dict[int, Tensor]:
         """The gradients there are, by row; of sparse ones what is stored."""
         return {row: _dense(p.grad) for row, p in enumerate(self.parameters) if p.grad is not None}
-
-    def index(self, found: Mapping[int, Tensor] | Sequence[int]) -> Tensor | slice:
-        """The rows as an index on the device, made once for each set of them."""
-        if len(found) == len(self.parameters):
-            return slice(None)
-        key = tuple(found)
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(key, dtype=torch.long).to(self.device)
-        return self._indices[key]
 
     def copies(self, found: Mapping[int, Tensor]) -> list[Tensor]:
         """The weights before the step, in buffers that are used again."""
@@ -417,6 +396,9 @@ class _Rows:
             found[row] if row in found and found[row].numel() == p.numel() else self._zero(row, p)
             for row, p in enumerate(self.parameters)
         ]
+        if len(found) < len(every):
+            index = torch.tensor(list(found), dtype=torch.long).to(self.device)
+            lengths = torch.zeros(len(every), device=self.device).index_copy(0, index, lengths)
         return self.sketcher(every, lengths)
 
     def _zero(self, row: int, parameter: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""The records of a run on their way to disk: a ring on the device, then one file a drain."""
+"""The records of a run on their way to disk: on the device until there are enough for a file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 from gradscope.errors import UsageError
 from gradscope.histories.schema import write
 
-#: Statistics of every cell, in the order of the ring's columns, and the file's key of each.
+#: Statistics of every cell and of every record, by their keys in the file. ``nonzero`` is counted;
+#: the file has the share of zeros.
 CELLS = ("grad/l2", "grad/max_abs", "nonzero", "param/l2", "update/l2", "update/grad_cos")
-#: Statistics of every record.
 SCALARS = ("loss", "total_l2", "loss_scale", "clip_coef")
 
 
@@ -36,79 +36,66 @@ def folder_for(path: str | os.PathLike[str], resume: bool) -> tuple[str, int]:
 
 
 @dataclass(slots=True)
-class Host:
-    """What the host knows of a record without asking the device."""
+class Record:
+    """One record: what the host knows without asking, and what is still on the device."""
 
     step: int
     status: np.ndarray[Any, Any]
     rates: Sequence[float]
+    #: The rows that had a gradient, and each statistic of them, [len(rows)].
+    rows: Sequence[int]
+    cells: dict[str, torch.Tensor] = field(default_factory=dict)
+    scalars: dict[str, torch.Tensor | float] = field(default_factory=dict)
+    #: [L, k]
+    sketch: torch.Tensor | None = None
     skipped: bool = False
-    sketched: bool = False
 
 
-@dataclass
-class Ring:
-    """Records of L rows on the device; nothing is read back before ``drain``."""
+def drained(records: Sequence[Record], width: int) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of some records of ``width`` rows, by their keys in the file.
 
-    rows: int
-    capacity: int
-    device: torch.device
-    width: int
-    hosts: list[Host] = field(default_factory=list)
+    The one place that waits for the device: one transfer of numbers, one of sketches.
+    """
+    fetched = _fetched(records)
+    cells = {name: np.full((len(records), width), np.nan, np.float32) for name in CELLS}
+    scalars = {name: np.full(len(records), np.nan) for name in SCALARS}
+    for t, record in enumerate(records):
+        rows = list(record.rows)
+        for name in record.cells:
+            cells[name][t, rows] = next(fetched)
+        for name, value in record.scalars.items():
+            scalars[name][t] = next(fetched)[0] if isinstance(value, torch.Tensor) else value
+    return {
+        "steps": np.array([r.step for r in records], dtype=np.int64),
+        "grad/status": np.stack([r.status for r in records]),
+        "skipped": np.array([r.skipped for r in records], dtype=np.uint8),
+        "lr": _padded([r.rates for r in records]),
+        **cells,
+        **scalars,
+        **_sketches(records),
+    }
 
-    def __post_init__(self) -> None:
-        nan = float("nan")
-        self.cells = torch.full((self.capacity, len(CELLS), self.rows), nan, device=self.device)
-        self.scalars = torch.full((self.capacity, len(SCALARS)), nan, device=self.device)
-        self.sketches: torch.Tensor | None = None
 
-    @property
-    def full(self) -> bool:
-        """Whether the next record has no room."""
-        return len(self.hosts) == self.capacity
+def _fetched(records: Sequence[Record]) -> Iterator[np.ndarray[Any, Any]]:
+    """Every tensor of the records as an array, in order."""
+    waiting = [
+        value.reshape(-1).float()
+        for record in records
+        for value in (*record.cells.values(), *record.scalars.values())
+        if isinstance(value, torch.Tensor)
+    ]
+    if waiting:
+        values = torch.cat(waiting).cpu().numpy()
+        yield from np.split(values, np.cumsum([len(w) for w in waiting])[:-1])
 
-    def begin(self, host: Host) -> int:
-        """Take the next place for a record."""
-        self.hosts.append(host)
-        return len(self.hosts) - 1
 
-    def sketch(self, at: int, values: torch.Tensor) -> None:
-        """Store the sketches of a record, [L, k]."""
-        if self.sketches is None:
-            self.sketches = torch.zeros(
-                (self.capacity, self.rows, self.width), dtype=torch.float16, device=self.device
-            )
-        self.sketches[at].copy_(values)
-        self.hosts[at].sketched = True
-
-    def drain(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of all records, by their keys in the file; the ring is empty afterwards.
-
-        The one place that waits for the device.
-        """
-        count = len(self.hosts)
-        cells = self.cells[:count].cpu().numpy()
-        scalars = self.scalars[:count].cpu().numpy().astype(np.float64)
-        arrays: dict[str, np.ndarray[Any, Any]] = {
-            "steps": np.array([h.step for h in self.hosts], dtype=np.int64),
-            "grad/status": np.stack([h.status for h in self.hosts]),
-            "skipped": np.array([h.skipped for h in self.hosts], dtype=np.uint8),
-            "lr": _padded([h.rates for h in self.hosts]),
-        }
-        arrays |= {name: cells[:, i].copy() for i, name in enumerate(CELLS)}
-        arrays |= {name: scalars[:, i].copy() for i, name in enumerate(SCALARS)}
-        arrays |= self._sketched(count)
-        self.hosts = []
-        self.cells.fill_(float("nan"))
-        self.scalars.fill_(float("nan"))
-        return arrays
-
-    def _sketched(self, count: int) -> dict[str, np.ndarray[Any, Any]]:
-        index = [i for i, host in enumerate(self.hosts) if host.sketched]
-        if self.sketches is None or not index:
-            return {}
-        values = self.sketches[:count].cpu().numpy()[index]
-        return {"grad/sketch": values, "grad/sketch_index": np.array(index, dtype=np.int64)}
+def _sketches(records: Sequence[Record]) -> dict[str, np.ndarray[Any, Any]]:
+    index = [t for t, record in enumerate(records) if record.sketch is not None]
+    found = [record.sketch for record in records if record.sketch is not None]
+    if not found:
+        return {}
+    values = torch.stack(found).cpu().numpy()
+    return {"grad/sketch": values, "grad/sketch_index": np.array(index, dtype=np.int64)}
 
 
 def _padded(rates: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:

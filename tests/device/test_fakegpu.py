@@ -1,4 +1,4 @@
-"""Runs on_fakegpu.py in a process of its own: a torch device once registered stays."""
+"""Runs on_*.py in processes of their own: a torch device once registered stays."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ HERE = Path(__file__).parent
 NONE_COLLECTED = 5  # pytest's exit code when the module skipped itself
 
 
-def test_on_fakegpu() -> None:
+@pytest.mark.parametrize("name", [path.name for path in sorted(HERE.glob("on_*.py"))])
+def test_on_fakegpu(name: str) -> None:
     paths = os.pathsep.join([str(HERE), str(HERE.parent / "statistics")])
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [str(HERE / "on_fakegpu.py")]
+    command += [str(HERE / name)]
     done = subprocess.run(
         command,
         capture_output=True,
