@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradscope.flow.graph import Graph
-from gradscope.flow.regions import BRIDGE, Run, extent, joined, region_id, rows_of, runs
+from gradscope.flow.regions import BRIDGE, Run, extent, joined, named, rows_of, runs
 from gradscope.flow.result import DeadZone, Recovery
 from gradscope.flow.series import Mask, Series
 from gradscope.histories.history import Status
@@ -36,14 +36,11 @@ def dead_zones(series: Series, graph: Graph) -> list[DeadZone]:
     """Zones over the graph and time, each with what its past says about recovery."""
     flags = dead(series)
     found = runs(flags, shortest=SHORTEST_ZONE, bridge=0)
-    seen: dict[tuple[str, str], int] = {}
-    zones = []
-    for part in joined(found, graph):
-        rows = rows_of(part, graph)
-        ends = (series.names[rows[0]], series.names[rows[-1]])
-        seen[ends] = seen.get(ends, 0) + 1
-        zones.append(_zone(series, graph, flags, part, region_id("dead", [*ends], seen[ends])))
-    return zones
+    parts = joined(found, graph)
+    return [
+        _zone(series, graph, flags, part, name)
+        for name, part in named("dead", parts, series, graph)
+    ]
 
 
 def dead_cells(series: Series) -> Mask:

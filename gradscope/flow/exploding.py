@@ -32,9 +32,11 @@ from gradscope.flow.regions import (
     Grid,
     Run,
     extent,
+    fired,
     hysteresis,
     joined,
-    region_id,
+    median_update,
+    named,
     rows_of,
     runs,
     sustained,
@@ -219,14 +221,11 @@ def exploding_regions(
         if run.end - run.first < SHORTEST
         and not any(o.row == run.row and o.first <= run.first < o.end for o in lasting)
     ]
-    seen: dict[tuple[str, str], int] = {}
-    regions = []
-    for part in joined(sorted([*lasting, *brief], key=lambda r: (r.row, r.first)), graph):
-        rows = rows_of(part, graph)
-        ends = (series.names[rows[0]], series.names[rows[-1]])
-        seen[ends] = seen.get(ends, 0) + 1
-        name = region_id("exploding", [*ends], seen[ends])
-        regions.append(_region(series, graph, found, part, depth, name))
+    parts = joined(sorted([*lasting, *brief], key=lambda r: (r.row, r.first)), graph)
+    regions = [
+        _region(series, graph, found, part, depth, name)
+        for name, part in named("exploding", parts, series, graph)
+    ]
     return [region for region in regions if region.severity_level != "none"]
 
 
@@ -239,9 +238,7 @@ def _region(
     name: str,
 ) -> Region:
     rows = rows_of(part, graph)
-    tests = tuple(
-        t for t, f in found.tests.items() if any(f[r.first : r.end, r.row].any() for r in part)
-    )
+    tests = fired(found.tests, part)
     systemic = "depth" in tests and depth is not None and depth.systemic == "exploding"
     level = _judged(series, found, part, tests, systemic)
     cause, advice = _cause(series, tests, systemic, depth)
@@ -253,7 +250,7 @@ def _region(
         tests=tests,
         systemic=systemic,
         peak=_peak(series, part),
-        update_ratio=_median_update(series, part),
+        update_ratio=median_update(series, part),
         cause=cause,
         mitigation_suggestions=advice,
     )
@@ -320,14 +317,6 @@ def _peak(series: Series, part: Sequence[Run]) -> Peak | None:
         first = part[0]
         best = (math.nan, first.row, first.first)
     return Peak(value=best[0], layer_name=series.names[best[1]], step=int(series.steps[best[2]]))
-
-
-def _median_update(series: Series, part: Sequence[Run]) -> float | None:
-    if series.update_ratio is None:
-        return None
-    inside = np.concatenate([series.update_ratio[r.first : r.end, r.row] for r in part])
-    inside = inside[np.isfinite(inside)]
-    return float(np.median(inside)) if len(inside) else None
 
 
 def _cause(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -112,6 +112,37 @@ def rows_of(part: Sequence[Run], graph: Graph) -> list[int]:
     return [row for row in graph.order if row in inside]
 
 
+def named(
+    kind: str, parts: Sequence[Sequence[Run]], series: Series, graph: Graph
+) -> Iterator[tuple[str, Sequence[Run]]]:
+    """Each region with an identity that survives another run: kind, ends, which of several."""
+    seen: dict[tuple[str, str], int] = defaultdict(int)
+    for part in parts:
+        rows = rows_of(part, graph)
+        ends = (series.names[rows[0]], series.names[rows[-1]])
+        seen[ends] += 1
+        key = "\0".join((kind, *ends, str(seen[ends])))
+        yield f"{kind}-{sha256(key.encode(errors='surrogatepass')).hexdigest()[:8]}", part
+
+
+def fired(tests: Mapping[str, Mask], part: Sequence[Run]) -> tuple[str, ...]:
+    """The tests that any cell of a region passed."""
+    return tuple(
+        name
+        for name, flags in tests.items()
+        if any(bool(flags[run.first : run.end, run.row].any()) for run in part)
+    )
+
+
+def median_update(series: Series, part: Sequence[Run]) -> float | None:
+    """Median update ratio over a region; None when it was not recorded."""
+    if series.update_ratio is None:
+        return None
+    inside = np.concatenate([series.update_ratio[run.first : run.end, run.row] for run in part])
+    inside = inside[np.isfinite(inside)]
+    return float(np.median(inside)) if len(inside) else None
+
+
 def extent(part: Sequence[Run], series: Series, graph: Graph) -> Extent:
     """Where and when a region is, in the history's own steps."""
     rows = rows_of(part, graph)
@@ -146,9 +177,3 @@ def sustained(levels: Grid, part: Sequence[Run], least: int = SHORTEST) -> int:
                 worst = level
                 break
     return worst
-
-
-def region_id(kind: str, names: Sequence[str], ordinal: int) -> str:
-    """An identity that survives another run: kind, first and last layer, which of several."""
-    key = "\0".join((kind, names[0], names[-1], str(ordinal)))
-    return f"{kind}-{sha256(key.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -28,9 +28,11 @@ from gradscope.flow.regions import (
     Grid,
     Run,
     extent,
+    fired,
     hysteresis,
     joined,
-    region_id,
+    median_update,
+    named,
     rows_of,
     runs,
     sustained,
@@ -156,15 +158,10 @@ def vanishing_regions(
 ) -> list[Region]:
     """The regions in time and over the graph; what is dead is no region here."""
     parts = joined(runs(found.flags & ~dead), graph)
-    seen: dict[tuple[str, str], int] = {}
-    regions = []
-    for part in parts:
-        rows = rows_of(part, graph)
-        ends = (series.names[rows[0]], series.names[rows[-1]])
-        seen[ends] = seen.get(ends, 0) + 1
-        name = region_id("vanishing", [*ends], seen[ends])
-        regions.append(_region(series, graph, found, part, depth, name))
-    return regions
+    return [
+        _region(series, graph, found, part, depth, name)
+        for name, part in named("vanishing", parts, series, graph)
+    ]
 
 
 def _region(
@@ -176,9 +173,9 @@ def _region(
     name: str,
 ) -> Region:
     rows = rows_of(part, graph)
-    tests = tuple(t for t, flags in found.tests.items() if _fired(flags, part))
+    tests = fired(found.tests, part)
     systemic = "depth" in tests and depth is not None and depth.systemic == "vanishing"
-    ratio = _median_ratio(series, part)
+    ratio = median_update(series, part)
     level = _judged(
         sustained(found.levels, part), tests, systemic, ratio, attenuation(series), part
     )
@@ -199,18 +196,6 @@ def _region(
         cause=cause,
         mitigation_suggestions=advice,
     )
-
-
-def _fired(flags: Mask, part: Sequence[Run]) -> bool:
-    return any(bool(flags[run.first : run.end, run.row].any()) for run in part)
-
-
-def _median_ratio(series: Series, part: Sequence[Run]) -> float | None:
-    if series.update_ratio is None:
-        return None
-    inside = np.concatenate([series.update_ratio[r.first : r.end, r.row] for r in part])
-    inside = inside[np.isfinite(inside)]
-    return float(np.median(inside)) if len(inside) else None
 
 
 def _judged(
