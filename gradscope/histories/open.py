@@ -89,7 +89,7 @@ def _is_json(path: str, start: bytes) -> bool:
 
 def _json(path: str, as_: As | None) -> History:
     """One JSON value (trainer_state.json, a list of rows), else JSON lines."""
-    from gradscope.histories.tables import read_json, read_jsonl
+    from gradscope.histories.tables import is_columns, read_columns, read_json, read_jsonl
 
     if os.path.getsize(path) > _JSON_CAP:
         return read_jsonl(path)
@@ -106,6 +106,8 @@ def _json(path: str, as_: As | None) -> History:
             if isinstance(r, dict) and ("grad_norm" in r or "loss" in r)
         ]
         return read_json(path, rows, "trainer_state")
+    if is_columns(whole):
+        return read_columns(path, whole)
     return read_json(path, whole) if isinstance(whole, list) else read_jsonl(path)
 
 
