@@ -39,7 +39,8 @@ class GradientRecorder:
 
     Every ``every``-th step each parameter's gradient norm, greatest magnitude, share of zeros and
     count-sketch are taken, as well as weight and update norms, loss, learning rates and the loss
-    scale; with ``directions`` the norm and sketch of the step after it too, because successive
+    scale, and from the first shard with non-finite gradients on the number of NaN and infinite
+    elements; with ``directions`` the norm and sketch of the step after it too, because successive
     steps are what shows overshooting. Nothing waits for the device until ``capacity`` records are
     full or the recorder is
     closed; then one shard is written, whole or not at all. Without any ``capture`` call gradients
@@ -82,6 +83,7 @@ class GradientRecorder:
         self._batch_size, self._run = batch_size, run_id or uuid.uuid4().hex[:12]
         self._stage = self._given_stage = stage
         self._called = self._closed = self._warned = False
+        self._count = False
         self._steps = 0
         self._rows: _Rows | None = None
         self._records: list[Record] = []
@@ -126,6 +128,9 @@ class GradientRecorder:
             return
         self._records = []
         arrays = drained(records, len(rows.names))
+        # Counting elements costs a pass each, which a finite run can be spared.
+        recorded = arrays["grad/status"] == Status.RECORDED
+        self._count |= not bool(np.isfinite(arrays["grad/l2"][recorded]).all())
         if self._writes:
             path = os.path.join(self._folder, f"{self._shard:05d}.npz")
             save(path, arrays, rows.arrays(self._topology), self._meta(rows))
@@ -239,6 +244,11 @@ class GradientRecorder:
         if whole:
             top = rows.reduced(norms(values, float("inf")), found, "max")
             record.cells["grad/max_abs"] = top
+            if self._count:
+                nans = torch.stack([torch.isnan(g).sum() for g in values])
+                infinite = torch.stack([torch.isinf(g).sum() for g in values])
+                record.cells["grad/n_nan"] = rows.reduced(nans.float(), found, "sum")
+                record.cells["grad/n_inf"] = rows.reduced(infinite.float(), found, "sum")
             record.cells["nonzero"] = rows.reduced(norms(values, 0), found, "sum")
             weights = [_local(rows.parameters[row]) for row in found]
             record.cells["param/l2"] = rows.reduced(norms(weights, 2), found, "square")

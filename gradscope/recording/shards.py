@@ -15,7 +15,10 @@ from gradscope.histories.schema import write
 
 #: Statistics of every cell and of every record, by their keys in the file. ``nonzero`` is counted;
 #: the file has the share of zeros.
-CELLS = ("grad/l2", "grad/max_abs", "nonzero", "param/l2", "update/l2", "update/grad_cos")
+COUNTS = ("grad/n_nan", "grad/n_inf")
+CELLS = (
+    "grad/l2", "grad/max_abs", "nonzero", "param/l2", "update/l2", "update/grad_cos", *COUNTS,
+)  # fmt: skip
 SCALARS = ("loss", "total_l2", "loss_scale", "clip_coef")
 
 
@@ -118,7 +121,11 @@ def save(
     arrays["grad/zero_frac"] = np.where(np.isnan(nonzero), np.nan, 1 - nonzero / sizes).astype(
         np.float32
     )
-    optional = (*SCALARS, *CELLS[3:], "lr", "grad/zero_frac")
+    counted = not np.isnan(arrays["grad/n_nan"]).all()
+    for name in COUNTS:
+        counts = np.nan_to_num(arrays.pop(name), nan=-1).astype(np.int64)
+        arrays |= {name: counts} if counted else {}
+    optional = (*SCALARS, *CELLS[3:6], "lr", "grad/zero_frac")
     kept = {
         k: v
         for k, v in arrays.items()

@@ -106,9 +106,14 @@ def test_a_rule_is_silent_about_an_ordinary_run(name: str) -> None:
     vectors = [[s + 2 * rng.normal(size=60) for s in signal] for _ in range(120)]
     ratio = np.full((120, 4), 1e-3)
 
-    report = analyze_flow(
-        of_vectors(vectors, param_l2=np.ones((120, 4)), update_l2=ratio), select=[name]
+    history = of_vectors(
+        vectors,
+        param_l2=np.ones((120, 4)),
+        update_l2=ratio,
+        edges=np.array([[i, i + 1] for i in range(4)]),
+        topology="given",
     )
+    report = analyze_flow(history, select=[name])
 
     assert report.findings == ()
     assert report.coverage.not_evaluated == ()
@@ -150,3 +155,21 @@ def test_half_precision_that_underflows_is_told_by_its_type() -> None:
     assert [f.name for f in half.findings] == ["vanishing-gradient"]
     assert "gradient scaler" in half.findings[0].recommendation
     assert whole.findings == ()
+
+
+def test_biases_before_a_normalisation_are_one_finding_and_no_alarm() -> None:
+    norms = noise(60, 6)
+    norms[:, 1:4] *= 1e-9
+    ratio = np.full(norms.shape, 1e-3)
+    ratio[:, 1:4] = 1e-12
+    kinds = ["bias"] * 6
+    isolated = np.array([[i, 6] for i in range(6)])
+
+    report = analyze_flow(
+        made(norms, kinds=kinds, edges=isolated, param_l2=np.ones(norms.shape), update_l2=ratio)
+    )
+
+    (finding,) = report.findings
+    assert (finding.name, finding.severity) == ("vanishing-gradient", "low")
+    assert "bias=False" in finding.recommendation
+    assert all(f"layers.{i}" in finding.message for i in (1, 2, 3))

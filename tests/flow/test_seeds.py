@@ -10,6 +10,7 @@ import pytest
 
 from gradscope import analyze_flow
 from gradscope.flow import result as r
+from gradscope.flow.directions import estimate
 from gradscope.flow.explosion import explosion
 from gradscope.flow.graph import graph_of
 from gradscope.flow.network import edge_type
@@ -18,6 +19,7 @@ from gradscope.flow.series import series
 from gradscope.histories.arrays import measured
 from gradscope.histories.history import Status
 from gradscope.histories.open import open_history
+from gradscope.histories.sketching import sketch
 
 from .made import made, noise, of_vectors, quadratic
 
@@ -69,6 +71,20 @@ def test_gradient_direction_and_compute_gradient_directions_are_cosines_not_norm
     assert last.consistency_score == pytest.approx(exact, abs=4 * last.standard_error)
     assert len(last.direction_vector) == 128
     assert flow.gradient_directions[0].consistency_score is None
+
+
+@pytest.mark.parametrize("cosine", [-0.95, 0.0, 0.5, 0.95])
+def test_estimated_directions_are_within_four_of_their_standard_errors(cosine: float) -> None:
+    rng = np.random.default_rng(4)
+    errors = []
+    for seed in range(60):
+        a, b = np.linalg.qr(rng.normal(size=(2000, 2)))[0].T
+        b = cosine * a + np.sqrt(1 - cosine**2) * b
+        s, t = sketch(a, seed=seed), sketch(b, seed=seed)
+        found = estimate(*(np.array([[x]]) for x in (s @ t, s @ s, t @ t)))[0, 0]
+        errors.append((found - cosine) / ((1 - cosine**2) / np.sqrt(128 * (1 + cosine**2))))
+    assert np.abs(errors).max() < 4.5
+    assert 0.7 < np.std(errors) < 1.4
 
 
 def test_compute_flow_consistency_is_the_mean_pairwise_cosine() -> None:

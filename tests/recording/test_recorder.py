@@ -172,6 +172,41 @@ def test_nothing_waits_for_the_device_before_a_shard_is_written(
     recorder.close()
 
 
+def test_once_a_gradient_was_not_finite_its_elements_are_counted(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2, bias=False)
+    with GradientRecorder(model, None, tmp_path / "a", every=1, capacity=2) as recorder:
+        for step in range(4):
+            model.weight.grad = torch.ones(2, 3)
+            if step > 0:
+                model.weight.grad[0] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+            recorder.capture(step)
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert np.isnan(history.l2[1:, 0]).all()
+    assert history.n_nan[:, 0].tolist() == [-1, -1, 1, 1]
+    assert history.n_inf[:, 0].tolist() == [-1, -1, 2, 2]
+
+
+def test_a_compiled_model_is_recorded_under_its_own_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = mlp()
+    model = torch.compile(plain, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientRecorder(model, optimizer, tmp_path / "a", every=1) as recorder:
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 6)).sum().backward()
+            wanted = [norm(p.grad) for p in plain.parameters()]
+            recorder.capture(step)
+            optimizer.step()
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert [layer.name for layer in history.layers] == [n for n, _ in plain.named_parameters()]
+    np.testing.assert_allclose(history.l2[-1], wanted, rtol=1e-5)
+
+
 def test_without_a_call_gradients_are_taken_before_the_optimizer_and_marked(tmp_path: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradscope.flow.result import DeadZone, FlowResult, Missing
 from gradscope.flow.rules.say import place, plural, some, span
-from gradscope.report.rules import Observation, rule
+from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 
 
@@ -61,13 +61,17 @@ def _revive(zone: DeadZone) -> str:
 @rule("F108", "bottleneck", Severity.MEDIUM, needs="norms")
 def bottleneck(
     result: FlowResult, *, decades: float = 2.0, criticality: float = 0.5
-) -> Iterator[Observation]:
+) -> Iterator[Observation | Unknown]:
     """A layer's gradient lies far below both its neighbours', or a path hangs on it.
 
     Low from one decade below both neighbours, medium from ``decades``; medium as well where the
     only way to a layer (``criticality``, from the recorded topology) has a link that ``decades``
     below the others.
     """
+    if result.topology == "assumed-chain":
+        yield Unknown(
+            "ways around a link need a topology; layers are compared in their order alone"
+        )
     vanished = {name for r in result.vanishing_regions for name in r.affected_layers}
     dead = {name for zone in result.dead_zones for name in zone.affected_layers}
     scores = {layer.layer_name: layer.bottleneck_score for layer in result.layers}

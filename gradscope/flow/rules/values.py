@@ -101,7 +101,7 @@ def vanishing_gradient(result: FlowResult) -> Iterator[Observation | Unknown]:
 
 
 def _stack(result: FlowResult, regions: Sequence[Region]) -> Observation:
-    layers = list(dict.fromkeys(name for r in regions for name in r.affected_layers))
+    layers = _layers(regions)
     worst = _worst(regions)
     rate = 2.718281828459045 ** (result.depth.nats_per_layer if result.depth else 0)
     lost = max((r.peak.value for r in regions if r.peak), default=0.0)
@@ -126,8 +126,8 @@ def _vanishing(regions: Sequence[Region]) -> Observation:
         else ""
     )
     return Observation(
-        place(worst.affected_layers),
-        f"gradients vanish{lost} in {some(worst.affected_layers)}, {span(worst.extent)}: "
+        place(_layers(regions)),
+        f"gradients vanish{lost} in {some(_layers(regions))}, {span(worst.extent)}: "
         f"{worst.cause}{learns}{_again(regions)}",
         "; ".join(worst.mitigation_suggestions),
         _evidence(worst, len(regions)),
@@ -154,8 +154,8 @@ def exploding_gradient(result: FlowResult) -> Iterator[Observation]:
             else ""
         )
         yield Observation(
-            place(worst.affected_layers),
-            f"gradients explode in {some(worst.affected_layers)}{peak}, {span(worst.extent)}: "
+            place(_layers(regions)),
+            f"gradients explode in {some(_layers(regions))}{peak}, {span(worst.extent)}: "
             f"{worst.cause}{_again(regions)}",
             "; ".join(worst.mitigation_suggestions),
             _evidence(worst, len(regions)),
@@ -201,11 +201,18 @@ def _spike_severity(worst: Spike, tall: float) -> Severity:
 
 
 def _by_place(regions: Iterator[Region]) -> list[list[Region]]:
-    """Regions of the same tests and layers are one cause that comes and goes."""
+    """Regions of one cause: the same layers again and again, or single ones alike at once."""
     groups: dict[tuple[object, ...], list[Region]] = defaultdict(list)
     for region in regions:
-        groups[region.tests, region.affected_layers].append(region)
+        place: tuple[object, ...] = region.affected_layers
+        if len(place) == 1:
+            place = (region.severity_level, region.extent.onset, region.extent.end)
+        groups[region.tests, region.mitigation_suggestions, place].append(region)
     return list(groups.values())
+
+
+def _layers(regions: Sequence[Region]) -> list[str]:
+    return list(dict.fromkeys(name for region in regions for name in region.affected_layers))
 
 
 def _worst(regions: Sequence[Region]) -> Region:
@@ -213,7 +220,8 @@ def _worst(regions: Sequence[Region]) -> Region:
 
 
 def _again(regions: Sequence[Region]) -> str:
-    return f"; {len(regions)} times in all" if len(regions) > 1 else ""
+    times = len({region.extent.onset for region in regions})
+    return f"; {times} times in all" if times > 1 else ""
 
 
 def _evidence(region: Region, times: int) -> dict[str, Fact]:
