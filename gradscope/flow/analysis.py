@@ -125,9 +125,12 @@ def _analyzed(
     waves = oscillations(s, compared, window)
     total = len(s.steps)
     shown = range(total) if all_series else range(*_span(recent_records(s, SERIES_ROWS), total))
+    drawn = shown if all_series else shown[-window:]
     last = directions(s, compared, np.array([total - 1] if total else [], dtype=np.int64), window)
     return FlowResult(
-        layers=tuple(layer_flows(s, measured, compared, last, window, shown)) if total else (),
+        layers=tuple(layer_flows(s, measured, compared, last, window, shown, drawn))
+        if total
+        else (),
         temporal=tuple(temporal(s, compared, np.array(shown, dtype=np.int64), window)),
         network=net,
         critical_paths=tuple(

@@ -78,8 +78,9 @@ def layer_flows(
     now: Directions,
     window: int,
     shown: range,
+    drawn: range,
 ) -> Iterator[LayerFlow]:
-    """Every layer, its series cut to the records ``shown``."""
+    """Every layer, its series cut to the records ``shown``, direction vectors to ``drawn``."""
     together = _consistency(series, window)
     steady = stability(series, np.array([len(series.steps) - 1]), window)[0]
     for row, layer in enumerate(series.layers):
@@ -92,7 +93,7 @@ def layer_flows(
             numel=layer.numel,
             steps=tuple(int(series.steps[t]) for t in shown),
             gradient_magnitudes=tuple(magnitude(series, t, row) for t in shown),
-            gradient_directions=_directions(series, found, row, shown),
+            gradient_directions=_directions(series, found, row, shown, drawn),
             flow_consistency=float(together[row])
             if directed and together is not None
             else steadiness(series.finite_log[-window:, row], series.steps[-window:].astype(float)),
@@ -189,7 +190,7 @@ def noise_scale(series: Series, signal: Signal | None) -> float | None:
 
 
 def _directions(
-    series: Series, found: Cosines | None, row: int, shown: range
+    series: Series, found: Cosines | None, row: int, shown: range, drawn: range
 ) -> tuple[GradientDirection, ...] | None:
     if found is None:
         return None
@@ -198,7 +199,7 @@ def _directions(
         {} if series.sketches is None else {int(t): i for i, t in enumerate(series.sketches.index)}
     )
     return tuple(
-        _direction(series, found, row, t, pair.get(t), vectors.get(t))
+        _direction(series, found, row, t, pair.get(t), vectors.get(t) if t in drawn else None)
         for t in shown
         if t in pair or t in vectors
     )

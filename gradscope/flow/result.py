@@ -29,7 +29,7 @@ class GradientDirection(Record):
     """The direction of one gradient, and how it agrees with the record before."""
 
     step: int
-    #: The count-sketch of the unit gradient.
+    #: The count-sketch of the unit gradient, for the records of the last window.
     direction_vector: tuple[float, ...] | None
     magnitude: Number | None
     #: Cosine to the gradient ``lag`` steps before, and its standard error (0 when exact).
