@@ -15,24 +15,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gradscope.errors import InputError
+from gradscope.checkpoints.tensors import Failure
+from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
-from gradscope.histories.names import guessed_kind
+from gradscope.histories.names import (
+    clean,
+    gradient_of,
+    guessed_kind,
+    is_loss,
+    is_rate,
+    is_total,
+)
 
-_GRADIENT = re.compile(
-    r"(^|[/_.])(grads?|gradients?|grad_norms?|gradient_norms?|l2_norm/grad)([/_.]|$)", re.I
-)
-_PREFIX = re.compile(
-    r"^(?:grad_2(?:\.0)?_norm|l2_norm/grad|grad_norms?|gradient_norms?|gradients?|grads?)[/_.]|[/_.](?:grad_norm|gradient_norm|grads?|gradients?)$",
-    re.I,
-)
-_LOSS = re.compile(r"(^|[/_])loss$", re.I)
-_RATE = re.compile(r"^(lr|learning_rate|train/learning_rate|lr-.*)$", re.I)
-_TOTAL = re.compile(
-    r"^(train/)?(grad_norm|total_grad_norm|total_norm|grad_norm_total|grad_2(\.0)?_norm_total)$",
-    re.I,
-)
 _MOST_RECORD = 1 << 28
 
 
@@ -63,95 +59,151 @@ def _began(path: str) -> float:
 def read_events(path: str, files: Sequence[str]) -> History:
     """A history from event files; where several have a step, the later file's value stays.
 
-    Raises InputError when a file is damaged or nothing in them is about gradients. A last record
-    that was not written to its end is left out, with a note.
+    A last record that was not written to its end is left out, with a note; a damaged file among
+    others costs what follows the damage. Raises InputError when nothing in them is about
+    gradients, UsageError when a folder holds several runs.
     """
-    found = _Found()
+    found, failures = _Found(), []
     for file in files:
-        for step, tag, value in _values(file, found.notes):
-            found.add(step, tag, value)
-    return found.history(path, files)
+        try:
+            for step, tag, value in _values(file, found.notes):
+                found.add(os.path.dirname(file), step, tag, value)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            failures.append(error)
+    if failures and not (found.norms or found.total.values):
+        raise failures[0]
+    found.refuse_several_runs(path)
+    return found.history(path, files, failures)
+
+
+@dataclass(frozen=True, slots=True)
+class _Histogram:
+    numel: int
+    l2: float
+    max_abs: float
+    #: Whether the norm is that of the elements, not of the middles of bins.
+    exact: bool = True
 
 
 @dataclass(slots=True)
-class _Histogram:
-    numel: float
-    l2: float
-    max_abs: float
+class _Series:
+    """The values of one tag by step, the folders that they are from, and what histograms add."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    tops: dict[int, float] = field(default_factory=dict)
+    numel: int | None = None
+
+    def add(self, folder: str, step: int, value: float) -> None:
+        self.values[step] = value
+        self.folders.add(folder)
 
 
 @dataclass(slots=True)
 class _Found:
-    norms: dict[str, dict[int, float]] = field(default_factory=dict)
-    tops: dict[str, dict[int, float]] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    loss: dict[int, float] = field(default_factory=dict)
-    rate: dict[int, float] = field(default_factory=dict)
-    total: dict[int, float] = field(default_factory=dict)
+    norms: dict[str, _Series] = field(default_factory=dict)
+    rates: dict[str, _Series] = field(default_factory=dict)
+    loss: _Series = field(default_factory=_Series)
+    total: _Series = field(default_factory=_Series)
     notes: list[str] = field(default_factory=list)
+    binned: bool = False
 
-    def add(self, step: int, tag: str, value: float | _Histogram) -> None:
+    def add(self, folder: str, step: int, tag: str, value: float | _Histogram) -> None:
         if isinstance(value, _Histogram):
-            if _GRADIENT.search(tag):
-                name = _PREFIX.sub("", tag)
-                self.norms.setdefault(name, {})[step] = value.l2
-                self.tops.setdefault(name, {})[step] = value.max_abs
-                self.sizes[name] = int(value.numel)
-        elif _TOTAL.match(tag):
-            self.total[step] = value
-        elif _RATE.match(tag):
-            self.rate[step] = value
-        elif _GRADIENT.search(tag):
-            self.norms.setdefault(_PREFIX.sub("", tag), {})[step] = value
-        elif _LOSS.search(tag):
-            self.loss[step] = value
+            self._add_histogram(folder, step, tag, value)
+        elif is_total(tag):
+            self.total.add(folder, step, value)
+        elif is_rate(tag):
+            self.rates.setdefault(tag, _Series()).add(folder, step, value)
+        elif is_loss(tag):
+            self.loss.add(folder, step, value)
+        elif (name := gradient_of(tag)) is not None:
+            self.norms.setdefault(name, _Series()).add(folder, step, value)
 
-    def history(self, path: str, files: Sequence[str]) -> History:
-        if not self.norms and not self.total:
-            raise InputError(
-                path, "malformed", "has no series of gradients: a tag with grad or gradient in it"
+    def _add_histogram(self, folder: str, step: int, tag: str, value: _Histogram) -> None:
+        name = gradient_of(tag)
+        if name is not None:
+            series = self.norms.setdefault(name, _Series())
+            series.add(folder, step, value.l2)
+            series.tops[step], series.numel = value.max_abs, value.numel
+            self.binned |= not value.exact
+
+    def refuse_several_runs(self, path: str) -> None:
+        """Restarts share a folder; one series in two folders is of two runs."""
+        if len(self.loss.folders) > 1:  # add_scalars writes loss_train/ and loss_val/
+            self.loss = _Series()
+            self.notes.append(
+                "the loss is in several folders, which may not be of training: left out"
             )
-        about = [*self.norms.values(), self.total] if self.norms else [self.total]
-        steps = np.array(sorted({step for series in about for step in series}), dtype=np.int64)
+        for name, series in (*self.norms.items(), ("the total norm", self.total)):
+            if len(series.folders) > 1:
+                first, second = sorted(os.path.relpath(f, path) for f in series.folders)[:2]
+                raise UsageError(
+                    f"{path} holds several runs: {clean(name)} is in {clean(first)} and in "
+                    f"{clean(second)}; give the folder of one run"
+                )
+
+    def history(self, path: str, files: Sequence[str], failures: Sequence[InputError]) -> History:
+        if not self.norms and not self.total.values:
+            message = "has no series of gradients: a tag such as grad/NAME or NAME/grad_norm"
+            raise InputError(path, "malformed", message)
+        about = list(self.norms.values()) or [self.total]
+        steps = np.array(sorted({step for series in about for step in series.values}), np.int64)
         place = {int(step): i for i, step in enumerate(steps)}
-        l2 = _table(self.norms, place)
-        tops = {name: self.tops.get(name, {}) for name in self.norms}
-        lr = _line(self.rate, place)
+        l2, status = _table([series.values for series in self.norms.values()], place)
+        tops = [series.tops for series in self.norms.values()]
+        low = np.argwhere(l2 < 0)
+        if len(low):
+            message = f"the norm of {clean(list(self.norms)[low[0][1]])} is below zero"
+            raise InputError(path, "malformed", f"{message} at step {steps[low[0][0]]}")
         return History(
             path=path,
             format="tensorboard",
             nbytes=sum(os.path.getsize(file) for file in files),
             steps=steps,
-            layers=tuple(Layer(n, guessed_kind(n), self.sizes.get(n)) for n in self.norms),
-            l2=l2[0],
-            status=l2[1],
-            max_abs=_table(tops, place)[0] if len(self.tops) == len(self.norms) and tops else None,
+            layers=tuple(Layer(clean(n), guessed_kind(n), s.numel) for n, s in self.norms.items()),
+            l2=l2,
+            status=status,
+            max_abs=_table(tops, place)[0] if tops and all(tops) else None,
             loss=_line(self.loss, place),
             total_l2=_line(self.total, place),
-            lr=None if lr is None else lr[:, None],
-            notes=tuple(self.notes),
+            lr=self._rates(place),
+            notes=(*self.notes, *self._said()),
+            failures=tuple(
+                Failure(e.kind, f"{os.path.relpath(e.path, path)}: {e.message}") for e in failures
+            ),
+            approximate={"l2": "from histogram bins"} if self.binned else {},
         )
+
+    def _said(self) -> Iterator[str]:
+        if self.binned:
+            yield "norms are from the middles of histogram bins, which are approximate"
+        if not self.norms:
+            yield "only the total gradient norm is here: nothing can be said of layers"
+
+    def _rates(self, place: dict[int, int]) -> NDArray[np.float64] | None:
+        lines = [_line(series, place) for series in self.rates.values()]
+        known = [line for line in lines if line is not None]
+        return np.stack(known, axis=1) if known else None
 
 
 def _table(
-    found: dict[str, dict[int, float]], place: dict[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
+    found: Sequence[dict[int, float]], place: dict[int, int]
+) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     values = np.full((len(place), len(found)), np.nan)
-    status = np.zeros(values.shape, np.uint8)
-    for column, series in enumerate(found.values()):
+    status = np.full(values.shape, Status.NOT_RECORDED, np.uint8)
+    for column, series in enumerate(found):
         for step, value in series.items():
             values[place[step], column], status[place[step], column] = value, Status.RECORDED
     return values, status
 
 
-def _line(found: dict[int, float], place: dict[int, int]) -> np.ndarray | None:  # fmt: skip
-    if not found:
+def _line(found: _Series, place: dict[int, int]) -> NDArray[np.float64] | None:
+    if not found.values:
         return None
-    out = np.full(len(place), np.nan)
-    for step, value in found.items():
-        if step in place:
-            out[place[step]] = value
-    return out
+    return _table([{s: v for s, v in found.values.items() if s in place}], place)[0][:, 0]
 
 
 # --- the container --------------------------------------------------------------------------------
@@ -168,50 +220,42 @@ def _values(path: str, notes: list[str]) -> Iterator[tuple[int, str, float | _Hi
 
 
 def _records(path: str, notes: list[str]) -> Iterator[bytes]:
+    from gradscope.histories.crc import crc32c
+
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         at = 0
         while head := file.read(12):
+            if len(head) == 12 and struct.unpack_from("<I", head, 8)[0] != _masked(head[:8]):
+                raise _wrong(path, f"the record at byte {at} has a wrong checksum")
             length = struct.unpack_from("<Q", head)[0] if len(head) == 12 else 0
             if len(head) < 12 or at + length + 16 > size:
-                if len(head) == 12 and struct.unpack_from("<I", head, 8)[0] != _masked(head[:8]):
-                    raise InputError(
-                        path, "malformed", f"the record at byte {at} has a wrong checksum"
-                    )
                 notes.append(f"{os.path.basename(path)} ends inside a record, which was left out")
                 return
-            if struct.unpack_from("<I", head, 8)[0] != _masked(head[:8]) or length > _MOST_RECORD:
-                raise InputError(path, "malformed", f"the record at byte {at} has a wrong checksum")
-            data = file.read(length)
-            if struct.unpack("<I", file.read(4))[0] != _masked(data):
-                raise InputError(
-                    path, "malformed", f"the data of the record at byte {at} have a wrong checksum"
-                )
+            if length > _MOST_RECORD:
+                raise _wrong(path, f"the record at byte {at} has {length} bytes")
+            data, check = file.read(length), file.read(4)
+            if len(check) < 4 or struct.unpack("<I", check)[0] != _mask(crc32c(data)):
+                raise _wrong(path, f"the data of the record at byte {at} have a wrong checksum")
             at += length + 16
             yield data
 
 
-_POLYNOMIAL = 0x82F63B78
-
-
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = (value >> 1) ^ (_POLYNOMIAL if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_CRC = _crc_table()
+def _wrong(path: str, message: str) -> InputError:
+    return InputError(path, "malformed", f"{message}: copy the file again, or drop it")
 
 
 def _masked(data: bytes) -> int:
-    """TFRecord's masked CRC-32C."""
+    """TFRecord's masked CRC-32C of a few bytes: what tells the format needs no compiler."""
     crc = 0xFFFFFFFF
     for byte in data:
-        crc = _CRC[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 & -(crc & 1))
+    return _mask(crc ^ 0xFFFFFFFF)
+
+
+def _mask(crc: int) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -244,7 +288,7 @@ def _value(data: bytes) -> Iterator[tuple[str, float | _Histogram]]:
         elif number == 5 and isinstance(value, bytes):
             found = _histogram(value)
         elif number == 8 and isinstance(value, bytes):
-            found = _scalar_tensor(value)
+            found = _of_tensor(value)
     if tag and found is not None:
         yield tag, found
 
@@ -252,24 +296,53 @@ def _value(data: bytes) -> Iterator[tuple[str, float | _Histogram]]:
 def _histogram(data: bytes) -> _Histogram | None:
     """HistogramProto: min 1, max 2, num 3, sum 4, sum_squares 5."""
     facts = {number: value for number, value in _fields(data) if isinstance(value, float)}
-    if 3 not in facts or 5 not in facts:
+    if 3 not in facts or 5 not in facts or not 0 <= facts[3] < 2**62:
         return None
     top = max(abs(facts.get(1, 0.0)), abs(facts.get(2, 0.0)))
     square = facts[5]
-    return _Histogram(facts[3], math.sqrt(square) if square >= 0 else math.nan, top)
+    return _Histogram(int(facts[3]), math.sqrt(square) if square >= 0 else math.nan, top)
 
 
-def _scalar_tensor(data: bytes) -> float | None:
-    """TensorProto of one number: content 4, float_val 5, double_val 6."""
+#: TensorProto's dtypes of real numbers: code -> (NumPy's, the field of unpacked values).
+_REAL = {1: ("<f4", 5), 2: ("<f8", 6)}
+
+
+def _of_tensor(data: bytes) -> float | _Histogram | None:
+    """TensorProto: dtype 1, shape 2, content 4, float_val 5, double_val 6.
+
+    A number is a scalar; rows of (low, high, count) are TensorFlow 2's histogram.
+    """
+    fields: dict[int, list[int | float | bytes]] = {}
     for number, value in _fields(data):
-        if number == 4 and isinstance(value, bytes) and len(value) in (4, 8):
-            return float(struct.unpack("<f" if len(value) == 4 else "<d", value)[0])
-        if number in (5, 6):
-            if isinstance(value, float):
-                return value
-            if isinstance(value, bytes) and len(value) == (4 if number == 5 else 8):
-                return float(struct.unpack("<f" if number == 5 else "<d", value)[0])
-    return None
+        fields.setdefault(number, []).append(value)
+    code = fields.get(1, [0])[0]
+    if not isinstance(code, int) or code not in _REAL:
+        return None
+    dtype, unpacked = _REAL[code]
+    parts = fields.get(4) or fields.get(unpacked) or []
+    whole = b"".join(_packed(part, dtype) for part in parts)
+    if not whole or len(whole) % np.dtype(dtype).itemsize:
+        return None
+    values = np.frombuffer(whole, dtype)
+    if len(values) == 1:
+        return float(values[0])
+    return _of_bins(values.astype(np.float64)) if len(values) % 3 == 0 else None
+
+
+def _packed(part: int | float | bytes, dtype: str) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    return np.array(part, dtype).tobytes() if isinstance(part, float) else b""
+
+
+def _of_bins(values: NDArray[np.float64]) -> _Histogram | None:
+    low, high, count = values.reshape(-1, 3).T
+    total = float(count.sum())
+    if not 0 <= total < 2**62 or bool(np.any(low > high)) or bool(np.any(count < 0)):
+        return None
+    square = float((count * ((low + high) / 2) ** 2).sum())
+    top = float(np.abs(values.reshape(-1, 3)[count > 0, :2]).max(initial=0.0))
+    return _Histogram(int(total), math.sqrt(square), top, exact=False)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | float | bytes]]:
