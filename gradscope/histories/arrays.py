@@ -8,6 +8,7 @@ records, or as a list for each name.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import WHOLE
-from gradscope.checkpoints.tensors import Checkpoint, TensorRef
+from gradscope.checkpoints.tensors import Checkpoint, Failure, TensorRef
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import guessed_kind
@@ -72,6 +73,41 @@ def _seen(refs: _Refs, rest: _Refs, keyed: Keyed, single: bool) -> As | None:
         return "vectors"
     # layer/0, layer/1, … beside steps: names that only look like records, unless as many.
     return None if next(iter(rest.values())).numel == len(keyed) else "norms"
+
+
+def are_records(files: Sequence[str]) -> bool:
+    """Whether every file has a step for its name: ``step_10.npz``, ``10.pt``."""
+    return all(_STEP.match(os.path.splitext(os.path.basename(file))[0]) for file in files)
+
+
+def read_records(path: str, files: Sequence[str]) -> History:
+    """A history from a file of gradients for each step. A damaged one costs its step.
+
+    Raises InputError when none can be read.
+    """
+    table: Keyed = {}
+    failures: list[InputError] = []
+    for file in files:
+        found = _STEP.match(os.path.splitext(os.path.basename(file))[0])
+        try:
+            checkpoint = open_checkpoint(file)
+        except InputError as error:
+            failures.append(error)
+            continue
+        if found:
+            table[int(found[1])] = {ref.name: Slice.whole(ref) for ref in checkpoint.tensors}
+    if not table:
+        raise failures[0]
+    whole = Checkpoint(
+        path=path,
+        format=f"{len(table)} files",
+        nbytes=sum(os.path.getsize(file) for file in files),
+        tensors=(),
+        failures=tuple(
+            Failure(e.kind, f"{os.path.basename(e.path)}: {e.message}") for e in failures
+        ),
+    )
+    return _of_gradients(whole, {}, table, [])
 
 
 def _are_norms(refs: _Refs, rest: _Refs) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.tensors import Failure
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
@@ -222,7 +223,7 @@ def _values(path: str, notes: list[str]) -> Iterator[tuple[int, str, float | _Hi
 def _records(path: str, notes: list[str]) -> Iterator[bytes]:
     from gradscope.histories.crc import crc32c
 
-    size = os.path.getsize(path)
+    size = stamp(path)[0]
     with open(path, "rb") as file:
         at = 0
         while head := file.read(12):

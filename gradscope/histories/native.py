@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 from pydantic import ValidationError
 
 from gradscope.checkpoints.archive import DEFLATED, STORED, Member, read_archive
+from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.tensors import Failure
 from gradscope.errors import InputError
 from gradscope.histories.history import KINDS, Exact, History, Layer, Sketches, Status, Topology
@@ -45,6 +46,7 @@ class _Shard:
 def is_native(path: str) -> bool:
     """Whether a file is an archive of the format; also one that lost its ``meta``."""
     try:
+        stamp(path)
         with open(path, "rb") as file:
             names = read_archive(file, path, 0, os.fstat(file.fileno()).st_size).members
     except (OSError, InputError):
@@ -77,6 +79,7 @@ def read_shards(folder: str, files: Sequence[str]) -> History:
 
 def _shard(path: str) -> _Shard:
     try:
+        stamp(path)  # a FIFO would never end
         with open(path, "rb") as file:
             arrays, unknown = _arrays(path, file)
     except OSError as error:
@@ -225,7 +228,7 @@ def _history(path: str, shards: Sequence[_Shard], failures: Sequence[InputError]
 def _topology(known: bool, source: object) -> Topology:
     if not known:
         return "assumed-chain"
-    return "recorded" if source == "recorded" else "given"
+    return "recorded" if source == "recorded" else "given" if source != "assumed-chain" else source
 
 
 def _names(shards: Sequence[_Shard]) -> list[str]:
@@ -408,12 +411,6 @@ class _Joined:
                 result: np.ndarray[Any, Any] = full[found.astype(np.int64)]
                 return result
         return None
-
-
-def files_of(folder: str) -> list[str]:
-    """The shards of a folder by number, then name."""
-    names = (n for n in os.listdir(folder) if n.endswith(".npz") and not n.startswith("."))
-    return by_number([os.path.join(folder, name) for name in names])
 
 
 def by_number(files: Sequence[str]) -> list[str]:

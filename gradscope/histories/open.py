@@ -12,9 +12,9 @@ from typing import Any
 from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.sniff import sniff
 from gradscope.errors import InputError, UsageError
-from gradscope.histories.arrays import As, read_arrays
+from gradscope.histories.arrays import As, are_records, read_arrays, read_records
 from gradscope.histories.history import History
-from gradscope.histories.native import by_number, files_of, is_native, read_native, read_shards
+from gradscope.histories.native import by_number, is_native, read_native, read_shards
 
 #: Entry points of this group: a callable from path to History, or None for what it does not read.
 GROUP = "gradscope.histories"
@@ -31,10 +31,17 @@ def open_history(path: str, *, as_: As | None = None) -> History:
     ``as_`` says what plain arrays are when that cannot be seen. Raises InputError when it cannot
     be read, UsageError when it is ambiguous or an optional dependency is missing.
     """
-    if os.path.isdir(path):
-        return _folder(path)
-    if not os.path.exists(path) and (files := by_number(glob.glob(path))):
-        return read_shards(path, files)
+    try:
+        if os.path.isdir(path):
+            return _folder(path)
+        if not os.path.exists(path) and (files := by_number(glob.glob(path))):
+            return open_history(files[0], as_=as_) if len(files) == 1 else _several(path, files)
+        return _file(path, as_)
+    except OSError as error:
+        raise InputError(path, "missing", f"cannot be read: {error.strerror or error}") from None
+
+
+def _file(path: str, as_: As | None) -> History:
     size = stamp(path)[0]
     if not size:
         raise InputError(path, "truncated", "is empty (0 bytes)")
@@ -47,8 +54,12 @@ def open_history(path: str, *, as_: As | None = None) -> History:
 
 
 def _folder(path: str) -> History:
-    if files := files_of(path):
-        return read_shards(path, files)
+    names = [n for n in os.listdir(path) if not n.startswith(".")]
+    files = by_number([os.path.join(path, n) for n in names])
+    shards = [f for f in files if f.endswith(".npz")]
+    if shards:
+        plain = are_records(shards) and not any(map(is_native, shards))
+        return (read_records if plain else read_shards)(path, shards)
     from gradscope.histories.events import event_files, read_events
 
     if events := event_files(path):
@@ -56,9 +67,27 @@ def _folder(path: str) -> History:
     state = os.path.join(path, "trainer_state.json")
     if os.path.isfile(state):
         return _json(state, None)
+    records = [f for f in files if f.endswith((".pt", ".pth", ".safetensors"))]
+    if records and are_records(records):
+        return read_records(path, records)
     raise InputError(
-        path, "missing", "holds neither shards (00000.npz, …), event files nor trainer_state.json"
+        path,
+        "missing",
+        "holds neither shards (00000.npz, …), event files, trainer_state.json nor a file of "
+        "gradients for each step (step_10.pt, …)",
     )
+
+
+def _several(path: str, files: list[str]) -> History:
+    """What a glob matches: shards, event files, or a file of gradients for each step."""
+    if not any(map(is_native, files)):
+        if all("tfevents" in os.path.basename(file) for file in files):
+            from gradscope.histories.events import read_events
+
+            return read_events(os.path.dirname(path) or ".", files)
+        if are_records(files):
+            return read_records(path, files)
+    return read_shards(path, files)
 
 
 def _is_parquet(path: str, start: bytes) -> bool:
@@ -125,7 +154,8 @@ def _is_arrays(path: str, start: bytes) -> bool:
 
 
 def _is_text(path: str, start: bytes) -> bool:
-    return b"\0" not in start and any(mark in start.split(b"\n", 1)[0] for mark in b",;\t")
+    first = start.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
+    return b"\0" not in start and first[:1] != b"<" and any(mark in first for mark in b",;\t")
 
 
 def _csv(path: str, as_: As | None) -> History:
@@ -157,7 +187,22 @@ def _third_party(path: str) -> History:
         except Exception as error:
             raise UsageError(f"the histories plugin {point.value} failed: {error}") from error
         if isinstance(found, History):
+            if found.l2.shape != found.shape or found.status.shape != found.shape:
+                raise UsageError(
+                    f"the histories plugin {point.value} failed: arrays of {found.l2.shape} for "
+                    f"{found.shape} records and layers"
+                )
             return found
-    raise InputError(
-        path, "unsupported", f"is no history that is known here; gradscope reads {_READS}"
-    )
+    raise InputError(path, "unsupported", _what(path))
+
+
+def _what(path: str) -> str:
+    """What a file is that is no history: a page, a pointer, an archive; and what to do."""
+    try:
+        found = sniff(path)
+    except InputError as error:
+        if "gradscope reads" not in error.message:
+            return error.message
+        found = ""
+    what = f"is a {found}, which holds" if found else "is"
+    return f"{what} no history that is known here; gradscope reads {_READS}"

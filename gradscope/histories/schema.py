@@ -96,7 +96,9 @@ class Meta(BaseModel):
     precision: dict[str, Any] | None = Field(None, description="param, grad, amp")
     batch_size: float | None = None
     accumulation: int | None = None
-    topology: dict[str, Any] | None = Field(None, description="source: recorded or given")
+    topology: dict[str, Any] | None = Field(
+        None, description="source: recorded, given or assumed-chain"
+    )
 
 
 def meta_schema() -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""What a path may be: a file, a folder, a glob, and what is no history at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradscope.errors import InputError, UsageError
+from gradscope.histories import open as opening
+from gradscope.histories.history import History, Status
+from gradscope.histories.open import open_history
+from gradscope.histories.schema import write
+
+from .files import event, native, tfrecords
+
+
+def npz(path: Path, record: dict[str, Any]) -> None:
+    np.savez(path.with_suffix(".npz"), **record)
+
+
+def safetensors(path: Path, record: dict[str, Any]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(record, path.with_suffix(".safetensors"))
+
+
+def torch_file(path: Path, record: dict[str, Any]) -> None:
+    import torch
+
+    torch.save({n: torch.tensor(g) for n, g in record.items()}, path.with_suffix(".pt"))
+
+
+@pytest.mark.parametrize("save", [npz, safetensors, torch_file])
+def test_a_folder_with_a_file_for_each_step_is_a_history(
+    save: Callable[[Path, dict[str, Any]], None], tmp_path: Path
+) -> None:
+    for step in (100, 20, 3):
+        save(tmp_path / f"step_{step}", {"fc.weight": np.full((2, 2), float(step))})
+
+    history = open_history(str(tmp_path))
+
+    assert history.steps.tolist() == [3, 20, 100]
+    assert history.l2[:, 0].tolist() == [6.0, 40.0, 200.0]
+
+
+def test_a_damaged_file_among_those_of_steps_costs_its_step(tmp_path: Path) -> None:
+    for step in range(3):
+        npz(tmp_path / str(step), {"w": np.ones(4)})
+    (tmp_path / "1.npz").write_bytes((tmp_path / "1.npz").read_bytes()[:100])
+
+    history = open_history(str(tmp_path))
+
+    assert history.steps.tolist() == [0, 2]
+    assert "1.npz" in history.failures[0].message
+
+
+def test_a_layer_that_was_unfrozen_late_has_no_records_before(tmp_path: Path) -> None:
+    for number, names in enumerate((["b"], ["a", "b", "c"], ["a", "b", "c"])):
+        arrays = {
+            "steps": np.arange(3) + 3 * number,
+            "layer/name": np.array(names),
+            "grad/l2": np.ones((3, len(names)), np.float32),
+            "grad/sketch": np.full((1, len(names), 4), number, np.float16),
+            "grad/sketch_index": np.array([1]),
+        }
+        write(tmp_path / f"{number:05d}.npz", arrays, {"topology": {"source": "recorded"}})
+
+    history = open_history(str(tmp_path))
+
+    assert [layer.name for layer in history.layers] == ["b", "a", "c"]
+    absent = (history.status == Status.NOT_RECORDED).tolist()
+    assert absent == [[False, True, True]] * 3 + [[False] * 3] * 6
+    assert np.isnan(history.l2[:3, 1:]).all()
+    assert history.sketches is not None
+    assert history.sketches.index.tolist() == [1, 4, 7]
+    assert history.sketches.values[0, :, 0].tolist() == [0, 0, 0]
+    assert history.sketches.values[1].tolist() == [[1] * 4] * 3
+
+
+def test_a_glob_may_match_event_files(tmp_path: Path) -> None:
+    for number in (1, 2):
+        path = tmp_path / f"events.out.tfevents.{number}.host"
+        path.write_bytes(tfrecords([event(number, "grad/a", 1.0)]))
+
+    assert open_history(str(tmp_path / "*.host")).steps.tolist() == [1, 2]
+    assert open_history(str(tmp_path / "*.1.host")).steps.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!doctype html><html>, sign in</html>", "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "git lfs pull"),
+        (b"\x1f\x8b\x08\x00" + bytes(40), "gzip"),
+        (b"just a few words\n", "no history that is known here"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_no_history_is_named(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(content)
+
+    with pytest.raises(InputError, match=said):
+        open_history(str(tmp_path / "x.csv"))
+
+
+def test_a_pipe_in_a_folder_of_shards_is_not_waited_for(tmp_path: Path) -> None:
+    native(tmp_path / "00000.npz")
+    os.mkfifo(tmp_path / "00001.npz")
+
+    history = open_history(str(tmp_path))
+
+    assert history.shape == (6, 3)
+    assert "FIFO" in history.failures[0].message
+
+
+def test_nothing_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.npz", tmp_path):
+        with pytest.raises(InputError) as refused:
+            open_history(str(path))
+        assert refused.value.kind == "missing"
+
+
+def broken(_: str) -> History:
+    raise KeyError("oops")
+
+
+def readable(path: str) -> History | None:
+    good = native(Path(path).parent / "good.npz")
+    return open_history(str(good)) if path.endswith(".mine") else None
+
+
+@pytest.mark.parametrize(("reader", "said"), [(broken, "plugin .* failed"), (readable, None)])
+def test_readers_of_others_are_asked_last(
+    reader: Callable[[str], Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("mine", f"{__name__}:{reader.__name__}", opening.GROUP)
+    monkeypatch.setattr(EntryPoint, "load", lambda _: reader)
+    monkeypatch.setattr(opening, "entry_points", lambda **_: [point])
+    (tmp_path / "x.mine").write_bytes(b"\x01\x02 my own format")
+
+    if said is None:
+        assert open_history(str(tmp_path / "x.mine")).shape == (6, 3)
+    else:
+        with pytest.raises(UsageError, match=said):
+            open_history(str(tmp_path / "x.mine"))
