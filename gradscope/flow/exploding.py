@@ -21,10 +21,12 @@ level
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.flow.graph import Graph, reference
 from gradscope.flow.regions import (
@@ -197,17 +199,23 @@ def growth_rate(series: Series, row: int, first: int, end: int) -> float | None:
 
 def _levels(tests: Mapping[str, Mask], own: Array, above: Array, series: Series) -> Grid:
     """How bad each cell is, before consequences are weighed: mild 1 to critical 4."""
-    levels = np.where(tests["level"], np.digitize(own, _RATIOS), 0)
-    deep = np.digitize(above, np.log([DEPTH_RATIO, 1e3, 1e5]))
-    levels = np.maximum(levels, np.where(tests["depth"], deep, 0))
-    levels = np.maximum(
-        levels, np.where(tests["growth"], np.maximum(np.digitize(own, _RATIOS), 1), 0)
-    )
-    if series.update_ratio is not None:
-        size = np.digitize(np.nan_to_num(series.update_ratio), [UPDATE_HIGH, 0.5, 1.0])
-        levels = np.maximum(levels, np.where(tests["update"], size + 1 - (size == 1), 0))
-    levels = np.where(tests["non-finite"], 4, levels)
-    return levels.astype(np.int8)
+    levels = np.zeros(own.shape, np.int8)
+
+    def raise_to(name: str, judged: Callable[[Mask], NDArray[np.integer[Any]]]) -> None:
+        flags = tests[name]
+        levels[flags] = np.maximum(levels[flags], judged(flags))
+
+    # What is not known (no level of its own yet) is no degree of badness.
+    raise_to("level", lambda at: np.digitize(np.nan_to_num(own[at]), _RATIOS))
+    raise_to("growth", lambda at: np.maximum(np.digitize(np.nan_to_num(own[at]), _RATIOS), 1))
+    raise_to("depth", lambda at: np.digitize(above[at], np.log([DEPTH_RATIO, 1e3, 1e5])))
+    ratio = series.update_ratio
+    if ratio is not None:
+        raise_to(
+            "update", lambda at: np.digitize(ratio[at], [UPDATE_HIGH, 0.5, 1.0]) + (ratio[at] > 0.5)
+        )
+    levels[tests["non-finite"]] = 4
+    return levels
 
 
 def exploding_regions(

@@ -89,11 +89,13 @@ def vanishing(series: Series, graph: Graph) -> Vanishing:
 
 
 def _levels(tests: Mapping[str, Mask], decades: Array, kept: Array | None) -> Grid:
-    levels = np.digitize(decades, [DEPTH_DECADES - _LEAVE, 4, 5, 6]).astype(np.int8)
+    levels = np.zeros(decades.shape, np.int8)
+    lost = tests["depth"] | tests["time"]
+    levels[lost] = np.digitize(decades[lost], [DEPTH_DECADES - _LEAVE, 4, 5, 6])
     if kept is not None:
         levels[tests["update"] & (kept < 0.01)] = 4
     for name, least in (("update", 2), ("numeric", 2)):
-        levels = np.maximum(levels, np.where(tests[name], least, 0)).astype(np.int8)
+        levels[tests[name]] = np.maximum(levels[tests[name]], least)
     return levels
 
 
