@@ -279,6 +279,11 @@ class _Joined:
             and bool(np.all(np.diff(self.places[0]) > 0))
         )
 
+    @property
+    def _last_is_whole(self) -> bool:
+        """Whether the last shard has every layer, in this order; it then knows the units."""
+        return bool(np.array_equal(self.places[-1], np.arange(len(self.names))))
+
     def _row(self, name: str, absent: Any) -> list[Any]:
         values: list[Any] = [absent] * len(self.names)
         for shard, place in zip(self.shards, self.places, strict=True):
@@ -363,15 +368,38 @@ class _Joined:
             absent = _ABSENT.get(key.field, np.nan)
             if key.shape == ("T", "L"):
                 found[key.field] = self.cells(name, absent)
-            elif key.shape[0] == "T" and (name != "edge/flow" or self._same_edges()):
+            elif name == "edge/flow":
+                found[key.field] = self._edge_flow()
+            elif key.shape[0] == "T":
                 found[key.field] = self.records(name, absent)
-            elif key.shape[0] != "T" and self._plain:
-                found[key.field] = self.shards[0].arrays[name]
+            elif key.shape[0] != "T" and self._last_is_whole and name in self.shards[-1].arrays:
+                found[key.field] = self.shards[-1].arrays[name]
         return found
 
-    def _same_edges(self) -> bool:
-        found = [shard.arrays.get("graph/edges", np.empty(0)) for shard in self.shards]
-        return all(np.array_equal(found[0], other) for other in found[1:])
+    def _edge_flow(self) -> np.ndarray[Any, Any] | None:
+        """Flows of the joined edges; NaN where a shard has not that edge."""
+        edges = self.edges()
+        if edges is None:
+            return None
+        column = {edge: i for i, edge in enumerate(map(tuple, edges.tolist()))}
+        parts = []
+        for shard, place in zip(self.shards, self.places, strict=True):
+            part = np.full((len(shard.arrays["steps"]), len(edges)), np.nan, np.float32)
+            flow = shard.arrays.get("edge/flow")
+            if flow is not None and "graph/edges" in shard.arrays:
+                own = map(tuple, self._renumbered(shard, place).tolist())
+                for at, edge in enumerate(own):
+                    if edge in column:
+                        part[:, column[edge]] = flow[:, at]
+            parts.append(part)
+        result: np.ndarray[Any, Any] = np.concatenate(parts)[self.chosen]
+        return result
+
+    def _renumbered(self, shard: _Shard, place: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """A shard's edges, its rows in the joined numbering."""
+        full = np.append(place, [len(self.names), -1])
+        result: np.ndarray[Any, Any] = full[shard.arrays["graph/edges"].astype(np.int64)]
+        return result
 
     def sketches(self) -> Sketches | None:
         """All sketches, with the place of their records in the joined history."""
@@ -403,13 +431,10 @@ class _Joined:
         return Exact(self.cells("grad/prev_cos", np.nan), self.cells("grad/prev_lag", 0))
 
     def edges(self) -> np.ndarray[Any, Any] | None:
-        """The edges of the last shard that has some, its rows in the joined numbering."""
+        """The edges of the last shard that has some."""
         for shard, place in reversed(list(zip(self.shards, self.places, strict=True))):
-            found = shard.arrays.get("graph/edges")
-            if found is not None and len(found):
-                full = np.append(place, [len(self.names), -1])
-                result: np.ndarray[Any, Any] = full[found.astype(np.int64)]
-                return result
+            if len(shard.arrays.get("graph/edges", ())):
+                return self._renumbered(shard, place)
         return None
 
 
