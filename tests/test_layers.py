@@ -19,6 +19,8 @@ ALLOWED = {
     "histories": {"checkpoints", "statistics"},
     "flow": {"histories", "statistics", "report"},
     "recording": {"histories"},
+    "models": set(),
+    "explain": {"models", "report"},
 }
 
 

@@ -1,0 +1,1 @@
+"""Models as they are looked into: held still, tapped at named layers, left as they were."""

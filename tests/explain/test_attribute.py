@@ -1,0 +1,257 @@
+"""Attributions against closed forms and float64 re-derivations; the model stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradscope import attribute
+from gradscope.errors import UsageError
+from gradscope.explain.registry import methods
+
+ALL = sorted(methods())
+CAMS = [name for name in ALL if methods()[name].family == "activation"]
+
+
+class Linear(nn.Module):
+    """Logits w . x."""
+
+    def __init__(self, classes: int = 3, shape: tuple[int, ...] = (2, 4, 5)) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn((classes, *shape), generator=generator).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nchw,kchw->nk", x, self.weight)
+
+
+class Squares(Linear):
+    """Logits w . x^2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x**2)
+
+
+def conv_net() -> nn.Sequential:
+    """A head on flattened maps: gradients differ from position to position."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3),
+        nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6 * 4 * 4, 3),
+    ).double()  # fmt: skip
+
+
+def images(count: int = 2, size: int = 6) -> Tensor:
+    return torch.randn((count, 2, size, size), generator=torch.Generator().manual_seed(2)).double()
+
+
+# --- closed forms ---------------------------------------------------------------------------------
+
+
+def test_on_a_linear_model_gradients_are_its_weights() -> None:
+    model, x = Linear(), torch.randn(2, 2, 4, 5).double()
+
+    for name in ("saliency", "smoothgrad"):
+        values = attribute(model, x, name, target=[0, 2]).values
+        torch.testing.assert_close(values, model.weight.detach()[[0, 2]])
+    torch.testing.assert_close(
+        attribute(model, x, "input-x-gradient", target=1).values, x * model.weight.detach()[1]
+    )
+    torch.testing.assert_close(attribute(model, x, "vargrad", target=1).values, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("rule", ["midpoint", "gauss-legendre"])
+def test_integrated_gradients_of_squares_are_the_squares(rule: str) -> None:
+    model, x = Squares(), torch.randn(2, 2, 4, 5).double()
+
+    found = attribute(model, x, "integrated-gradients", target=1, steps=8, rule=rule)
+
+    torch.testing.assert_close(found.values, model.weight.detach()[1] * x**2)
+    assert np.abs(found.diagnostics["completeness_delta"]).max() < 1e-12
+    assert found.diagnostics["scores"] == pytest.approx(model(x)[:, 1].tolist())
+
+
+def test_integrated_gradients_start_at_their_reference() -> None:
+    model, x, base = Squares(), torch.randn(1, 2, 4, 5).double(), torch.randn(1, 2, 4, 5).double()
+
+    found = attribute(model, x, "integrated-gradients", target=0, reference=base)
+
+    torch.testing.assert_close(found.values, model.weight.detach()[0] * (x**2 - base**2))
+
+
+def test_a_tolerance_refines_until_it_is_met() -> None:
+    model, x = conv_net(), images()
+
+    coarse = attribute(model, x, "integrated-gradients", target=0, steps=2)
+    fine = attribute(model, x, "integrated-gradients", target=0, steps=2, tolerance=1e-3)
+
+    assert max(coarse.diagnostics["relative_delta"]) > 1e-3
+    assert max(fine.diagnostics["relative_delta"]) <= 1e-3
+    assert fine.diagnostics["steps"] > 2
+
+
+def test_smoothgrad_is_the_mean_over_its_noise_whatever_the_chunk() -> None:
+    model, x = conv_net(), images(3)
+
+    one, many = (
+        attribute(model, x, "smoothgrad", target=0, samples=6, chunk=chunk).values
+        for chunk in (1, 8)
+    )
+
+    torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-14)
+    model.eval()
+    width = 0.15 * (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, 1, 1, 1)
+    wanted = []
+    for sample in range(6):
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(sample)).double()
+        leaf = (x + width * noise).requires_grad_()
+        wanted.append(torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0])
+    torch.testing.assert_close(one, torch.stack(wanted).mean(0))
+    variance = attribute(model, x, "vargrad", target=0, samples=6).values
+    torch.testing.assert_close(variance, torch.stack(wanted).var(0, correction=0))
+
+
+# --- maps, re-derived in NumPy --------------------------------------------------------------------
+
+
+def parts(model: nn.Sequential, x: Tensor, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """Activations of the last convolution and the gradient there, by hand: the head is linear."""
+    model.eval()
+    with torch.no_grad():
+        a = model[:4](x).numpy()
+    head = model[6].weight.detach()[target].numpy().reshape(a.shape[1:])
+    return a, head[None] * (a > 0)
+
+
+def by_loops(name: str, a: np.ndarray, g: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(a), *a.shape[2:]))
+    for n in range(len(a)):
+        for k in range(a.shape[1]):
+            ak, gk = a[n, k], g[n, k]
+            if name == "gradcam":
+                out[n] += gk.mean() * ak
+            elif name == "gradcam++":
+                weight = 0.0
+                for i, j in np.ndindex(*ak.shape):
+                    below = 2 * gk[i, j] ** 2 + ak.sum() * gk[i, j] ** 3
+                    weight += gk[i, j] ** 2 / below * max(gk[i, j], 0) if below else 0.0
+                out[n] += weight * ak
+            elif name == "xgradcam":
+                out[n] += (gk * ak).sum() / ak.sum() * ak
+            elif name == "hirescam":
+                out[n] += gk * ak
+            elif name == "layercam":
+                out[n] += np.maximum(gk, 0) * ak
+    return np.maximum(out, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in CAMS if name != "eigencam"])
+def test_maps_are_those_of_the_papers_formulas(name: str) -> None:
+    model, x = conv_net(), images()
+
+    found = attribute(model, x, name, target=1, layer="3")
+
+    np.testing.assert_allclose(
+        found.values, by_loops(name, *parts(model, x, 1)), rtol=1e-9, atol=1e-12
+    )
+    assert found.values.shape == (2, 4, 4)
+    assert found.upsampled.shape == (2, 6, 6)
+    assert found.layer == "3"
+
+
+def test_eigencam_is_the_first_principal_component() -> None:
+    model, x = conv_net(), images()
+
+    found = attribute(model, x, "eigencam", target=1, layer="3").values
+
+    a, _ = parts(model, x, 1)
+    for n in range(2):
+        points = a[n].reshape(6, -1).T
+        points = points - points.mean(0)
+        _, vectors = np.linalg.eigh(points.T @ points)
+        wanted = (points @ vectors[:, -1]).reshape(4, 4)
+        sign = np.sign((wanted * found[n].numpy()).sum())
+        np.testing.assert_allclose(found[n], sign * wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_auto_takes_the_last_layer_that_gives_maps_and_the_greatest_logit() -> None:
+    model, x = conv_net(), images()
+    model.eval()
+
+    found = attribute(model, x, "gradcam")
+
+    assert found.layer == "4"
+    assert list(found.target) == model(x).argmax(1).tolist()
+
+
+# --- nothing is left behind -----------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [
+        (p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()
+    ]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    return [state, flags, [m.training for m in model.modules()], hooks, torch.get_rng_state()]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_model_is_left_as_it_was(name: str) -> None:
+    model, x = conv_net().train(), images()
+    model[0].weight.requires_grad_(False)
+    model(x).sum().backward()
+    before = snapshot(model)
+
+    attribute(model, x, name, target=0)
+
+    assert same(before, snapshot(model))
+
+
+def test_the_model_is_left_as_it_was_after_an_error_too() -> None:
+    model, x = conv_net().train(), images()
+    before = snapshot(model)
+
+    with pytest.raises(RuntimeError):
+        attribute(model, x.repeat(1, 2, 1, 1), "gradcam", target=0)
+
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"method": "gradcamm"}, "did you mean gradcam"),
+        ({"method": "gradcam", "layer": "features"}, "no layer 'features'"),
+        ({"method": "gradcam", "layer": "6"}, "maps have shape"),
+        ({"method": "saliency", "steps": 3}, "no option 'steps'"),
+        ({"method": "saliency", "target": 7}, "no class 7"),
+        ({"method": "saliency", "target": [1]}, "1 targets for 2 images"),
+        ({"method": "integrated-gradients", "rule": "simpson"}, "no rule is called 'simpson'"),
+    ],
+)
+def test_a_wrong_request_says_what_there_is(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        attribute(conv_net(), images(), **arguments)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_method_has_its_reference_and_its_formula(name: str) -> None:
+    method = methods()[name]
+
+    assert method.reference
+    assert method.compute.__doc__
