@@ -79,6 +79,7 @@ def analyze_flow(
     rules = selection([r for r in load_rules().values() if r.code[0] == "F"], select, ignore)
     try:
         read = history if isinstance(history, History) else open_history(str(history), as_=as_)
+        _refuse_negative(read)
     except InputError as error:
         failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
         return _report(None, None, [], (failure,), fail_on, allow_empty)
@@ -89,6 +90,17 @@ def analyze_flow(
         InputFailure(input=read.path, kind=f.kind, message=f.message) for f in read.failures
     )
     return _report(part, result, found, failures, fail_on, allow_empty)
+
+
+def _refuse_negative(history: History) -> None:
+    """Raise InputError for norms below zero: something else is in the file."""
+    for name in ("l2", "max_abs", "param_l2", "update_l2"):
+        values = getattr(history, name)
+        if values is not None and values.size and bool((values < 0).any()):
+            record, row = np.argwhere(values < 0)[0]
+            where = f"{history.layers[row].name} at step {history.steps[record]}"
+            message = f"{name} of {where} is {values[record, row]:g}: a norm is never negative"
+            raise InputError(history.path, "malformed", message)
 
 
 def analyze(

@@ -80,6 +80,15 @@ def test_ambiguous_arrays_are_a_wrong_request_that_names_the_option(tmp_path: Pa
     assert flow(tmp_path / "x.npz", "--as", "norms", "--ignore", "stagnation").returncode == 0
 
 
+def test_a_norm_below_zero_is_malformed_and_located(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("step,layer,value\n1,a,0.5\n2,a,-0.5\n")
+
+    done = flow(tmp_path / "x.csv")
+
+    assert done.returncode == 3
+    assert "a at step 2 is -0.5" in done.stdout
+
+
 def test_a_damaged_shard_is_exit_3_and_the_rest_is_reported(tmp_path: Path) -> None:
     (tmp_path / "00000.npz").write_bytes((SIGMOID / "00000.npz").read_bytes())
     (tmp_path / "00001.npz").write_bytes((SIGMOID / "00000.npz").read_bytes()[:5000])
