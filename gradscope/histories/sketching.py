@@ -1,9 +1,9 @@
 """Count-sketches: a gradient's direction in k numbers, from which any cosine can be estimated.
 
-Element i of row r goes to bucket ``h mod k`` with the sign of the 31st bit of h, where h is a full
-hash of i and a seed. The hash is murmur3's 32-bit finaliser, in integers below 2^63, so that
-NumPy and torch (which has no unsigned 32-bit arithmetic) agree to the bit. Structured shortcuts,
-such as ``i mod k``, fail on gradients of low rank.
+Element i of a row goes to bucket ``(h & 0x7FFFFFFF) mod k``, with a minus where the highest of the
+32 bits of h is set; h is a full hash of i and of the row's seed. The hash is murmur3's 32-bit
+finaliser, in integers below 2^63, so that NumPy and torch (which has no unsigned 32-bit arithmetic)
+agree to the bit. Structured shortcuts, such as ``i mod k``, fail on gradients of low rank.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ _VALUE = (
 _EMPTY = frozenset(("", "null", "none", "na", "n/a"))
 #: Weights & Biases' history() samples this many rows unless told otherwise.
 _SAMPLED = 500
+#: Rows of a Parquet file that are Python objects at one time.
+_BATCH = 4096
 #: A table may be this large, or this many times its values, before it is refused.
 _MOST_CELLS, _MOST_SPARSE = 50_000_000, 64
 
@@ -122,10 +124,12 @@ def read_parquet(path: str) -> History:
             f"{path} is Parquet: pip install 'gradscope[parquet]' to read it"
         ) from None
     try:
-        rows = parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(_BATCH))
+            rows = (row for batch in batches for row in batch)
+            return _Table(path).history("parquet", _members(enumerate(rows, 1)))
     except (ArrowException, OSError, ValueError) as error:
         raise InputError(path, "malformed", f"is no readable Parquet file: {error}") from None
-    return _Table(path).history("parquet", _members(enumerate(rows, 1)))
 
 
 def _cells(table: _Table, rows: Iterator[list[str]]) -> Iterator[_Row]:

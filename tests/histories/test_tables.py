@@ -213,3 +213,18 @@ def test_any_text_is_a_history_or_an_error_a_person_can_read(text: str, tmp_path
         with suppress(InputError, UsageError):
             history = open_history(str(tmp_path / name))
             assert history.l2.shape == history.status.shape == history.shape
+
+
+def test_a_damaged_parquet_file_is_an_error_a_person_can_read(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "t.parquet"
+    rows = [{"_step": t, "gradients/a": {"values": [t], "bins": [0.0, 2.0]}} for t in range(9999)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    np.testing.assert_allclose(open_history(str(path)).l2[:, 0], np.sqrt(np.arange(9999)))
+    whole = path.read_bytes()
+    for place in range(4, len(whole), max(1, len(whole) // 100)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with suppress(InputError, UsageError):
+            open_history(str(path))
