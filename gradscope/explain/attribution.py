@@ -18,9 +18,9 @@ from gradscope.models.probe import held, last_map, run
 class Attribution:
     """Raw signed attribution of N images; display happens elsewhere.
 
-    ``values`` are [N, H, W] in the layer's geometry for activation methods and [N, C, H, W] for
-    input-gradient methods; ``upsampled`` is [N, H, W] in input geometry (bilinear, the sum over
-    channels for input methods).
+    ``values`` are [N, H, W] in the layer's geometry for activation methods, [N, C, H, W] for
+    input-gradient methods and [N, H, W] for those that cover the input; ``upsampled`` is [N, H, W]
+    in input geometry (bilinear; the sum over channels for input-gradient methods).
     """
 
     method: str
@@ -70,7 +70,7 @@ def attribute(
         else:
             values, facts = chosen.compute(_score(model, targets), inputs, **options)
             diagnostics |= facts
-            upsampled = values.sum(1)
+            upsampled = values if values.dim() == 3 else values.sum(1)
     named = layer if chosen.family == "activation" else None
     return Attribution(method, values, upsampled, tuple(targets.tolist()), named, diagnostics)
 

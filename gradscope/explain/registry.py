@@ -19,7 +19,7 @@ class Method:
     """One method. Its options are its function's keyword-only parameters."""
 
     name: str
-    #: "input": values [N, C, H, W] of the input; "activation": maps [N, H, W] of a layer.
+    #: "input": values [N, C, H, W] or maps [N, H, W] of the input; "activation": of a layer.
     family: Family
     reference: str
     compute: Callable[..., Any]
@@ -32,7 +32,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-_BUILT_IN = ("gradscope.explain.gradients", "gradscope.explain.cams")
+_BUILT_IN = (
+    "gradscope.explain.gradients",
+    "gradscope.explain.cams",
+    "gradscope.explain.perturbation",
+)
 
 
 def method(name: str, family: Family, reference: str) -> Callable[[Callable[..., Any]], Any]:

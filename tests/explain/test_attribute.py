@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradscope import attribute
 from gradscope.errors import UsageError
+from gradscope.explain.perturbation import _mask
 from gradscope.explain.registry import methods
 
 ALL = sorted(methods())
@@ -115,6 +116,56 @@ def test_smoothgrad_is_the_mean_over_its_noise_whatever_the_chunk() -> None:
     torch.testing.assert_close(variance, torch.stack(wanted).var(0, correction=0))
 
 
+# --- covered inputs -------------------------------------------------------------------------------
+
+
+def test_occlusion_of_a_linear_model_is_what_each_square_contributes() -> None:
+    model, x = Linear(shape=(2, 6, 7)), torch.randn(2, 2, 6, 7).double()
+
+    values = attribute(model, x, "occlusion", target=1, window=3, stride=2, fill=0.5).values
+
+    part = (model.weight.detach()[1] * (x - 0.5)).sum(1)
+    total, covered = torch.zeros_like(part), torch.zeros(6, 7)
+    for top in (0, 2, 3):
+        for left in (0, 2, 4):
+            here = (slice(None), slice(top, top + 3), slice(left, left + 3))
+            total[here] += part[here].sum((1, 2), keepdim=True)
+            covered[here[1:]] += 1
+    torch.testing.assert_close(values, total / covered)
+
+
+def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk() -> None:
+    model, x = conv_net().eval(), images(2)
+
+    values = attribute(model, x, "rise", target=2, masks=20, grid=3, chunk=1).values
+
+    total = torch.zeros(2, 6, 6).double()
+    for number in range(20):
+        mask = _mask(number, 3, 0.5, 6, 6)
+        assert mask.min() >= 0
+        assert mask.max() <= 1
+        with torch.no_grad():
+            total += model(x * mask)[:, 2, None, None] * mask
+    torch.testing.assert_close(values, total / 10)
+    many = attribute(model, x, "rise", target=2, masks=20, grid=3, chunk=64).values
+    torch.testing.assert_close(values, many)
+
+
+def test_rise_finds_the_one_pixel_that_matters() -> None:
+    model = Linear(classes=1, shape=(1, 14, 14))
+    with torch.no_grad():
+        model.weight.zero_()
+        model.weight[0, 0, 3, 10] = 1.0
+
+    found = attribute(model, torch.ones(1, 1, 14, 14).double(), "rise", target=0, masks=400).values[
+        0
+    ]
+
+    top, left = divmod(int(found.argmax()), 14)
+    assert abs(top - 3) <= 1
+    assert abs(left - 10) <= 1
+
+
 # --- maps, re-derived in NumPy --------------------------------------------------------------------
 
 
@@ -217,7 +268,14 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     model(x).sum().backward()
     before = snapshot(model)
 
-    attribute(model, x, name, target=0)
+    few = (
+        {"masks": 3}
+        if name == "rise"
+        else {"window": 3, "stride": 3}
+        if name == "occlusion"
+        else {}
+    )
+    attribute(model, x, name, target=0, **few)
 
     assert same(before, snapshot(model))
 
