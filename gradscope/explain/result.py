@@ -1,0 +1,170 @@
+"""The ``result`` section of ``gradscope explain`` (contract.md §4), typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from gradscope.report.model import Number, Record, Report
+
+
+class Target(Record):
+    """What is explained: a class (less another, with ``versus``) and the model's answer to it."""
+
+    index: int
+    label: str | None
+    #: The logit; with ``versus`` the difference of the two.
+    score: Number
+    probability: Number
+    versus: int | None = None
+    versus_label: str | None = None
+
+
+class MapFacts(Record):
+    """The raw signed map in the model's input geometry."""
+
+    shape: tuple[int, int]
+    min: Number
+    max: Number
+    sum: Number
+    #: Share of |map| in the strongest tenth of the pixels: 0.1 is flat, 1 is a point.
+    concentration: Number | None
+
+
+class Files(Record):
+    """What was written; None where it was not."""
+
+    heatmap: str | None = None
+    overlay: str | None = None
+    array: str | None = None
+
+
+class Control(Record):
+    """Means and spreads (standard deviations) of the same curves for random rankings."""
+
+    insertion_auc: Number
+    deletion_auc: Number
+    insertion_spread: Number
+    deletion_spread: Number
+    rankings: int
+
+
+class Randomised(Record):
+    """How like the map stays when parameters are drawn anew, from the output down to a layer."""
+
+    layer: str
+    #: Spearman's rank correlation with the original map, of values and of magnitudes. 0 where a
+    #: map is constant.
+    correlation: Number
+    magnitude_correlation: Number
+
+
+class Diagnostics(Record):
+    """What is known of a map's worth. None is not measured (or not defined), never "good"."""
+
+    #: Sum of the attribution less S(x) - S(reference); and that over |S(x) - S(reference)|.
+    completeness_delta: Number | None = None
+    relative_delta: Number | None = None
+    #: Areas under the target's probability over the fraction of pixels shown or removed.
+    insertion_auc: Number | None = None
+    deletion_auc: Number | None = None
+    #: Standard deviation over random orders of pixels of equal value.
+    insertion_spread: Number | None = None
+    deletion_spread: Number | None = None
+    random_control: Control | None = None
+    #: The cascade, from the output towards the input.
+    randomisation: tuple[Randomised, ...] | None = None
+    #: Greatest relative L2 change of the map when the image changes by at most ``radius`` (of its
+    #: range 0..1) in every pixel.
+    sensitivity: Number | None = None
+    #: Spearman's rank correlation with the other methods' maps of the same image and target.
+    agreement: Mapping[str, Number] | None = None
+    #: What the method says of itself: steps, forwards, rectifiers seen, …
+    method: Mapping[str, Any] = {}
+
+
+class Explanation(Record):
+    """One map: an image, a method, a target."""
+
+    image: str
+    image_sha256: str
+    method: str
+    target: Target
+    #: None for methods that read no layer.
+    layer: str | None
+    layer_reason: str | None
+    options: Mapping[str, Any]
+    #: "signed" where both signs mean something, "positive" where only more means more.
+    sign: Literal["signed", "positive"]
+    map: MapFacts
+    files: Files
+    diagnostics: Diagnostics
+
+
+class Prediction(Record):
+    """A class that the model gives an image."""
+
+    index: int
+    label: str | None
+    score: Number
+    probability: Number
+
+
+class ImageFacts(Record):
+    """An image as it was read, and what the model says of it: its five likeliest classes."""
+
+    path: str
+    sha256: str
+    width: int
+    height: int
+    mode: str
+    predictions: tuple[Prediction, ...]
+
+
+class ModelFacts(Record):
+    """The model as it was loaded."""
+
+    path: str
+    sha256: str
+    format: str
+    architecture: str | None
+    parameters: int
+    classes: int
+    #: Whether its outputs are probabilities already: gradients of those vanish where it is sure.
+    ends_in_softmax: bool
+
+
+class Preprocessed(Record):
+    """How images became inputs, and who said so."""
+
+    size: tuple[int, int]
+    mean: tuple[Number, ...]
+    std: tuple[Number, ...]
+    steps: tuple[str, ...]
+    source: str
+    #: Nothing said how; ImageNet's was taken.
+    assumed: bool
+
+
+class Environment(Record):
+    """What else it takes to repeat the run."""
+
+    seed: int
+    device: str
+    dtype: str
+    versions: Mapping[str, str]
+
+
+class ExplainResult(Record):
+    """Everything that ``gradscope explain`` found."""
+
+    explanations: tuple[Explanation, ...]
+    images: tuple[ImageFacts, ...]
+    model: ModelFacts
+    preprocessing: Preprocessed
+    environment: Environment
+    evaluated: bool = False
+    notes: tuple[str, ...] = ()
+
+
+ExplainReport = Report[ExplainResult]
