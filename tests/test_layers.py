@@ -19,7 +19,7 @@ ALLOWED = {
     "histories": {"checkpoints", "statistics"},
     "flow": {"histories", "statistics", "report"},
     "recording": {"histories"},
-    "models": set(),
+    "models": {"checkpoints", "statistics"},
     "explain": {"models", "report"},
 }
 

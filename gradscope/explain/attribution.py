@@ -7,110 +7,152 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradscope.errors import UsageError
-from gradscope.explain.registry import method_named
-from gradscope.models.probe import held, last_map, run
+from gradscope.explain.methods import Method, completed, method_named
+from gradscope.explain.subject import Chunks, Subject, Tick
+from gradscope.models.model import Model, as_model
+from gradscope.models.probe import held
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Attribution:
     """Raw signed attribution of N images; display happens elsewhere.
 
-    ``values`` are [N, H, W] in the layer's geometry for activation methods, [N, C, H, W] for
-    input-gradient methods and [N, H, W] for those that cover the input; ``upsampled`` is [N, H, W]
-    in input geometry (bilinear; the sum over channels for input-gradient methods).
+    ``values`` are [N, h, w] in the layer's or the patches' geometry for activation and attention
+    methods, [N, C, H, W] for input-gradient methods and [N, H, W] for those that cover the input.
     """
 
     method: str
     values: Tensor
+    #: [N, H, W] in input geometry: enlarged bilinearly; of channels the sum, or (saliency and its
+    #: relatives) the greatest magnitude.
     upsampled: Tensor
+    #: The classes that are explained.
     target: tuple[int, ...]
+    #: The layer that was read; None for methods that read none.
     layer: str | None
-    #: The targets' logits, and what the method reports of itself.
+    #: The scores that are explained, and what the method reports of itself.
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def attribute(
-    model: nn.Module,
+    model: object,
     inputs: Tensor,
     method: str = "gradcam",
     *,
     target: int | Sequence[int] | None = None,
+    versus: int | Sequence[int] | None = None,
     layer: str = "auto",
+    seed: int = 0,
+    chunk: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    progress: Tick | None = None,
     **options: Any,
 ) -> Attribution:
-    """Which parts of preprocessed inputs [N, C, H, W] the model's logit of a target rests on.
+    """Which parts of preprocessed inputs [N, C, H, W] the model's score of a target rests on.
 
-    ``target`` is a class, one for each image, or None for the greatest logit of each; ``layer``
-    names a module for activation methods, ``auto`` the last that gives maps. ``options`` are the
-    method's own. The model is left as it was found: parameters, gradients, buffers, training
-    flags, hooks and the random state, also after an exception.
+    ``model`` is an ``nn.Module``, a ScriptModule, an ExportedProgram or what ``load_model`` gave.
+    ``target`` is a class, one for each image, or None for the greatest logit of each; with
+    ``versus`` the difference of two logits is explained. ``layer`` names what activation methods
+    read; ``auto`` takes the last that has maps or patch tokens and receives a gradient. ``chunk``
+    inputs are answered at a time, by default as many as memory allows; results do not depend on
+    it. ``mean`` and ``std`` are those the inputs were normalised with, which references like
+    "black" need. ``options`` are the method's own (see ``gradscope methods``).
 
-    Raises UsageError for an unknown method, option, layer or target, and a model that gives no
-    logits.
+    The model is left as it was found: parameters, gradients, buffers, training flags, hooks and
+    the random state, also after an exception.
+
+    Raises UsageError for an unknown method, option, layer or target, and for a model or a layer
+    that the method cannot read.
     """
-    chosen = method_named(method, options)
-    if inputs.dim() != 4:
-        raise UsageError(f"inputs have shape {list(inputs.shape)}; they are [N, C, H, W]")
-    inputs = inputs.detach()
-    with held(model):
-        with torch.no_grad():
-            logits = run(model, inputs).logits.detach()
-        targets = _targets(target, logits)
-        scores = logits.gather(1, targets[:, None]).squeeze(1)
-        diagnostics: dict[str, Any] = {"scores": scores.tolist()}
-        if chosen.family == "activation":
-            layer = last_map(model, inputs) if layer == "auto" else layer
-            values = _of_activations(model, inputs, targets, layer, chosen.compute, options)
-            upsampled = nn.functional.interpolate(
-                values[:, None], size=inputs.shape[2:], mode="bilinear", align_corners=False
-            )[:, 0]
-        else:
-            values, facts = chosen.compute(_score(model, targets), inputs, **options)
-            diagnostics |= facts
-            upsampled = values if values.dim() == 3 else values.sum(1)
-    named = layer if chosen.family == "activation" else None
-    return Attribution(method, values, upsampled, tuple(targets.tolist()), named, diagnostics)
+    chosen = method_named(method)
+    given = completed(chosen, options)
+    _check_inputs(inputs)
+    looked_at = as_model(model)
+    with held(looked_at.module):
+        subject = subject_of(
+            looked_at, inputs.detach(), layer, seed, reads_layer=chosen.reads_layer
+        )
+        subject = _aimed(subject, target, versus)
+        subject.mean, subject.std = (None if t is None else torch.tensor(t) for t in (mean, std))
+        subject.chunks = None if chunk is None else _chunks(chunk)
+        subject.tick = progress or subject.tick
+        return attributed(subject, chosen, given)
 
 
-def _targets(target: int | Sequence[int] | None, logits: Tensor) -> Tensor:
+def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
+    """One method on a subject whose model is held; passes made before are not made again."""
+    values, facts = method.compute(subject, **options)
+    notes = subject.chunks.notes if subject.chunks else []
+    return Attribution(
+        method.name,
+        values,
+        upsampled(values, method, subject.inputs),
+        tuple(subject.targets.tolist()),
+        subject.layer_name if method.reads_layer else None,
+        {"scores": subject.own_scores.tolist()}
+        | facts
+        | ({"notes": tuple(notes)} if notes else {}),
+    )
+
+
+def upsampled(values: Tensor, method: Method, inputs: Tensor) -> Tensor:
+    """A method's values as one map [N, H, W] in the inputs' geometry."""
+    if values.dim() == 4:
+        if method.channels == "sum":
+            return values.sum(1)
+        return values.abs().amax(1)
+    if values.shape[1:] == inputs.shape[2:]:
+        return values
+    return torch.nn.functional.interpolate(
+        values[:, None], size=inputs.shape[2:], mode="bilinear", align_corners=False
+    )[:, 0]
+
+
+def _check_inputs(inputs: Tensor) -> None:
+    if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.numel():
+        shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise UsageError(f"inputs have shape {shape}; they are [N, C, H, W]")
+    if not inputs.is_floating_point():
+        raise UsageError(f"inputs are {inputs.dtype}; preprocessed images are floating point")
+
+
+def subject_of(
+    model: Model, inputs: Tensor, layer: str, seed: int, *, reads_layer: bool
+) -> Subject:
+    """Images of a held model, to be explained by their greatest logits."""
+    named = None if layer == "auto" else layer
+    model.check_layers([] if named is None else [named])
+    nothing = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
+    subject = Subject(model, inputs, nothing, layer=named, seed=seed)
+    # The one pass that CAM methods need also tells the classes.
+    answered = subject.tapped if reads_layer else subject.answered
+    return subject.about(answered.logits.detach().argmax(1))
+
+
+def _aimed(
+    subject: Subject, target: int | Sequence[int] | None, versus: int | Sequence[int] | None
+) -> Subject:
+    logits = subject.answered.logits
+    targets = subject.targets if target is None else _classes(target, logits)
+    return subject.about(targets, None if versus is None else _classes(versus, logits))
+
+
+def _classes(wanted: int | Sequence[int], logits: Tensor) -> Tensor:
     count, classes = logits.shape
-    if target is None:
-        return logits.argmax(1)
-    wanted = [target] * count if isinstance(target, int) else list(target)
-    if len(wanted) != count:
-        raise UsageError(f"{len(wanted)} targets for {count} images")
-    wrong = next((t for t in wanted if not -classes <= t < classes), None)
+    found = [wanted] * count if isinstance(wanted, int) else [int(t) for t in wanted]
+    if len(found) != count:
+        raise UsageError(f"{len(found)} targets for {count} images")
+    wrong = next((t for t in found if not -classes <= t < classes), None)
     if wrong is not None:
         raise UsageError(f"there is no class {wrong}: the model has {classes}")
-    return torch.tensor([t % classes for t in wanted], device=logits.device)
+    return torch.tensor([t % classes for t in found], device=logits.device)
 
 
-def _score(model: nn.Module, targets: Tensor):  # type: ignore[no-untyped-def]
-    """The logit of each image's own target."""
-
-    def score(inputs: Tensor, images: Tensor) -> Tensor:
-        return run(model, inputs).logits.gather(1, targets[images][:, None]).squeeze(1)
-
-    return score
-
-
-def _of_activations(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    layer: str,
-    compute: Any,
-    options: Mapping[str, Any],
-) -> Tensor:
-    found = run(model, inputs, [layer])
-    activations = found.activations[layer]
-    if activations.dim() != 4:
-        shape = list(activations.shape)
-        raise UsageError(f"layer {layer!r} gives {shape}; maps have shape [N, C, H, W]")
-    total = found.logits.gather(1, targets[:, None]).sum()
-    (gradients,) = found.gradients(total, [activations])
-    values: Tensor = compute(activations.detach(), gradients, **options)
-    return values
+def _chunks(chunk: int) -> Chunks:
+    if chunk < 1:
+        raise UsageError("chunk counts from 1")
+    return Chunks(chunk, chunk)

@@ -1,73 +1,94 @@
 """Class activation maps: weighted sums of a layer's channels, from one forward and one backward.
 
-Each takes activations A and gradients g of the score, both [N, C, H, W], and gives a map [N, H, W]
-in the layer's geometry. Maps are signed: what speaks against the target is negative, and is cut off
-for display only where the paper does (``ReLU``).
+The formulas take activations A and gradients g of the score, both [N, C, h, w], and give a map
+[N, h, w] in the layer's geometry. Maps are signed: what speaks against the target is negative, and
+is cut off for display, or with ``relu=True`` as the papers do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gradscope.explain.registry import method
+from gradscope.explain.subject import Subject
+
+Formula = Callable[[Tensor, Tensor], Tensor]
 
 
-def _weighted(weights: Tensor, activations: Tensor) -> Tensor:
+def weighted(weights: Tensor, activations: Tensor) -> Tensor:
+    """Sum over the channels of ``weights`` [N, C] times activations [N, C, h, w]."""
     return (weights[..., None, None] * activations).sum(1)
 
 
-@method("gradcam", "activation", "Selvaraju et al. 2017, arXiv:1610.02391")
-def gradcam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Channels weighted by their mean gradient, rectified."""
-    return _weighted(gradients.mean((2, 3)), activations).relu()
+def rectified(values: Tensor, relu: bool) -> Tensor:
+    """The map as the papers end it, or as it is."""
+    return values.relu() if relu else values
 
 
-@method("gradcam++", "activation", "Chattopadhyay et al. 2018, arXiv:1710.11063, eq. 19")
-def gradcam_plus_plus(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Channels weighted by positive gradients, each by alpha = g^2 / (2 g^2 + sum(A) g^3).
+def _method(formula: Formula) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    def compute(subject: Subject, *, relu: bool) -> tuple[Tensor, dict[str, Any]]:
+        values = formula(subject.activations, subject.activation_gradients)
+        return rectified(values, relu), {}
+
+    compute.__doc__ = formula.__doc__
+    return compute
+
+
+def gradcam_map(activations: Tensor, gradients: Tensor) -> Tensor:
+    """sum_k a_k A_k, a_k the mean of g_k over the places."""
+    return weighted(gradients.mean((2, 3)), activations)
+
+
+def gradcam_plus_plus_map(activations: Tensor, gradients: Tensor) -> Tensor:
+    """sum_k w_k A_k, w_k = sum alpha relu(g_k), alpha = g^2 / (2 g^2 + sum(A_k) g^3).
 
     Without an epsilon: one of 1e-6 changes the map by a tenth where gradients are 1e-4.
     """
-    square = gradients**2
-    total = activations.sum((2, 3), keepdim=True)
-    below = 2 * square + total * square * gradients
-    alpha = torch.where(below != 0, square / torch.where(below != 0, below, 1.0), 0.0)
-    return _weighted((alpha * gradients.relu()).sum((2, 3)), activations).relu()
+    # alpha = 1 / (2 + sum(A) g) where g is not zero: its square may underflow.
+    below = 2 + activations.sum((2, 3), keepdim=True) * gradients
+    defined = (gradients != 0) & (below != 0)
+    alpha = torch.where(defined, 1 / torch.where(defined, below, 1.0), 0.0)
+    return weighted((alpha * gradients.relu()).sum((2, 3)), activations)
 
 
-@method("xgradcam", "activation", "Fu et al. 2020, arXiv:2008.02312")
-def xgradcam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Channels weighted by their gradients, themselves weighted by the activations' shares."""
+def xgradcam_map(activations: Tensor, gradients: Tensor) -> Tensor:
+    """sum_k w_k A_k, w_k = sum(g_k A_k) / sum(A_k)."""
     total = activations.sum((2, 3))
     inner = (gradients * activations).sum((2, 3))
     weights = torch.where(total != 0, inner / torch.where(total != 0, total, 1.0), 0.0)
-    return _weighted(weights, activations).relu()
+    return weighted(weights, activations)
 
 
-@method("hirescam", "activation", "Draelos & Carin 2020, arXiv:2011.08891")
-def hirescam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """Activations times gradients, position by position, summed over channels and rectified."""
-    return (activations * gradients).sum(1).relu()
+def hirescam_map(activations: Tensor, gradients: Tensor) -> Tensor:
+    """sum_k g_k A_k, place by place."""
+    return (activations * gradients).sum(1)
 
 
-@method("layercam", "activation", "Jiang et al. 2021, IEEE TIP 30:5875")
-def layercam(activations: Tensor, gradients: Tensor) -> Tensor:
-    """As HiResCAM with positive gradients only."""
-    return (activations * gradients.relu()).sum(1).relu()
+def layercam_map(activations: Tensor, gradients: Tensor) -> Tensor:
+    """sum_k relu(g_k) A_k, place by place."""
+    return (activations * gradients.relu()).sum(1)
 
 
-@method("eigencam", "activation", "Muhammad & Yeasin 2020, arXiv:2008.00299")
-def eigencam(activations: Tensor, _gradients: Tensor) -> Tensor:
-    """Projection on the first principal direction of the positions; knows no target.
+gradcam = _method(gradcam_map)
+gradcam_plus_plus = _method(gradcam_plus_plus_map)
+xgradcam = _method(xgradcam_map)
+hirescam = _method(hirescam_map)
+layercam = _method(layercam_map)
+
+
+def eigencam(subject: Subject, *, relu: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Projection on the first principal direction of the places; knows no target.
 
     Its sign, which no decomposition fixes, is the one that correlates with the activations' sum.
     """
-    count, _, height, width = activations.shape
+    activations = subject.activations
     points = activations.flatten(2).transpose(1, 2)
     centred = points - points.mean(1, keepdim=True)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     found = (centred @ directions[:, 0, :, None]).squeeze(-1)
     agrees = (found * centred.sum(2)).sum(1, keepdim=True)
     signed: Tensor = found * torch.where(agrees < 0, -1.0, 1.0)
-    return signed.view(count, height, width)
+    return rectified(signed.view(len(activations), *activations.shape[2:]), relu), {}

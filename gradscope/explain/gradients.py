@@ -1,8 +1,8 @@
-"""Methods that differentiate the output by the input. All give signed values [N, C, H, W]."""
+"""Methods that differentiate the score by the input. All give signed values [N, C, H, W]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,138 +10,145 @@ import torch
 from torch import Tensor
 
 from gradscope.errors import UsageError
-from gradscope.explain.registry import method
+from gradscope.explain.references import references
+from gradscope.explain.subject import Subject
 
-#: Inputs [M, C, H, W] and the indices of their images -> scores [M], differentiable.
-Score = Callable[[Tensor, Tensor], Tensor]
 Result = tuple[Tensor, dict[str, Any]]
+#: Steps at which ``tolerance`` gives up.
+_MOST_STEPS = 4096
 
 
-def gradient(score: Score, inputs: Tensor, images: Tensor) -> Tensor:
-    """The gradient of each image's score by that image."""
-    leaf = inputs.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        total = score(leaf, images).sum()
-    (found,) = torch.autograd.grad(total, leaf)
-    return found.detach()
+def gradient(subject: Subject) -> Tensor:
+    """The gradient of each image's score by that image [N, C, H, W]."""
+    return torch.cat([found for _, _, found in subject.gradients(subject.own)])
 
 
-def _all(inputs: Tensor) -> Tensor:
-    return torch.arange(len(inputs), device=inputs.device)
+def saliency(subject: Subject) -> Result:
+    """dS/dx, with its sign; the paper's map is its greatest magnitude over the channels."""
+    return gradient(subject), {}
 
 
-@method("saliency", "input", "Simonyan et al. 2014, arXiv:1312.6034")
-def saliency(score: Score, inputs: Tensor) -> Result:
-    """The gradient itself, with its sign; the paper's map is its greatest magnitude by channel."""
-    return gradient(score, inputs, _all(inputs)), {}
+def input_x_gradient(subject: Subject) -> Result:
+    """x dS/dx."""
+    return subject.inputs * gradient(subject), {}
 
 
-@method("input-x-gradient", "input", "Shrikumar et al. 2016, arXiv:1605.01713")
-def input_x_gradient(score: Score, inputs: Tensor) -> Result:
-    """The gradient times the input."""
-    return inputs * gradient(score, inputs, _all(inputs)), {}
-
-
-@method("smoothgrad", "input", "Smilkov et al. 2017, arXiv:1706.03825")
-def smoothgrad(
-    score: Score,
-    inputs: Tensor,
-    *,
-    samples: int = 25,
-    noise: float = 0.15,
-    seed: int = 0,
-    chunk: int = 16,
-) -> Result:
-    """Mean gradient over Gaussian noise of ``noise`` times each image's range.
+def smoothgrad(subject: Subject, *, samples: int, noise: float) -> Result:
+    """The mean of dS/dx over x + e, e Gaussian of ``noise`` times each image's range.
 
     Noise is drawn on the CPU, one generator a sample, so neither chunk nor device changes it.
     """
-    mean, _ = _noisy(score, inputs, samples, noise, seed, chunk)
-    return mean, {}
+    return _noisy(subject, samples, noise)[0], {}
 
 
-@method("vargrad", "input", "Adebayo et al. 2018, arXiv:1810.03292")
-def vargrad(
-    score: Score,
-    inputs: Tensor,
-    *,
-    samples: int = 25,
-    noise: float = 0.15,
-    seed: int = 0,
-    chunk: int = 16,
-) -> Result:
-    """Variance of the gradient (population) over SmoothGrad's noise, by Welford's sums."""
-    _, variance = _noisy(score, inputs, samples, noise, seed, chunk)
-    return variance, {}
+def vargrad(subject: Subject, *, samples: int, noise: float) -> Result:
+    """The variance of the gradient (population) over SmoothGrad's noise, by Welford's sums."""
+    return _noisy(subject, samples, noise)[1], {}
 
 
-def _noisy(
-    score: Score, inputs: Tensor, samples: int, noise: float, seed: int, chunk: int
-) -> tuple[Tensor, Tensor]:
+def _noisy(subject: Subject, samples: int, noise: float) -> tuple[Tensor, Tensor]:
     if samples < 1 or noise < 0:
         raise UsageError("samples count from 1 and noise from 0")
+    inputs = subject.inputs
     flat = inputs.flatten(1)
-    width = noise * (flat.amax(1) - flat.amin(1)).view(-1, *[1] * (inputs.dim() - 1))
+    width = noise * (flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
+
+    def points(which: Tensor, images: Tensor) -> Tensor:
+        drawn = {s: _drawn(subject, s).to(inputs) for s in set(which.tolist())}
+        pairs = zip(which.tolist(), images.tolist(), strict=True)
+        return inputs[images] + width[images] * torch.stack([drawn[s][i] for s, i in pairs])
+
     mean, scatter = torch.zeros_like(inputs), torch.zeros_like(inputs)
-    for sample in range(samples):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + sample)
-        drawn = torch.randn(inputs.shape, generator=generator).to(inputs)
-        found = _chunked(score, inputs + width * drawn, _all(inputs), chunk)
-        before = found - mean
-        mean = mean + before / (sample + 1)
-        scatter = scatter + before * (found - mean)
+    for which, images, found in subject.gradients(points, samples):
+        for sample, image, values in zip(which.tolist(), images.tolist(), found, strict=True):
+            before = values - mean[image]
+            mean[image] += before / (sample + 1)
+            scatter[image] += before * (values - mean[image])
     return mean, scatter / samples
 
 
-def _chunked(score: Score, inputs: Tensor, images: Tensor, chunk: int) -> Tensor:
-    parts = zip(torch.split(inputs, chunk), torch.split(images, chunk), strict=True)
-    return torch.cat([gradient(score, x, i) for x, i in parts])
+def _drawn(subject: Subject, sample: int) -> Tensor:
+    generator = torch.Generator().manual_seed(subject.seed * 1_000_003 + sample)
+    return torch.randn(subject.inputs.shape, generator=generator)
 
 
-@method("integrated-gradients", "input", "Sundararajan et al. 2017, arXiv:1703.01365")
 def integrated_gradients(
-    score: Score,
-    inputs: Tensor,
+    subject: Subject,
     *,
-    steps: int = 32,
-    reference: Tensor | None = None,
-    rule: str = "midpoint",
-    tolerance: float | None = None,
-    chunk: int = 16,
+    steps: int,
+    reference: str | Tensor,
+    rule: str,
+    tolerance: float,
+    draws: int,
 ) -> Result:
-    """Path integral of the gradient from a reference input (zeros: the mean image) to the input.
+    """(x - x') times the mean of dS/dx over the straight path from the reference x' to x.
 
-    ``rule`` is midpoint or gauss-legendre. The difference between the sum and S(x) - S(x') is
-    reported for each image, absolute and relative; with ``tolerance`` steps are doubled, up to
-    4,096, until every relative one is below it.
+    The difference between the values' sum and S(x) - S(x') is reported for each image, absolute
+    and relative; with ``tolerance`` steps are doubled until every relative one is below it. For
+    several references (random ones) values and deltas are means, and the spread is reported.
     """
-    base = torch.zeros_like(inputs) if reference is None else reference.to(inputs).expand_as(inputs)
-    with torch.no_grad():
-        change = score(inputs, _all(inputs)) - score(base, _all(inputs))
-    while True:
-        values = (inputs - base) * _along(score, inputs, base, steps, rule, chunk)
-        delta = values.flatten(1).sum(1) - change
-        relative = (delta / change).abs()
-        if tolerance is None or steps >= 4096 or bool((relative <= tolerance).all()):
-            break
+    bases = references(subject, reference, draws)
+    values, deltas, changes = _integrated(subject, bases, steps, rule)
+    while (
+        tolerance > 0
+        and steps < _MOST_STEPS
+        and bool((_relative(deltas, changes) > tolerance).any())
+    ):
         steps *= 2
-    return values, {
+        values, deltas, changes = _integrated(subject, bases, steps, rule)
+    delta, change = deltas.mean(0), changes.mean(0)
+    facts = {
         "steps": steps,
         "completeness_delta": delta.tolist(),
         # Where the output does not change at all, no share of it is missing.
         "relative_delta": [
-            r if c else None for r, c in zip(relative.tolist(), change.tolist(), strict=True)
+            abs(d / c) if c else None for d, c in zip(delta.tolist(), change.tolist(), strict=True)
         ],
     }
+    if len(bases) > 1:
+        facts["reference_spread"] = deltas.std(0, correction=0).tolist()
+    return values, facts
 
 
-def _along(score: Score, inputs: Tensor, base: Tensor, steps: int, rule: str, chunk: int) -> Tensor:
-    """The weighted mean gradient over the path, float32 or wider."""
-    total = torch.zeros_like(inputs)
-    images = _all(inputs)
-    for alpha, weight in _nodes(steps, rule):
-        point = base + alpha * (inputs - base)
-        total = total + weight * _chunked(score, point, images, chunk)
+def _relative(deltas: Tensor, changes: Tensor) -> Tensor:
+    delta, change = deltas.mean(0), changes.mean(0)
+    return torch.where(change != 0, (delta / change).abs(), 0.0)
+
+
+def _integrated(
+    subject: Subject, bases: Sequence[Tensor], steps: int, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean values [N, C, H, W], and each reference's delta and S(x) - S(x') [references, N]."""
+    total = torch.zeros_like(subject.inputs)
+    deltas, changes = [], []
+    own = subject.own_scores.double()
+    for base in bases:
+        part = (subject.inputs - base) * _along(subject, base, steps, rule)
+        changes.append(own - _all_scores(subject, base))
+        deltas.append(part.flatten(1).double().sum(1) - changes[-1])
+        total += part
+    return total / len(bases), torch.stack(deltas), torch.stack(changes)
+
+
+def _all_scores(subject: Subject, inputs: Tensor) -> Tensor:
+    found = subject.scores(lambda _items, images: inputs[images])
+    return torch.cat([scores for _, _, scores in found]).double()
+
+
+def _along(subject: Subject, base: Tensor, steps: int, rule: str) -> Tensor:
+    """The weighted mean gradient over the path."""
+    nodes, weights = (
+        torch.tensor(column, dtype=subject.inputs.dtype, device=subject.inputs.device)
+        for column in zip(*_nodes(steps, rule), strict=True)
+    )
+    change = subject.inputs - base
+
+    def points(which: Tensor, images: Tensor) -> Tensor:
+        return base[images] + nodes[which].view(-1, 1, 1, 1) * change[images]
+
+    total = torch.zeros_like(subject.inputs)
+    for which, images, found in subject.gradients(points, steps):
+        total.index_add_(0, images, weights[which].view(-1, 1, 1, 1) * found)
     return total
 
 
@@ -151,8 +158,6 @@ def _nodes(steps: int, rule: str) -> Iterator[tuple[float, float]]:
         raise UsageError("steps count from 1")
     if rule == "midpoint":
         yield from (((i + 0.5) / steps, 1 / steps) for i in range(steps))
-    elif rule == "gauss-legendre":
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        yield from zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist(), strict=True)
-    else:
-        raise UsageError(f"no rule is called {rule!r}; there are midpoint and gauss-legendre")
+        return
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    yield from zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist(), strict=True)

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradscope.errors import UsageError
+from gradscope.models.model import Model
+
+#: What a model answers with: logits, probabilities already, or one logit for "yes".
+Head = Literal["logits", "probabilities", "binary"]
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode with frozen parameters; all is put back, after an error too.
+def held(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode with frozen parameters; all is put back, after an error too.
 
     Training flags, ``requires_grad`` and the random state are restored; parameters, their
     gradients and buffers are never written.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    # A frozen ScriptModule has no flags, an exported one no use for them.
+    modes = [(m, m.training) for m in module.modules() if hasattr(m, "training")]
+    wanted = [(p, p.requires_grad) for p in module.parameters()]
     state = torch.get_rng_state()
     try:
-        model.eval()
+        for part, training in modes:
+            if training:
+                part.training = False
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        yield model
+        yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for part, training in modes:
+            if part.training != training:
+                part.training = training
         for parameter, needed in wanted:
             parameter.requires_grad_(needed)
         torch.set_rng_state(state)
@@ -38,20 +46,34 @@ def held(model: nn.Module) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Run:
-    """One forward pass: logits [N, K], and the activations at the tapped layers."""
+    """One forward pass: logits [N, K] and what each tapped layer gave, piece by piece.
+
+    Pieces are the batches that a model of fixed batch size takes; else there is one.
+    """
 
     logits: Tensor
-    activations: Mapping[str, Tensor]
+    head: Head
+    pieces: Mapping[str, tuple[Tensor, ...]]
 
-    def gradients(self, objective: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of a scalar; zero where it does not depend on a tensor. Keeps the graph."""
+    def gradients(self, objective: Tensor, layer: str) -> tuple[Tensor, ...]:
+        """Gradients of a scalar by a layer's pieces; zero where it does not depend on one.
+
+        Keeps the graph, so that other objectives can be asked.
+        """
+        of = self.pieces[layer]
         found = torch.autograd.grad(objective, of, retain_graph=True, allow_unused=True)
-        return [
-            torch.zeros_like(t) if g is None else g.detach() for t, g in zip(of, found, strict=True)
-        ]
+        pairs = zip(of, found, strict=True)
+        return tuple(torch.zeros_like(t) if g is None else g.detach() for t, g in pairs)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Probabilities [N, K] of the classes."""
+        if self.head == "probabilities":
+            return self.logits
+        return self.logits.sigmoid() if self.head == "binary" else self.logits.softmax(1)
 
 
-def run(model: nn.Module, inputs: Tensor, layers: Sequence[str] = ()) -> Run:
+def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Run:
     """A forward pass of a held model with taps at ``layers``.
 
     Where the inputs need no gradient, the graph begins at the taps: only the tail is ever
@@ -59,64 +81,78 @@ def run(model: nn.Module, inputs: Tensor, layers: Sequence[str] = ()) -> Run:
     UsageError for a layer that there is not, that is not called or gives no tensor, and for a
     model whose output is no [N, K] tensor.
     """
-    modules = dict(model.named_modules())
-    for layer in layers:
-        if layer not in modules:
-            raise UsageError(f"the model has no layer {layer!r}{_nearest(layer, modules)}")
-    taps: dict[str, Tensor] = {}
-
-    def tapped(name: str, output: object) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise UsageError(f"layer {name!r} gives {type(output).__name__}, not a tensor")
-        leaf = output if output.requires_grad else output.detach().requires_grad_()
-        taps[name] = leaf
-        # A copy goes on: what follows may write to it in place.
-        return leaf.clone()
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            handle = modules[layer].register_forward_hook(
-                lambda _module, _inputs, output, name=layer: tapped(name, output)
-            )
-            hooks.callback(handle.remove)
+    model.check_layers(layers)
+    pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    answers = []
+    for piece in _pieces(inputs, model.batch):
+        seen: dict[str, Tensor] = {}
         with torch.enable_grad():
-            logits = model(inputs)
-    missing = [layer for layer in layers if layer not in taps]
-    if missing:
-        raise UsageError(f"layer {missing[0]!r} is not called by this model's forward pass")
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UsageError(f"the model gives {shape}; attribution needs logits of shape [N, classes]")
-    return Run(logits, taps)
-
-
-def _nearest(layer: str, modules: Mapping[str, nn.Module]) -> str:
-    close = get_close_matches(layer, [name for name in modules if name], n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def last_map(model: nn.Module, inputs: Tensor) -> str:
-    """The last leaf module that gives maps of more than one position: ``auto`` for CAM methods.
-
-    Raises UsageError when no module gives [N, C, H, W] with H x W > 1.
-    """
-    found: list[str] = []
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if name and not any(module.children()):
-                handle = module.register_forward_hook(
-                    lambda _module, _inputs, output, name=name: _note(found, name, output)
+            answers.append(model.forward(piece, {layer: _keeper(seen, layer) for layer in layers}))
+        for layer in layers:
+            if layer not in seen:
+                raise UsageError(
+                    f"layer {layer!r} is not called by this model's forward pass, or gives no "
+                    "tensor; `gradscope layers` lists those that do"
                 )
-                hooks.callback(handle.remove)
-        with torch.no_grad():
-            model(inputs[:1])
-    if not found:
+            pieces[layer].append(seen[layer])
+    found = [logits_of(answer) for answer in answers]
+    logits = torch.cat([logits for logits, _ in found])[: len(inputs)]
+    return Run(logits, found[0][1], {layer: tuple(kept) for layer, kept in pieces.items()})
+
+
+def _keeper(seen: dict[str, Tensor], layer: str) -> Callable[[Tensor], Tensor]:
+    def keep(output: Tensor) -> Tensor:
+        kept = output if output.requires_grad else output.detach().requires_grad_()
+        seen[layer] = kept
+        # A copy goes on: what follows may write to it in place.
+        return kept.clone()
+
+    return keep
+
+
+def _pieces(inputs: Tensor, batch: int | None) -> Iterator[Tensor]:
+    """Batches of the size that the model takes; the last one is filled up."""
+    if batch is None or batch == len(inputs):
+        yield inputs
+        return
+    for piece in inputs.split(batch):
+        lacking = batch - len(piece)
+        yield torch.cat([piece, piece[-1:].expand(lacking, *piece.shape[1:])]) if lacking else piece
+
+
+def logits_of(output: Any) -> tuple[Tensor, Head]:
+    """The [N, K] that a model's answer holds, K at least 2, and what kind of numbers they are.
+
+    A single logit becomes two, its negative for "no" first. Raises UsageError for other answers.
+    """
+    answer = _first_tensor(output)
+    if answer is None or (answer.dim() not in (1, 2) and answer.shape[2:].numel() != 1):
+        shape = type(output).__name__ if answer is None else list(answer.shape)
         raise UsageError(
-            "no layer gives maps of shape [N, C, H, W]; name one that does with layer=…"
+            f"the model answers with {shape}; attribution needs one score a class, [N, classes]: "
+            "is it an image classifier?"
         )
-    return found[-1]
+    logits = answer.reshape(len(answer), -1).float() if answer.dtype in _HALF else answer
+    logits = logits.reshape(len(answer), -1)
+    if logits.shape[1] == 1:
+        return torch.cat([-logits, logits], 1), "binary"
+    return logits, "probabilities" if _are_probabilities(logits.detach()) else "logits"
 
 
-def _note(found: list[str], name: str, output: object) -> None:
-    if isinstance(output, Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
-        found.append(name)
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = output["logits"] if "logits" in output else next(iter(output.values()), None)
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list):
+        output = output[0] if output else None
+    return output if isinstance(output, Tensor) else None
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all())

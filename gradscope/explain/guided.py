@@ -1,0 +1,90 @@
+"""Gradients that are cut off at rectifiers. Values [N, C, H, W].
+
+Operators of the backward pass are overridden, so rectifiers are seen however they are written:
+modules, functions, in place, used twice, in TorchScript and exported programs. The gradient is cut
+where it arrives at a rectifier's output; cutting it at the input would also cut what comes through
+a skip connection.
+
+What it gives hardly depends on the parameters of late layers (Adebayo et al. 2018): it shows edges
+of the image, and ``--evaluate`` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradscope.errors import UsageError
+from gradscope.explain.cams import gradcam_map
+from gradscope.explain.gradients import Result
+from gradscope.explain.subject import Subject
+
+_aten = torch.ops.aten
+#: The derivatives of activations that let pass or hold back; not gates like sigmoid.
+_RECTIFIERS = frozenset(
+    getattr(_aten, f"{name}_backward").default
+    for name in ("threshold", "hardtanh", "hardswish", "silu", "gelu", "leaky_relu", "elu", "mish",
+                 "softplus", "rrelu_with_noise")
+)  # fmt: skip
+_PRELU = _aten._prelu_kernel_backward.default
+
+
+class _Rectified(TorchDispatchMode):
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.seen = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in _RECTIFIERS and function is not _PRELU:
+            return function(*args, **(kwargs or {}))
+        self.seen += 1
+        arriving = args[0].clamp(min=0)
+        if self.gated:
+            return function(arriving, *args[1:], **(kwargs or {}))
+        return (arriving, torch.zeros_like(args[2])) if function is _PRELU else arriving
+
+
+def _rectified(subject: Subject, gated: bool) -> Result:
+    parts, seen = [], 0
+    leaf = subject.inputs.detach().clone().requires_grad_()
+    for images in subject.images.split(subject.model.batch or 1):
+        part = leaf[images]
+        with torch.enable_grad():
+            total = subject.score(part, images).sum()
+        with _Rectified(gated) as mode:
+            parts.append(torch.autograd.grad(total, part)[0].detach())
+        seen = mode.seen
+    if not seen:
+        raise UsageError(
+            "no rectifier answers on the way back: the map would be the plain gradient; take "
+            "saliency, smoothgrad or a CAM method"
+        )
+    return torch.cat(parts), {"rectifiers": seen}
+
+
+def guided_backprop(subject: Subject) -> Result:
+    """R_in = 1[x > 0] 1[R_out > 0] R_out at every rectifier; f'(x) max(R_out, 0) at smooth ones."""
+    return _rectified(subject, gated=True)
+
+
+def deconvnet(subject: Subject) -> Result:
+    """R_in = 1[R_out > 0] R_out at every rectifier, whatever its input was."""
+    return _rectified(subject, gated=False)
+
+
+def guided_gradcam(subject: Subject) -> Result:
+    """Guided backpropagation times the rectified Grad-CAM map, enlarged bilinearly."""
+    values, facts = guided_backprop(subject)
+    small = gradcam_map(subject.activations, subject.activation_gradients).relu()
+    large = torch.nn.functional.interpolate(
+        small[:, None], size=subject.inputs.shape[2:], mode="bilinear", align_corners=False
+    )
+    return values * large, facts
+
+
+__all__ = ["deconvnet", "guided_backprop", "guided_gradcam"]

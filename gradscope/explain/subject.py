@@ -1,0 +1,256 @@
+"""What methods see: images, what is asked of the model about them, and its answers, asked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gradscope.errors import UsageError
+from gradscope.models.layers import Choice, Layout, auto_layer, layout_of
+from gradscope.models.model import Model
+from gradscope.models.probe import Run, run
+
+#: Items and images [M] -> inputs [M, C, H, W]: the inputs that a method wants answered.
+Points = Callable[[Tensor, Tensor], Tensor]
+#: Items [M], images [M] and what was found for them.
+Answer = tuple[Tensor, Tensor, Tensor]
+#: Work done and all of it.
+Tick = Callable[[int, int], None]
+
+_CPU_BUDGET = 1 << 30
+#: More at a time is slower on a CPU: what is saved for the way back leaves its caches.
+_CPU_MOST = 8
+_MOST = 64
+
+
+@dataclass(slots=True)
+class Chunks:
+    """How many inputs are answered at a time: with a way back, and without one."""
+
+    gradient: int
+    forward: int
+    notes: list[str] = field(default_factory=list)
+
+    def halve(self) -> None:
+        """Go on with half as many; said in the notes."""
+        self.gradient, self.forward = max(1, self.gradient // 2), max(1, self.forward // 2)
+        self.notes.append(f"out of memory: went on with chunks of {self.forward}")
+
+
+@dataclass(eq=False)
+class Subject:
+    """N images, a target for each, and a held model."""
+
+    model: Model
+    #: [N, C, H, W]
+    inputs: Tensor
+    #: [N], and with a contrast the classes whose score is taken off.
+    targets: Tensor
+    versus: Tensor | None = None
+    #: None lets the model's layers decide.
+    layer: str | None = None
+    seed: int = 0
+    chunks: Chunks | None = None
+    #: How inputs came from pixels 0..1: (pixels - mean) / std, each [C]; None is not known.
+    mean: Tensor | None = None
+    std: Tensor | None = None
+    tick: Tick = lambda _done, _total: None
+    #: Passes that were made, by the layer tapped; subjects of the same inputs share them.
+    shared: dict[str, Run] = field(default_factory=dict)
+
+    def about(self, targets: Tensor, versus: Tensor | None = None) -> Subject:
+        """The same images and passes with other targets."""
+        return replace(self, targets=targets, versus=versus)
+
+    def only(self, image: int) -> Subject:
+        """One of the images."""
+        here = slice(image, image + 1)
+        return replace(
+            self,
+            inputs=self.inputs[here],
+            targets=self.targets[here],
+            versus=None if self.versus is None else self.versus[here],
+            shared={},
+        )
+
+    # -- the whole model ---------------------------------------------------------------------------
+
+    def objective(self, logits: Tensor, images: Tensor) -> Tensor:
+        """What is explained [M]: the targets' logits, less those they are contrasted with."""
+        found = logits.gather(1, self.targets[images][:, None]).squeeze(1)
+        if self.versus is not None:
+            found = found - logits.gather(1, self.versus[images][:, None]).squeeze(1)
+        return found
+
+    def score(self, inputs: Tensor, images: Tensor) -> Tensor:
+        """The objective [M] of inputs [M, C, H, W] that stand for ``images`` [M]."""
+        return self.objective(run(self.model, inputs).logits, images)
+
+    def probability(self, inputs: Tensor, images: Tensor) -> Tensor:
+        """The targets' probabilities [M]."""
+        found = run(self.model, inputs).probabilities
+        return found.gather(1, self.targets[images][:, None]).squeeze(1)
+
+    @property
+    def answered(self) -> Run:
+        """A pass over the images as they are, whichever was made."""
+        if not self.shared:
+            with torch.no_grad():
+                self.shared[""] = run(self.model, self.inputs)
+        return next(iter(self.shared.values()))
+
+    @property
+    def own_scores(self) -> Tensor:
+        """The objective [N] of the images as they are."""
+        return self.objective(self.answered.logits, self.images).detach()
+
+    @property
+    def images(self) -> Tensor:
+        """The images' indices [N]."""
+        return torch.arange(len(self.inputs), device=self.inputs.device)
+
+    def own(self, _items: Tensor, images: Tensor) -> Tensor:
+        """The images themselves, as points."""
+        return self.inputs[images]
+
+    def gradients(self, points: Points, items: int = 1) -> Iterator[Answer]:
+        """For every item and image: (items [M], images [M], the score's gradients [M, C, H, W])."""
+
+        def work(which: Tensor, images: Tensor) -> Tensor:
+            leaf = points(which, images).detach().requires_grad_()
+            with torch.enable_grad():
+                total = self.score(leaf, images).sum()
+            return torch.autograd.grad(total, leaf)[0].detach()
+
+        yield from self._worked(work, items, lambda chunks: chunks.gradient)
+
+    def scores(
+        self, points: Points, items: int = 1, ask: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> Iterator[Answer]:
+        """For every item and image: (items [M], images [M], scores [M]); no way back is kept."""
+        answer = ask or self.score
+        return self.answers(lambda which, images: answer(points(which, images), images), items)
+
+    def answers(self, work: Callable[[Tensor, Tensor], Tensor], items: int) -> Iterator[Answer]:
+        """What ``work`` gives for every item and image, in chunks; no way back is kept."""
+
+        def without_way_back(which: Tensor, images: Tensor) -> Tensor:
+            with torch.no_grad():
+                return work(which, images).detach()
+
+        yield from self._worked(without_way_back, items, lambda chunks: chunks.forward)
+
+    def _worked(
+        self, work: Callable[[Tensor, Tensor], Tensor], items: int, size: Callable[[Chunks], int]
+    ) -> Iterator[Answer]:
+        """Items by images, items first, in chunks; one that does not fit is tried at half size."""
+        count = len(self.inputs)
+        start, total = 0, items * count
+        while start < total:
+            chunks = self._chunks()
+            index = torch.arange(start, min(total, start + size(chunks)), device=self.inputs.device)
+            which, images = index // count, index % count
+            try:
+                found = work(which, images)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or size(chunks) == 1:
+                    raise
+                chunks.halve()
+                continue
+            yield which, images, found
+            start += len(index)
+            self.tick(start, total)
+
+    def _chunks(self) -> Chunks:
+        if self.chunks is None:
+            key = ("chunks", tuple(self.inputs.shape[1:]), self.inputs.device)
+            if key not in self.model.known:
+                self.model.known[key] = _measured(self)
+            self.chunks = self.model.known[key]
+        return self.chunks
+
+    # -- one layer ---------------------------------------------------------------------------------
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """Which layer ``auto`` took, and why; None where a layer was asked for."""
+        return auto_layer(self.model, self.inputs) if self.layer is None else None
+
+    @cached_property
+    def layer_name(self) -> str:
+        """The layer that is read."""
+        return self.layer if self.choice is None else self.choice.layer.name  # type: ignore[return-value]
+
+    @property
+    def tapped(self) -> Run:
+        """The pass with a tap at the layer; its graph begins there."""
+        if self.layer_name not in self.shared:
+            self.shared[self.layer_name] = run(self.model, self.inputs, [self.layer_name])
+        return self.shared[self.layer_name]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the layer's output lies over the image. Raises UsageError where it does not."""
+        piece = self.tapped.pieces[self.layer_name][0]
+        shape = tuple(piece.shape)
+        found = layout_of(shape, (self.model.batch or len(self.inputs), *self.inputs.shape[1:]))
+        if found is None:
+            raise UsageError(
+                f"layer {self.layer_name!r} gives {list(shape)}, which has no places in an image "
+                f"of {self.inputs.shape[2]}×{self.inputs.shape[3]}; maps have shape [N, C, h, w], "
+                "patch tokens [N, tokens, C] (see `gradscope layers`)"
+            )
+        return found
+
+    @cached_property
+    def activations(self) -> Tensor:
+        """The layer's output as maps [N, C, h, w]."""
+        return self._as_maps(self.tapped.pieces[self.layer_name])
+
+    @cached_property
+    def activation_gradients(self) -> Tensor:
+        """The gradient of the objective by the layer's output [N, C, h, w]."""
+        total = self.objective(self.tapped.logits, self.images).sum()
+        return self._as_maps(self.tapped.gradients(total, self.layer_name))
+
+    def _as_maps(self, pieces: tuple[Tensor, ...]) -> Tensor:
+        maps = torch.cat([self.layout.maps(piece.detach()) for piece in pieces])
+        return maps[: len(self.inputs)]
+
+
+def _measured(subject: Subject) -> Chunks:
+    """Chunks by what one input's way back holds in memory."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # The parameters are held anyway.
+    owned = {p.untyped_storage().data_ptr() for p in subject.model.module.parameters()}
+    leaf = subject.inputs[:1].detach().clone().requires_grad_()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        subject.score(leaf, subject.images[:1])
+    each = sum(size for pointer, size in held.items() if pointer not in owned) or 1
+    fits = _budget(subject.inputs.device) // (2 * each)
+    gradient = max(1, min(fits, _CPU_MOST if subject.inputs.device.type == "cpu" else _MOST))
+    if subject.model.batch is not None:
+        gradient = subject.model.batch * math.ceil(gradient / subject.model.batch)
+    return Chunks(gradient, 2 * gradient)
+
+
+def _budget(device: torch.device) -> int:
+    """Bytes that may be used: a fixed part of main memory, most of what an accelerator has free."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    return _CPU_BUDGET if device.type == "cpu" else 2 * _CPU_BUDGET
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,76 @@
+"""Programs of ``torch.export``: their modules are restored, so that layers have names and hooks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from gradscope.errors import UsageError
+from gradscope.models.model import Model, hooked
+
+
+def exported_model(program: ExportedProgram) -> Model:
+    """An exported program as a Model.
+
+    Guards that the file brings along are never compiled. What was exported in training mode is
+    put in evaluation mode: batch statistics and dropout are constants of its graph. Raises
+    UsageError for a program that does not take one image batch.
+    """
+    name, shape = _image_input(program)
+    notes = ("it was exported in training mode; evaluation mode is used",) * _in_evaluation(program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: nn.Module = torch.export.unflatten(program)
+
+    def call(inputs: Tensor) -> Any:
+        return module(inputs) if name is None else module(**{name: inputs})
+
+    batch, *size = [s if isinstance(s, int) else None for s in shape]
+    return Model(
+        module,
+        "export",
+        tuple(layer for layer, _ in module.named_modules() if layer),
+        hooked(module, call),
+        batch=batch,
+        size=(size[0], size[1], size[2]),
+        notes=notes,
+    )
+
+
+def _image_input(program: ExportedProgram) -> tuple[str | None, list[Any]]:
+    """The keyword (None: by position) and the shape of the program's one input."""
+    wanted = set(program.graph_signature.user_inputs)
+    nodes = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in wanted]
+    shapes = [list(n.meta["val"].shape) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
+    if len(nodes) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
+        given = ", ".join(f"{n.name} {s}" for n, s in zip(nodes, shapes, strict=False))
+        raise UsageError(f"this program takes {given or 'no tensor'}; images are one [N, C, H, W]")
+    arguments, keywords = program.call_spec.in_spec.children()
+    return (keywords.context[0] if not arguments.num_children else None), shapes[0]
+
+
+#: Which argument of an operator says that it trains.
+_TRAINING = {
+    torch.ops.aten.batch_norm.default: 5,
+    torch.ops.aten.dropout.default: 2,
+    torch.ops.aten.dropout_.default: 2,
+    torch.ops.aten.feature_dropout.default: 2,
+    torch.ops.aten.alpha_dropout.default: 2,
+}
+
+
+def _in_evaluation(program: ExportedProgram) -> int:
+    """Switch off what trains; 1 if there was any."""
+    changed = 0
+    for node in program.graph_module.graph.nodes:
+        flag = _TRAINING.get(node.target)
+        if flag is not None and len(node.args) > flag and node.args[flag] is True:
+            node.args = (*node.args[:flag], False, *node.args[flag + 1 :])
+            changed = 1
+    if changed:
+        program.graph_module.recompile()
+    return changed

@@ -1,0 +1,294 @@
+"""TorchScript: named layers by a tap operator, put into the graph where a module's output is.
+
+A ScriptModule refuses hooks. Its inlined graph knows which module each node came from, though, so
+an operator of ours is put behind the last one. It hands the tensor, gradient function and all, to
+Python, and whatever that returns goes on. Private parts of ``torch._C`` are used, here alone.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradscope.errors import UsageError
+from gradscope.models.model import Model, Tap, first_convolution
+
+_LISTS = ("ModuleList", "ModuleDict")
+#: What a frozen graph has left to be named by: the operators that give feature maps and tokens.
+_NAMED_OPERATORS = frozenset(
+    f"aten::{name}"
+    for base in ("_convolution", "conv2d", "relu", "hardtanh", "hardswish", "silu", "gelu", "add",
+                 "batch_norm", "layer_norm", "linear", "leaky_relu", "elu", "cat", "mul")
+    for name in (base, base + "_")
+)  # fmt: skip
+#: Fused attention of modules traced without gradients: it has no derivative.
+_FUSED = "aten::_native_multi_head_attention"
+_NO_DERIVATIVE = ("aten::_transformer_encoder_layer_fwd",)
+
+
+class _Active(threading.local):
+    taps: Mapping[str, Tap] = {}
+
+
+_active = _Active()
+
+
+def _tap(x: Tensor, name: str) -> Tensor:
+    tap = _active.taps.get(name)
+    found = tap(x) if tap is not None else None
+    return x if found is None else found
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, weight: Tensor, bias: Tensor,
+    projection: Tensor, shift: Tensor, *_masks: object,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``aten::_native_multi_head_attention`` in operators that can be differentiated."""
+    sources = (query, key, value)
+    parts = zip(sources, weight.chunk(3), bias.chunk(3), strict=True)
+    linear = torch.nn.functional.linear
+    projected = [linear(x, w, b) for x, w, b in parts]
+    q, k, v = (p.unflatten(2, (heads, width // heads)).transpose(1, 2) for p in projected)
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return linear(mixed.transpose(1, 2).flatten(2), projection, shift), None
+
+
+_LIBRARY: list[torch.library.Library] = []
+
+
+def _define_operators() -> None:
+    """Register the operators, once a process and only where TorchScript is used."""
+    if _LIBRARY:
+        return
+    library = torch.library.Library("gradscope", "DEF")
+    library.define("tap(Tensor(a) x, str name) -> Tensor(a)")
+    library.impl("tap", _tap, "CompositeImplicitAutograd")
+    library.define(
+        "attention(Tensor query, Tensor key, Tensor value, int width, int heads, Tensor weight, "
+        "Tensor bias, Tensor projection, Tensor shift, Tensor? mask, bool need_weights, "
+        "bool average, int? mask_type) -> (Tensor, Tensor?)"
+    )
+    library.impl("attention", _attention, "CompositeImplicitAutograd")
+    _LIBRARY.append(library)
+
+
+def script_model(script: torch.jit.ScriptModule) -> Model:
+    """A ScriptModule as a Model.
+
+    It is run without the profiling executor, which would hide operators from the probe. Raises
+    UsageError for a program that does not take one tensor.
+    """
+    _define_operators()
+    # Before it is ever run: afterwards inlining loses the modules' names.
+    graph = _inlined(script)
+    places = _places(script, graph)
+    weight = first_convolution(script.parameters())
+    compiled: dict[frozenset[str], Callable[..., Any]] = {}
+
+    def forward(inputs: Tensor, taps: Mapping[str, Tap]) -> Any:
+        names = frozenset(taps)
+        if names not in compiled:
+            compiled[names] = _with_taps(graph.copy(), names, places)
+        before, _active.taps = _active.taps, taps
+        try:
+            with torch.jit.optimized_execution(False), _quiet():  # type: ignore[attr-defined]
+                return compiled[names](script._c, inputs)
+        finally:
+            _active.taps = before
+
+    return Model(
+        script,
+        "torchscript",
+        tuple(places),
+        forward,
+        size=(None if weight is None else int(weight.shape[1]), None, None),
+    )
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801  reads as what it does
+    """Silence TorchScript's deprecation: the file is there, and the user did not call it."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return entered
+
+
+def _inlined(script: torch.jit.ScriptModule) -> Any:
+    graph = script.graph.copy()
+    torch._C._jit_pass_inline(graph)
+    inputs = list(graph.inputs())[1:]
+    tensor = torch._C.TensorType.get()
+    if len(inputs) != 1 or not inputs[0].type().isSubtypeOf(tensor):
+        given = ", ".join(f"{i.debugName()}: {i.type()}" for i in inputs)
+        raise UsageError(f"this program takes ({given}); images are one tensor [N, C, H, W]")
+    for node in _nodes(graph):
+        if node.kind() in _NO_DERIVATIVE:
+            raise UsageError(
+                f"it was traced without gradients and holds {node.kind()}, which has no "
+                "derivative; trace it again outside torch.no_grad()"
+            )
+    return graph
+
+
+def _with_taps(graph: Any, names: frozenset[str], places: Mapping[str, int]) -> Callable[..., Any]:
+    """A graph as a function, with a tap behind each named layer's output."""
+    nodes = list(_nodes(graph))
+    for name in names:
+        _insert(graph, nodes[places[name]], name)
+    for node in nodes:
+        if node.kind() == _FUSED:
+            _replace_fused(graph, node)
+    graph.lint()
+    function: Callable[..., Any] = torch._C._create_function_from_graph("forward", graph)
+    return function
+
+
+def _insert(graph: Any, node: Any, name: str) -> None:
+    value = node.output()
+    graph.setInsertPoint(node)
+    tap = graph.create("gradscope::tap", [value, graph.insertConstant(name)], 1)
+    tap.insertAfter(node)
+    value.replaceAllUsesAfterNodeWith(tap, tap.output())
+    tap.output().setType(value.type())
+
+
+def _replace_fused(graph: Any, node: Any) -> None:
+    graph.setInsertPoint(node)
+    ours = graph.create("gradscope::attention", list(node.inputs()), 2)
+    ours.insertAfter(node)
+    for old, new in zip(node.outputs(), ours.outputs(), strict=True):
+        new.setType(old.type())
+        old.replaceAllUsesWith(new)
+    node.destroy()
+
+
+# Which node gives which module's output.
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    """Nodes in post-order: a branch's own output comes after what lies in it."""
+    for node in block.nodes():
+        for inner in node.blocks():
+            yield from _nodes(inner)
+        yield node
+
+
+@dataclass(slots=True)
+class _Module:
+    """A module while its nodes are looked for."""
+
+    name: str
+    #: The parts of its name that nodes know: lists and dicts of modules leave no trace.
+    known: list[str]
+    #: Others whose nodes bear the same name.
+    twins: list[str]
+    place: int | None = None
+
+
+def _places(script: torch.jit.ScriptModule, graph: Any) -> dict[str, int]:
+    """The index, among all nodes, of the last output of each module's last call."""
+    modules = _modules(script)
+    by_known: dict[tuple[str, ...], list[_Module]] = {}
+    for module in modules:
+        by_known.setdefault(tuple(module.known), []).append(module)
+    owner: str | None = None
+    nodes = list(_nodes(graph))
+    for index, node in enumerate(nodes):
+        if node.kind() in ("prim::GetAttr", "prim::Constant"):
+            continue
+        owner = _parameter_used(node) or owner
+        if not _gives_tensor(node):
+            continue
+        path = _path(node)
+        for depth in range(1, len(path) + 1):
+            for module in by_known.get(tuple(path[:depth]), ()):
+                if _is_it(module, owner):
+                    module.place = index
+    found = {m.name: m.place for m in modules if m.name and m.place is not None}
+    return found or dict(_by_operator(nodes))
+
+
+def _by_operator(nodes: Sequence[Any]) -> Iterator[tuple[str, int]]:
+    """Names for a frozen graph, which has lost its modules: the operator and a running number."""
+    counts: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        if node.kind() in _NAMED_OPERATORS and _gives_tensor(node):
+            base = node.kind().removeprefix("aten::").strip("_")
+            counts[base] = counts.get(base, -1) + 1
+            yield f"{base}.{counts[base]}", index
+
+
+def _modules(script: torch.jit.ScriptModule) -> list[_Module]:
+    kinds = {
+        name: getattr(module, "original_name", type(module).__name__)
+        for name, module in script.named_modules()
+    }
+    known = {name: list(_traced_parts(name, kinds)) for name in kinds}
+    return [
+        _Module(name, parts, [other for other, theirs in known.items() if theirs == parts])
+        for name, parts in known.items()
+    ]
+
+
+def _traced_parts(name: str, kinds: Mapping[str, str]) -> Iterator[str]:
+    parts = name.split(".") if name else []
+    for i, part in enumerate(parts):
+        if kinds.get(".".join(parts[: i + 1])) not in _LISTS:
+            yield part
+
+
+_SELF = ("SELF", "UNKNOWN_INSTANCE", "top")
+
+
+def _path(node: Any) -> list[str]:
+    """The module path in a node's hierarchy, ``layer4(Sequential).1(BasicBlock).relu(ReLU)``."""
+    hierarchy = node.getModuleHierarchy()
+    if not hierarchy:
+        return []
+    parts = [part.split("(")[0] for part in re.split(r"\.(?![^()]*\))", hierarchy)]
+    return [part for part in parts if part not in _SELF]
+
+
+def _gives_tensor(node: Any) -> bool:
+    if node.outputsSize() != 1 or node.kind().startswith("prim::Get"):
+        return False
+    return bool(node.output().type().isSubtypeOf(torch._C.TensorType.get()))
+
+
+def _parameter_used(node: Any) -> str | None:
+    """The name of a parameter among a node's inputs."""
+    tensor = torch._C.TensorType.get()
+    for value in node.inputs():
+        parts: list[str] = []
+        source = value.node()
+        while source.kind() == "prim::GetAttr":
+            parts.append(source.s("name"))
+            source = source.input().node()
+        if parts and value.type().isSubtypeOf(tensor):
+            return ".".join(reversed(parts))
+    return None
+
+
+def _is_it(module: _Module, owner: str | None) -> bool:
+    """Among modules of one name, the one whose parameters were used last."""
+    if len(module.twins) == 1 or owner is None:
+        return True
+    return max(module.twins, key=lambda twin: _shared(twin, owner)) == module.name
+
+
+def _shared(a: str, b: str) -> int:
+    count = 0
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
