@@ -1,0 +1,122 @@
+"""The code of a model whose file holds weights only: ``package.module:factory(options)``."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from gradscope.errors import UsageError
+from gradscope.models.model import nearest
+
+_FORM = "--arch is package.module:factory, or path/to/file.py:factory, with options in brackets"
+
+
+def build(spec: str) -> nn.Module:
+    """What ``--arch`` names, called with the options in its brackets, which are literals.
+
+    The working directory is importable meanwhile. Raises UsageError naming what cannot be found,
+    and with the factory's own words when it fails.
+    """
+    place, colon, call = spec.partition(":")
+    if not colon or not place or not call:
+        raise UsageError(f"--arch {spec}: {_FORM}")
+    path, positional, named = _parsed(spec, call)
+    with importable(str(Path.cwd())):
+        factory = _attribute(spec, _module(spec, place), path)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = factory(*positional, **named)
+        # It is the user's code: whatever it raises, they want to read.
+        except Exception as error:
+            raise UsageError(f"--arch {spec} failed: {type(error).__name__}: {error}") from error
+    if isinstance(found, nn.Module):
+        return found
+    raise UsageError(f"--arch {spec} gives a {type(found).__name__}, not an nn.Module")
+
+
+def _parsed(spec: str, call: str) -> tuple[Sequence[str], list[Any], dict[str, Any]]:
+    try:
+        tree = ast.parse(call, mode="eval").body
+        function = tree.func if isinstance(tree, ast.Call) else tree
+        path = ast.unparse(function).split(".")
+        if not all(part.isidentifier() for part in path):
+            raise ValueError(f"{ast.unparse(function)} is no name")
+        if not isinstance(tree, ast.Call):
+            return path, [], {}
+        positional = [ast.literal_eval(argument) for argument in tree.args]
+        pairs = [(k.arg, ast.literal_eval(k.value)) for k in tree.keywords]
+        if any(name is None for name, _ in pairs):
+            raise ValueError("** is not taken")
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(
+            f"--arch {spec}: {_FORM}, and options are literals, as in resnet18(num_classes=10) "
+            f"({error})"
+        ) from None
+    return path, positional, {str(name): value for name, value in pairs}
+
+
+def _module(spec: str, place: str) -> ModuleType:
+    try:
+        if place.endswith(".py"):
+            return _from_file(spec, Path(place))
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(error.name + ".")):
+            raise UsageError(
+                f"--arch {spec}: there is no module {error.name}; install it, or run from the "
+                "folder that holds it"
+            ) from None
+        raise UsageError(f"--arch {spec}: importing {place} failed: {error}") from error
+    except UsageError:
+        raise
+    except Exception as error:
+        message = f"importing {place} failed: {type(error).__name__}: {error}"
+        raise UsageError(f"--arch {spec}: {message}") from error
+
+
+def _from_file(spec: str, file: Path) -> ModuleType:
+    if not file.is_file():
+        raise UsageError(f"--arch {spec}: there is no file {file}")
+    description = importlib.util.spec_from_file_location(file.stem, file)
+    if description is None or description.loader is None:
+        raise UsageError(f"--arch {spec}: {file} cannot be imported")
+    module = importlib.util.module_from_spec(description)
+    # Dataclasses and pickles look their module up by its name.
+    sys.modules.setdefault(file.stem, module)
+    with importable(str(file.resolve().parent)):
+        description.loader.exec_module(module)
+    return module
+
+
+def _attribute(spec: str, module: ModuleType, path: Sequence[str]) -> Any:
+    found: Any = module
+    for name in path:
+        if not hasattr(found, name):
+            hint = nearest(name, [n for n in dir(found) if not n.startswith("_")])
+            raise UsageError(f"--arch {spec}: {module.__name__} has no {name}{hint}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise UsageError(f"--arch {spec}: {'.'.join(path)} cannot be called")
+    return found
+
+
+@contextmanager
+def importable(folder: str) -> Iterator[None]:
+    """A folder whose modules can be imported meanwhile."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
