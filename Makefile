@@ -15,9 +15,16 @@ demo: $(VENV)/.demo
 	$(BIN)/gradscope weights fixtures/fetched/damaged.safetensors --fail-on never
 	@echo; echo '$$ gradscope flow fixtures/sigmoid    # twelve sigmoid layers, as recorded in training'
 	$(BIN)/gradscope flow fixtures/sigmoid --fail-on never
+	@echo; echo '$$ gradscope explain fixtures/fetched/mobilenet_v2.pth fixtures/fetched/pictures/chelsea.png …'
+	$(BIN)/gradscope explain fixtures/fetched/mobilenet_v2.pth fixtures/fetched/pictures/chelsea.png \
+	  --arch fixtures/architectures.py:mobilenet_v2 --preprocess imagenet --output demo-output \
+	  --method gradcam,layercam,integrated-gradients,smoothgrad,occlusion,guided-backprop \
+	  --fail-on never
+	@echo 'The pictures are in demo-output; chelsea.285.sheet.png has them side by side.'
 
 test: $(VENV)/.test
 	$(BIN)/python fixtures/make.py corpus
+	$(BIN)/python fixtures/make.py pictures
 	$(BIN)/python fixtures/make.py histories
 	$(BIN)/python -m pytest
 

@@ -6,10 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GradientRecorder", "__version__", "analyze_flow", "analyze_weights", "attribute"]
+__all__ = [
+    "GradientRecorder",
+    "__version__",
+    "analyze_flow",
+    "analyze_weights",
+    "attribute",
+    "explain",
+]
 
 if TYPE_CHECKING:
-    from gradscope.explain.attribution import attribute
+    from gradscope.attribution.attribute import attribute
+    from gradscope.attribution.explain import explain
     from gradscope.flow.analysis import analyze_flow
     from gradscope.recording.recorder import GradientRecorder
     from gradscope.weights.analysis import analyze_weights
@@ -18,7 +26,8 @@ _HOMES = {
     "GradientRecorder": "gradscope.recording.recorder",
     "analyze_flow": "gradscope.flow.analysis",
     "analyze_weights": "gradscope.weights.analysis",
-    "attribute": "gradscope.explain.attribution",
+    "attribute": "gradscope.attribution.attribute",
+    "explain": "gradscope.attribution.explain",
 }
 
 

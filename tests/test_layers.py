@@ -20,7 +20,7 @@ ALLOWED = {
     "flow": {"histories", "statistics", "report"},
     "recording": {"histories"},
     "models": {"checkpoints", "statistics"},
-    "explain": {"models", "report"},
+    "attribution": {"models", "report"},
 }
 
 

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 from gradscope.errors import GradscopeError
 
@@ -148,12 +148,14 @@ Tick = Callable[[int, int], None]
 
 
 @contextmanager
-def progress_bar(label: str, wanted: bool) -> Iterator[Tick]:
-    """A bar of bytes on stderr, drawn only on a terminal and only when work lasts a second."""
+def progress_bar(
+    label: str, wanted: bool, of: Literal["bytes", "share"] = "bytes"
+) -> Iterator[Tick]:
+    """A bar on stderr, drawn only on a terminal and only when work lasts a second."""
     if not wanted or not is_terminal(sys.stderr):
         yield lambda _done, _total: None
         return
-    bar = _Bar(label)
+    bar = _Bar(label, of)
     try:
         yield bar
     finally:
@@ -180,8 +182,8 @@ def working(label: str, wanted: bool) -> Iterator[None]:
 
 
 class _Bar:
-    def __init__(self, label: str) -> None:
-        self._label = label
+    def __init__(self, label: str, of: Literal["bytes", "share"]) -> None:
+        self._label, self._of = label, of
         self._began = time.monotonic()
         self._progress: Any = None
         self._task: Any = None
@@ -199,16 +201,17 @@ class _Bar:
             BarColumn,
             DownloadColumn,
             Progress,
+            TaskProgressColumn,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
+        in_bytes = (DownloadColumn(), TransferSpeedColumn())
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
+            *(in_bytes if self._of == "bytes" else (TaskProgressColumn(),)),
             TimeRemainingColumn(),
             console=Console(file=sys.stderr),
             transient=True,

@@ -81,7 +81,7 @@ RULES: dict[str, Rule] = {}
 
 #: The packages whose import registers ours. By name rather than by entry point: with a stale or
 #: broken installation the latter finds no rule, and everything passes.
-BUILT_IN = ("gradscope.weights.rules", "gradscope.flow.rules")
+BUILT_IN = ("gradscope.weights.rules", "gradscope.flow.rules", "gradscope.attribution.rules")
 
 
 def rule(
@@ -147,7 +147,7 @@ def evaluate(
     """Ask each rule about a subject of which ``measured`` kinds of facts are known."""
     for r in rules:
         if r.needs not in measured:
-            yield NotEvaluated(rule=r.name, reason=f"needs {r.needs}, which were not measured")
+            yield NotEvaluated(rule=r.name, reason=f"needs {r.needs}, which was not measured")
             continue
         for seen in r.check(subject):
             if isinstance(seen, Unknown):

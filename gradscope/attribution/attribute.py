@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradscope.attribution.methods import Method, completed, method_named
+from gradscope.attribution.subject import Subject, Tick
 from gradscope.errors import UsageError
-from gradscope.explain.methods import Method, completed, method_named
-from gradscope.explain.subject import Chunks, Subject, Tick
 from gradscope.models.model import Model, as_model
 from gradscope.models.probe import held
 
@@ -78,7 +78,8 @@ def attribute(
         )
         subject = _aimed(subject, target, versus)
         subject.mean, subject.std = (None if t is None else torch.tensor(t) for t in (mean, std))
-        subject.chunks = None if chunk is None else _chunks(chunk)
+        if chunk is not None:
+            subject.limit(chunk)
         subject.tick = progress or subject.tick
         return attributed(subject, chosen, given)
 
@@ -150,9 +151,3 @@ def _classes(wanted: int | Sequence[int], logits: Tensor) -> Tensor:
     if wrong is not None:
         raise UsageError(f"there is no class {wrong}: the model has {classes}")
     return torch.tensor([t % classes for t in found], device=logits.device)
-
-
-def _chunks(chunk: int) -> Chunks:
-    if chunk < 1:
-        raise UsageError("chunk counts from 1")
-    return Chunks(chunk, chunk)

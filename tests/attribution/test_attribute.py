@@ -11,9 +11,9 @@ from architectures import vit_small
 from torch import Tensor, nn
 
 from gradscope import attribute
+from gradscope.attribution.methods import methods
+from gradscope.attribution.perturbation import _mask
 from gradscope.errors import UsageError
-from gradscope.explain.methods import methods
-from gradscope.explain.perturbation import _mask
 
 ALL = sorted(methods())
 FORMULAS = ["gradcam", "gradcam++", "xgradcam", "hirescam", "layercam"]

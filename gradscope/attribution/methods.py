@@ -64,20 +64,20 @@ _RELU = {"relu": Option(False, "cut off what is below zero, as the paper's last 
 
 
 def _input(name: str, summary: str, reference: str, home: str, **more: Any) -> Method:
-    return Method(name, "gradient", summary, reference, f"gradscope.explain.{home}", **more)
+    return Method(name, "gradient", summary, reference, f"gradscope.attribution.{home}", **more)
 
 
 def _cam(name: str, summary: str, reference: str, home: str, **options: Option) -> Method:
-    where = f"gradscope.explain.{home}"
+    where = f"gradscope.attribution.{home}"
     return Method(name, "activation", summary, reference, where, _RELU | options, reads_layer=True)
 
 
 def _perturbed(name: str, summary: str, reference: str, home: str, **more: Any) -> Method:
-    return Method(name, "perturbation", summary, reference, f"gradscope.explain.{home}", **more)
+    return Method(name, "perturbation", summary, reference, f"gradscope.attribution.{home}", **more)
 
 
 def _attended(name: str, summary: str, reference: str, **options: Option) -> Method:
-    home = f"gradscope.explain.attention:{name.replace('-', '_')}"
+    home = f"gradscope.attribution.attention:{name.replace('-', '_')}"
     return Method(name, "attention", summary, reference, home, options)
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradscope.attribution.cams import gradcam_map
+from gradscope.attribution.gradients import Result
+from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
-from gradscope.explain.cams import gradcam_map
-from gradscope.explain.gradients import Result
-from gradscope.explain.subject import Subject
 
 _aten = torch.ops.aten
 #: The derivatives of activations that let pass or hold back; not gates like sigmoid.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from gradscope.attribution.blur import gaussian_blur
+from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
-from gradscope.explain.blur import gaussian_blur
-from gradscope.explain.subject import Subject
 
 
 def references(subject: Subject, wanted: str | Tensor, draws: int = 1) -> list[Tensor]:
@@ -81,3 +81,6 @@ _NAMED: Mapping[str, Callable[[Subject, int], Tensor]] = {
     "blurred": _blurred,
     "random": _random,
 }
+
+#: What ``--reference`` can be called.
+NAMES = tuple(_NAMED)

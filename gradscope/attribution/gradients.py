@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradscope.attribution.references import references
+from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
-from gradscope.explain.references import references
-from gradscope.explain.subject import Subject
 
 Result = tuple[Tensor, dict[str, Any]]
 #: Steps at which ``tolerance`` gives up.

@@ -63,6 +63,12 @@ class Subject:
     #: Passes that were made, by the layer tapped; subjects of the same inputs share them.
     shared: dict[str, Run] = field(default_factory=dict)
 
+    def limit(self, chunk: int) -> None:
+        """Answer no more than ``chunk`` inputs at a time. Raises UsageError for none at all."""
+        if chunk < 1:
+            raise UsageError("chunk counts from 1")
+        self.chunks = Chunks(chunk, chunk)
+
     def about(self, targets: Tensor, versus: Tensor | None = None) -> Subject:
         """The same images and passes with other targets."""
         return replace(self, targets=targets, versus=versus)
@@ -103,6 +109,12 @@ class Subject:
             with torch.no_grad():
                 self.shared[""] = run(self.model, self.inputs)
         return next(iter(self.shared.values()))
+
+    @property
+    def answer(self) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities [K] of the first image."""
+        found = self.answered
+        return found.logits[0].detach(), found.probabilities[0].detach()
 
     @property
     def own_scores(self) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from gradscope.attribution.cams import rectified, weighted
+from gradscope.attribution.gradients import Result
+from gradscope.attribution.subject import Answer, Points, Subject
 from gradscope.errors import UsageError
-from gradscope.explain.cams import rectified, weighted
-from gradscope.explain.gradients import Result
-from gradscope.explain.subject import Answer, Points, Subject
 from gradscope.models.model import Tap
 from gradscope.models.probe import logits_of
 

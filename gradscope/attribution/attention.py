@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradscope.attribution.gradients import Result
+from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
-from gradscope.explain.gradients import Result
-from gradscope.explain.subject import Subject
 from gradscope.models.attention import attentions
 from gradscope.models.layers import Layout, layout_of
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from gradscope.attribution.gradients import Result
+from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
-from gradscope.explain.gradients import Result
-from gradscope.explain.subject import Subject
 
 
 def occlusion(subject: Subject, *, window: int, stride: int, fill: float) -> Result:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradscope.explain.subject import Subject
+from gradscope.attribution.subject import Subject
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 

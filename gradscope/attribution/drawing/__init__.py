@@ -1,0 +1,1 @@
+"""Pictures of attributions; arrays in, arrays out, nothing here knows a model."""

@@ -1,0 +1,122 @@
+"""What ``gradscope explain`` shows of its result in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from gradscope.attribution.drawing.preview import preview
+from gradscope.attribution.result import Diagnostics, ExplainResult, Explanation, ImageFacts
+from gradscope.report.formats import Display
+from gradscope.report.formats.table_ import clean, facts, number, section, table
+
+#: Pictures that are previewed, and how wide.
+_PREVIEWS = 2
+_WIDEST = 56
+
+
+@section("explain")
+def parts(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
+    """Notes, the model, what it says of each picture, the maps, a preview of the first."""
+    for note in result.notes:
+        yield Text.assemble(("note ", "dim"), clean(note, None))
+    yield Text("")
+    yield _model(result)
+    for image in result.images:
+        yield from _image(image, [e for e in result.explanations if e.image == image.path], result)
+    yield from _previews(result.explanations, display)
+
+
+def _model(result: ExplainResult) -> Text:
+    model, steps = result.model, result.preprocessing
+    shown = {
+        "model": f"{model.format}, {model.parameters:,} parameters, {model.classes:,} classes",
+        "input": ", ".join(steps.steps),
+        "from": steps.source if steps.assumed else clean(steps.source),
+    }
+    return facts(shown)
+
+
+def _image(
+    image: ImageFacts, explanations: Sequence[Explanation], result: ExplainResult
+) -> Iterator[RenderableType]:
+    yield Text.assemble(
+        ("\n" + clean(image.path), "bold"), f"  {image.width}×{image.height} {image.mode}"
+    )
+    best = " · ".join(
+        f"{p.index} {clean(p.label or '')} {p.probability:.3f}".replace("  ", " ")
+        for p in image.predictions
+    )
+    yield Padding(Text(best, style="dim"), (0, 0, 0, 2))
+    yield Padding(_maps(explanations, result.evaluated), (0, 0, 0, 2))
+    reasons = {e.layer: e.layer_reason for e in explanations if e.layer_reason}
+    for layer, reason in reasons.items():
+        yield Padding(Text(f"{layer}: {reason}", style="dim"), (0, 0, 0, 2))
+
+
+def _maps(explanations: Sequence[Explanation], evaluated: bool) -> RenderableType:
+    measured = ("insertion", "deletion", "randomised", "sensitivity") if evaluated else ()
+    columns = ("min", "max", "top tenth", "complete", *measured)
+    made = table(("method", "left"), ("target", "left"), ("layer", "left"), *columns)
+    for e in explanations:
+        made.add_row(
+            e.method,
+            clean(_target(e)),
+            clean(e.layer or "–"),
+            number(e.map.min),
+            number(e.map.max),
+            _share(e.map.concentration),
+            _completeness(e.diagnostics),
+            *(_evaluated(e.diagnostics) if evaluated else ()),
+        )
+    return made
+
+
+def _target(e: Explanation) -> str:
+    named = f"{e.target.index} {e.target.label or ''}".rstrip()
+    if e.target.versus is None:
+        return named
+    return f"{named} − {e.target.versus} {e.target.versus_label or ''}".rstrip()
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _completeness(known: Diagnostics) -> str:
+    if known.completeness_delta is None:
+        return "–"
+    share = known.relative_delta
+    return f"±{abs(known.completeness_delta):.2g}" if share is None else f"within {share:.2%}"
+
+
+def _evaluated(known: Diagnostics) -> Iterator[str]:
+    control = known.random_control
+    for own, other in (
+        (known.insertion_auc, control and control.insertion_auc),
+        (known.deletion_auc, control and control.deletion_auc),
+    ):
+        yield "–" if own is None else f"{own:.2f} (random {other:.2f})"
+    last = known.randomisation[-1].magnitude_correlation if known.randomisation else None
+    yield "–" if last is None else f"{last:.2f}"
+    yield number(known.sensitivity)
+
+
+def _previews(explanations: Sequence[Explanation], display: Display) -> Iterator[RenderableType]:
+    """The first overlays, on a terminal that is wide enough."""
+    if display.width is None or not display.colour or display.width < 40:
+        return
+    for e in explanations[:_PREVIEWS]:
+        if e.files.overlay is None or not Path(e.files.overlay).is_file():
+            continue
+        with Image.open(e.files.overlay) as image:
+            drawn = np.asarray(image.convert("RGB"))
+        columns = min(_WIDEST, display.width - 2)
+        yield Text(f"\n{clean(e.files.overlay)}", style="dim")
+        yield preview(drawn, columns, colour=display.colour, unicode=display.unicode)

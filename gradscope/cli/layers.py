@@ -1,0 +1,79 @@
+"""``gradscope layers``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gradscope.cli import options as o
+from gradscope.cli.explain import Arch, Key, Preprocess, TrustOption
+from gradscope.cli.terminal import emit
+from gradscope.errors import UsageError
+
+
+def layers(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)
+    ],
+    arch: Arch = None,
+    preprocess: Preprocess = None,
+    key: Key = None,
+    trust: TrustOption = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Also those whose output has no place in an image.")
+    ] = False,
+    format_: Annotated[str, typer.Option("--format", "-f", help="table or json.")] = "table",
+    device: o.Device = "cpu",
+    debug: o.Debug = False,
+) -> int:
+    """The layers that --layer accepts, with shapes, and which one auto takes and why."""
+    if format_ not in ("table", "json"):
+        raise UsageError(f"layers are shown as table or json, not {format_!r}")
+    from gradscope.attribution.explain import surveyed
+
+    trusted = [t.value for t in trust or ()]
+    found, choice = surveyed(
+        model, arch=arch, key=key, trust=trusted, preprocess=preprocess, device=device
+    )
+    shown = [layer for layer in found if all_ or layer.layout is not None]
+    chosen = None if choice is None else choice.layer.name
+    if format_ == "json":
+        rows = [_record(layer, chosen) for layer in shown]
+        reason = None if choice is None else choice.reason
+        emit(json.dumps({"layers": rows, "auto": chosen, "reason": reason}, indent=1) + "\n")
+        return 0
+    emit("".join(_lines(shown, chosen)))
+    if choice is None:
+        emit("\nauto: none; methods that read no layer work on this model\n")
+    else:
+        emit(f"\nauto: {choice.layer.name}, {choice.reason}\n")
+    return 0
+
+
+def _lines(shown: list[Any], chosen: str | None) -> list[str]:
+    names = [layer.name + (f" (×{layer.calls})" if layer.calls > 1 else "") for layer in shown]
+    wide = max([len(name) for name in names] + [5])
+    shapes = ["×".join(map(str, layer.shape[1:])) for layer in shown]
+    tall = max([len(shape) for shape in shapes] + [5])
+    lines = [f"  {'layer':<{wide}}  {'shape':<{tall}}  {'gradient':>8}  over the image\n"]
+    for layer, name, shape in zip(shown, names, shapes, strict=True):
+        mark = "→" if layer.name == chosen else " "
+        received = "–" if layer.receives is None else f"{layer.receives:.0%}"
+        place = str(layer.layout) if layer.layout else "–"
+        lines.append(f"{mark} {name:<{wide}}  {shape:<{tall}}  {received:>8}  {place}\n")
+    return lines
+
+
+def _record(layer: Any, chosen: str | None) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "layout": None if layer.layout is None else layer.layout.kind,
+        "grid": None if layer.layout is None else list(layer.layout.grid),
+        "prefix_tokens": None if layer.layout is None else layer.layout.prefix,
+        "calls": layer.calls,
+        "receives_gradient": layer.receives,
+        "auto": layer.name == chosen,
+    }

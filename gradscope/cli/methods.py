@@ -1,0 +1,62 @@
+"""``gradscope methods``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from gradscope.cli import options as o
+from gradscope.cli.terminal import emit
+from gradscope.errors import UsageError
+
+
+def methods(
+    method: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method.", show_default=False)
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", "-f", help="table or json.")] = "table",
+    debug: o.Debug = False,
+) -> int:
+    """Every attribution method with its reference and its options."""
+    from gradscope.attribution import methods as known
+
+    if format_ not in ("table", "json"):
+        raise UsageError(f"methods are shown as table or json, not {format_!r}")
+    chosen = [known.method_named(method)] if method else list(known.methods().values())
+    if format_ == "json":
+        emit(json.dumps([_record(m) for m in chosen], indent=1) + "\n")
+    elif method:
+        emit(_described(chosen[0]))
+    else:
+        emit("".join(f"{m.name:<21} {m.family:<13} {m.summary}\n" for m in chosen))
+        emit("\n`gradscope methods NAME` has the reference and the options.\n")
+    return 0
+
+
+def _described(m: Any) -> str:
+    lines = [f"{m.name} ({m.family})", "", m.summary, m.reference]
+    if m.reads_layer:
+        lines += ["", "Reads one layer: --layer NAME (see `gradscope layers MODEL`)."]
+    if m.options:
+        lines += ["", "Options (--option NAME=VALUE):"]
+    for name, option in m.options.items():
+        choices = f" ({', '.join(option.choices)})" if option.choices else ""
+        lines.append(f"  {name} = {option.default}  {option.help}{choices}")
+    return "\n".join(lines) + "\n"
+
+
+def _record(m: Any) -> dict[str, Any]:
+    return {
+        "name": m.name,
+        "family": m.family,
+        "summary": m.summary,
+        "reference": m.reference,
+        "reads_layer": m.reads_layer,
+        "sign": m.sign,
+        "options": {
+            name: {"default": option.default, "help": option.help, "choices": list(option.choices)}
+            for name, option in m.options.items()
+        },
+    }
