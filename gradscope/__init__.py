@@ -13,11 +13,13 @@ __all__ = [
     "analyze_weights",
     "attribute",
     "explain",
+    "visualize",
 ]
 
 if TYPE_CHECKING:
     from gradscope.attribution.attribute import attribute
     from gradscope.attribution.explain import explain
+    from gradscope.attribution.visualize import visualize
     from gradscope.flow.analysis import analyze_flow
     from gradscope.recording.recorder import GradientRecorder
     from gradscope.weights.analysis import analyze_weights
@@ -28,6 +30,7 @@ _HOMES = {
     "analyze_weights": "gradscope.weights.analysis",
     "attribute": "gradscope.attribution.attribute",
     "explain": "gradscope.attribution.explain",
+    "visualize": "gradscope.attribution.visualize",
 }
 
 

@@ -103,9 +103,9 @@ def explain(
         raise UsageError(f"no colormap is called {colormap!r}; there are {', '.join(COLORMAPS)}")
     given = [images] if isinstance(images, str | Path) else list(images)
     run = _Run(seed=seed, chunk=chunk, evaluated=evaluated, colormap=colormap,
-               output=None if output is None else _folder(output))  # fmt: skip
+               output=None if output is None else output_folder(output))  # fmt: skip
     try:
-        loaded = _loaded(model, arch, key, trust, device)
+        loaded = loaded_model(model, arch, key, trust, device)
         setting = _setting(loaded, preprocess, labels, asked, target, versus, layer, device)
     except InputError as error:
         return _report(run, None, [_failure(error)], rules, fail_on, allow_empty)
@@ -172,7 +172,8 @@ def _asked(
     )
 
 
-def _folder(output: str | Path) -> Path:
+def output_folder(output: str | Path) -> Path:
+    """The folder, made if need be. Raises UsageError where it cannot be."""
     path = Path(output)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -181,9 +182,10 @@ def _folder(output: str | Path) -> Path:
     return path
 
 
-def _loaded(
+def loaded_model(
     model: object, arch: str | None, key: str | None, trust: Sequence[str], device: str
 ) -> Loaded:
+    """A model from a path, or one in memory. Raises as ``load_model`` does."""
     if isinstance(model, Loaded):
         return model
     if isinstance(model, str | Path):
@@ -210,7 +212,7 @@ def _setting(
     named = None if layer == "auto" else layer
     loaded.model.check_layers([] if named is None else [named])
     steps = preprocessing_of(loaded, preprocess)
-    known = _labels(loaded, labels)
+    known = labels_of(loaded, labels)
     with_images = tuple((m, _with_reference_image(o, steps)) for m, o in asked)
     return _Setting(loaded, steps, known, with_images, target, versus, named, device)
 
@@ -244,7 +246,8 @@ def _written_down(loaded: Loaded) -> Preprocessing | None:
     return found
 
 
-def _labels(loaded: Loaded, given: str | Labels | None) -> Labels | None:
+def labels_of(loaded: Loaded, given: str | Labels | None) -> Labels | None:
+    """The names that were given, or those in a file next to the model."""
     if isinstance(given, str):
         return names.read_labels(given)
     if given is not None:
@@ -703,7 +706,7 @@ def surveyed(
 
     Raises as ``load_model`` does.
     """
-    loaded = _loaded(model, arch, key, trust, device)
+    loaded = loaded_model(model, arch, key, trust, device)
     steps = preprocessing_of(loaded, preprocess)
     size = steps.size or image_size(loaded.model, steps.channels)[1:]
     # Noise rather than nothing: rectifiers shut on a flat image.

@@ -11,9 +11,11 @@ of the image, and ``--evaluate`` says so.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradscope.attribution.cams import gradcam_map
@@ -31,10 +33,12 @@ _RECTIFIERS = frozenset(
 _PRELU = _aten._prelu_kernel_backward.default
 
 
-class _Rectified(TorchDispatchMode):
-    def __init__(self, gated: bool) -> None:
+class Rectifiers(TorchDispatchMode):
+    """Changes what arrives at rectifiers on the way back; with or without their own gates."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor], gated: bool) -> None:
         super().__init__()
-        self.gated = gated
+        self.change, self.gated = change, gated
         self.seen = 0
 
     def __torch_dispatch__(
@@ -43,7 +47,7 @@ class _Rectified(TorchDispatchMode):
         if function not in _RECTIFIERS and function is not _PRELU:
             return function(*args, **(kwargs or {}))
         self.seen += 1
-        arriving = args[0].clamp(min=0)
+        arriving = self.change(args[0])
         if self.gated:
             return function(arriving, *args[1:], **(kwargs or {}))
         return (arriving, torch.zeros_like(args[2])) if function is _PRELU else arriving
@@ -56,7 +60,7 @@ def _rectified(subject: Subject, gated: bool) -> Result:
         part = leaf[images]
         with torch.enable_grad():
             total = subject.score(part, images).sum()
-        with _Rectified(gated) as mode:
+        with Rectifiers(_positive, gated) as mode:
             parts.append(torch.autograd.grad(total, part)[0].detach())
         seen = mode.seen
     if not seen:
@@ -65,6 +69,10 @@ def _rectified(subject: Subject, gated: bool) -> Result:
             "saliency, smoothgrad or a CAM method"
         )
     return torch.cat(parts), {"rectifiers": seen}
+
+
+def _positive(gradient: Tensor) -> Tensor:
+    return gradient.clamp(min=0)
 
 
 def guided_backprop(subject: Subject) -> Result:
@@ -85,6 +93,3 @@ def guided_gradcam(subject: Subject) -> Result:
         small[:, None], size=subject.inputs.shape[2:], mode="bilinear", align_corners=False
     )
     return values * large, facts
-
-
-__all__ = ["deconvnet", "guided_backprop", "guided_gradcam"]

@@ -168,3 +168,28 @@ class ExplainResult(Record):
 
 
 ExplainReport = Report[ExplainResult]
+
+
+class VisualizeResult(Record):
+    """The image that ``gradscope visualize`` made."""
+
+    model: str
+    sha256: str
+    #: The class, or None where a channel of a layer was maximised.
+    target: int | None
+    label: str | None
+    layer: str | None
+    channel: int | None
+    size: tuple[int, int]
+    steps: int
+    #: The logit, or the channel's mean, at each step under its random view, then of the image.
+    objective: tuple[Number, ...]
+    #: What the model says of the image: its five likeliest classes.
+    predictions: tuple[Prediction, ...]
+    #: The PNG that was written; None where none was asked for.
+    image: str | None
+    environment: Environment
+    notes: tuple[str, ...] = ()
+
+
+VisualizeReport = Report[VisualizeResult]

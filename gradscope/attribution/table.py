@@ -12,9 +12,16 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradscope.attribution.drawing.preview import preview
-from gradscope.attribution.result import Diagnostics, ExplainResult, Explanation, ImageFacts
+from gradscope.attribution.result import (
+    Diagnostics,
+    ExplainResult,
+    Explanation,
+    ImageFacts,
+    Prediction,
+    VisualizeResult,
+)
 from gradscope.report.formats import Display
-from gradscope.report.formats.table_ import clean, facts, number, section, table
+from gradscope.report.formats.table_ import clean, facts, number, section, sparkline, table
 
 #: Pictures that are previewed, and how wide.
 _PREVIEWS = 2
@@ -33,6 +40,29 @@ def parts(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
     yield from _previews(result.explanations, display)
 
 
+@section("visualize")
+def visualized(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
+    """What was maximised, how far it came, what the model says of the image, a preview."""
+    for note in result.notes:
+        yield Text.assemble(("note ", "dim"), clean(note, None))
+    what = f"{result.layer} channel {result.channel}"
+    if result.target is not None:
+        what = f"class {result.target} {clean(result.label or '')}".rstrip()
+    course = result.objective[:: max(1, len(result.objective) // 40)]
+    lowest = min(course)
+    yield Text("")
+    yield facts(
+        {
+            "maximised": what,
+            "objective": f"{number(result.objective[0])} → {number(result.objective[-1])}",
+            "": sparkline([value - lowest for value in course], display.unicode),
+        }
+    )
+    yield Padding(Text(_predictions(result.predictions), style="dim"), (0, 0, 0, 2))
+    if result.image is not None:
+        yield from _preview(result.image, display)
+
+
 def _model(result: ExplainResult) -> Text:
     model, steps = result.model, result.preprocessing
     shown = {
@@ -49,15 +79,16 @@ def _image(
     yield Text.assemble(
         ("\n" + clean(image.path), "bold"), f"  {image.width}×{image.height} {image.mode}"
     )
-    best = " · ".join(
-        f"{p.index} {clean(p.label or '')} {p.probability:.3f}".replace("  ", " ")
-        for p in image.predictions
-    )
-    yield Padding(Text(best, style="dim"), (0, 0, 0, 2))
+    yield Padding(Text(_predictions(image.predictions), style="dim"), (0, 0, 0, 2))
     yield Padding(_maps(explanations, result.evaluated), (0, 0, 0, 2))
     reasons = {e.layer: e.layer_reason for e in explanations if e.layer_reason}
     for layer, reason in reasons.items():
         yield Padding(Text(f"{layer}: {reason}", style="dim"), (0, 0, 0, 2))
+
+
+def _predictions(predictions: Sequence[Prediction]) -> str:
+    named = ((p.index, clean(p.label or ""), f"{p.probability:.3f}") for p in predictions)
+    return " · ".join(" ".join(str(part) for part in parts if part != "") for parts in named)
 
 
 def _maps(explanations: Sequence[Explanation], evaluated: bool) -> RenderableType:
@@ -109,14 +140,19 @@ def _evaluated(known: Diagnostics) -> Iterator[str]:
 
 
 def _previews(explanations: Sequence[Explanation], display: Display) -> Iterator[RenderableType]:
-    """The first overlays, on a terminal that is wide enough."""
+    """The first overlays."""
+    for e in explanations[:_PREVIEWS]:
+        if e.files.overlay is not None:
+            yield from _preview(e.files.overlay, display)
+
+
+def _preview(path: str, display: Display) -> Iterator[RenderableType]:
+    """A picture's file, on a terminal that is wide enough."""
     if display.width is None or not display.colour or display.width < 40:
         return
-    for e in explanations[:_PREVIEWS]:
-        if e.files.overlay is None or not Path(e.files.overlay).is_file():
-            continue
-        with Image.open(e.files.overlay) as image:
+    if Path(path).is_file():
+        with Image.open(path) as image:
             drawn = np.asarray(image.convert("RGB"))
+        yield Text(f"\n{clean(path)}", style="dim")
         columns = min(_WIDEST, display.width - 2)
-        yield Text(f"\n{clean(e.files.overlay)}", style="dim")
         yield preview(drawn, columns, colour=display.colour, unicode=display.unicode)

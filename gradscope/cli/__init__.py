@@ -9,7 +9,7 @@ import gc
 import typer
 
 from gradscope import __version__
-from gradscope.cli import explain, flow, layers, methods, rules, schema, weights
+from gradscope.cli import explain, flow, layers, methods, rules, schema, visualize, weights
 from gradscope.cli.terminal import end_process, guarded
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("weights")(guarded(weights.weights))
 app.command("flow")(guarded(flow.flow))
 app.command("explain")(guarded(explain.explain))
+app.command("visualize")(guarded(visualize.visualize))
 app.command("layers")(guarded(layers.layers))
 app.command("methods")(guarded(methods.methods))
 app.command("rules")(guarded(rules.rules))

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from gradscope.attribution.result import ExplainReport
+from gradscope.attribution.result import ExplainReport, VisualizeReport
 from gradscope.flow.result import FlowReport
 from gradscope.histories.schema import meta_schema
 from gradscope.report.model import SCHEMA_VERSION
@@ -16,7 +16,9 @@ from gradscope.weights.result import WeightsReport
 
 def report_schema() -> dict[str, Any]:
     """The schema of the JSON report of any command, draft 2020-12."""
-    reports: TypeAdapter[Any] = TypeAdapter(WeightsReport | FlowReport | ExplainReport)
+    reports: TypeAdapter[Any] = TypeAdapter(
+        WeightsReport | FlowReport | ExplainReport | VisualizeReport
+    )
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:gradscope:report:{SCHEMA_VERSION}",

@@ -1,0 +1,140 @@
+"""The image that a score likes best (Olah et al. 2017, distill.pub/2017/feature-visualization).
+
+Gradient ascent on a spectrum scaled by 1/f, in colours decorrelated as ImageNet's are, under a
+random view (shift, scale, turn) at every step, so that no detail survives that one shift destroys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
+
+from gradscope.attribution.guided import Rectifiers
+from gradscope.attribution.subject import Tick
+from gradscope.errors import UsageError
+
+#: The square root of ImageNet's colour covariance, as lucid has it (Apache-2.0).
+_COLOUR = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+#: Steps in which a start that no rectifier lets through is helped.
+_HELPED = 16
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Synthesis:
+    """An image [C, H, W] in 0..1 and the objective at each step, then at the end."""
+
+    image: Tensor
+    objective: tuple[float, ...]
+
+
+def synthesise(
+    score: Callable[[Tensor], Tensor],
+    size: tuple[int, int, int],
+    *,
+    steps: int = 256,
+    learning_rate: float = 0.05,
+    seed: int = 0,
+    turn: float = 20.0,
+    zoom: float = 0.35,
+    jitter: float = 0.2,
+    device: torch.device | str = "cpu",
+    progress: Tick = lambda _done, _total: None,
+) -> Synthesis:
+    """Maximise ``score`` of pixels [1, C, H, W] in 0..1, by Adam.
+
+    ``turn`` are degrees either way, ``zoom`` and ``jitter`` shares of the scale and of the side.
+    The same seed gives the same image. Raises UsageError where the score is not finite, and where
+    it stays blind to the image.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = initial_spectrum(size, generator).to(device).requires_grad_()
+    optimiser = torch.optim.Adam([spectrum], lr=learning_rate)
+    objective, blind = [], 0
+    for step in range(steps):
+        view = _view(generator, turn, zoom, jitter).to(device)
+        value, gradient = _gradient(score, spectrum, size, view, helped=step < _HELPED)
+        objective.append(_finite(value))
+        blind = blind + 1 if not bool((gradient != 0).any()) else 0
+        if blind >= _HELPED:
+            raise UsageError("the score does not answer to the image: its gradient is zero")
+        spectrum.grad = -gradient
+        optimiser.step()
+        progress(step + 1, steps)
+    with torch.no_grad():
+        image = pixels(spectrum, size)
+        objective.append(_finite(float(score(image[None])[0])))
+    return Synthesis(image.cpu(), tuple(objective))
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise UsageError(f"the score became {value}; look for NaN in the weights")
+    return value
+
+
+def _gradient(
+    score: Callable[[Tensor], Tensor],
+    spectrum: Tensor,
+    size: tuple[int, int, int],
+    view: Tensor,
+    helped: bool,
+) -> tuple[float, Tensor]:
+    with torch.enable_grad():
+        total = score(seen(pixels(spectrum, size)[None], view)).sum()
+    if not total.requires_grad:
+        return float(total), torch.zeros_like(spectrum)
+    (found,) = torch.autograd.grad(total, spectrum, retain_graph=helped, allow_unused=True)
+    if helped and (found is None or not bool((found != 0).any())):
+        # Every rectifier on the way is shut: let it through, as lucid does for the first steps.
+        with Rectifiers(lambda arriving: arriving, gated=False):
+            (found,) = torch.autograd.grad(total, spectrum, allow_unused=True)
+    return float(total.detach()), torch.zeros_like(spectrum) if found is None else found.detach()
+
+
+def frequencies(height: int, width: int) -> Tensor:
+    """Magnitudes of the frequencies of a real transform, in cycles a pixel [H, W // 2 + 1]."""
+    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
+    found: Tensor = (down**2 + across**2).sqrt()
+    return found
+
+
+def initial_spectrum(size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """Small Gaussian coefficients [C, H, W // 2 + 1, 2]."""
+    channels, height, width = size
+    return 0.01 * torch.randn((channels, height, width // 2 + 1, 2), generator=generator)
+
+
+def pixels(spectrum: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """The image [C, H, W] in 0..1 of a spectrum whose power falls with the square of frequency."""
+    channels, height, width = size
+    scale = 1 / frequencies(height, width).clamp(min=1 / max(height, width)).to(spectrum)
+    # Lucid's scale: its inverse transform is not orthonormal, and it divides by four.
+    waves = torch.view_as_complex((spectrum * scale[..., None]).contiguous())
+    image = torch.fft.irfft2(waves, s=(height, width), norm="ortho") / 4
+    if channels == 3:
+        colour = torch.tensor(_COLOUR).to(image)
+        image = torch.einsum("kc,chw->khw", colour / colour.norm(dim=0).max(), image)
+    found: Tensor = image.sigmoid()
+    return found
+
+
+def _view(generator: torch.Generator, turn: float, zoom: float, jitter: float) -> Tensor:
+    """A random affine map [1, 2, 3] from where the model looks to where it finds the image."""
+    drawn = 2 * torch.rand(4, generator=generator) - 1
+    angle, scale = math.radians(turn) * float(drawn[0]), 1 + zoom * float(drawn[1])
+    down, across = (2 * jitter * drawn[2:]).tolist()
+    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
+    return torch.tensor([[[cos, -sin, across], [sin, cos, down]]])
+
+
+def seen(images: Tensor, view: Tensor) -> Tensor:
+    """Images [1, C, H, W] under an affine map, bilinearly, borders reflected."""
+    grid = affine_grid(view.to(images), list(images.shape), align_corners=False)
+    return grid_sample(
+        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )

@@ -1,0 +1,213 @@
+"""``visualize``: the image that most activates a class, or a channel of a layer."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradscope import __version__
+from gradscope.attribution.drawing.overlay import save_png, write_whole
+from gradscope.attribution.explain import labels_of, loaded_model, preprocessing_of
+from gradscope.attribution.explain import output_folder as folder_for
+from gradscope.attribution.result import (
+    Environment,
+    Prediction,
+    VisualizeReport,
+    VisualizeResult,
+)
+from gradscope.attribution.subject import Tick
+from gradscope.attribution.synthesis import synthesise
+from gradscope.errors import InputError, UsageError
+from gradscope.models.labels import Labels, Ranked, of_model, parse_target
+from gradscope.models.layers import layout_of
+from gradscope.models.load import Loaded
+from gradscope.models.preprocessing import Preprocessing
+from gradscope.models.probe import held, run
+from gradscope.models.sizes import image_size
+from gradscope.report.gate import gate
+from gradscope.report.model import Coverage, Input, InputFailure
+
+Score = Callable[[Tensor], Tensor]
+
+
+def visualize(
+    model: object,
+    target: int | str | None = None,
+    *,
+    layer: str | None = None,
+    channel: int | None = None,
+    arch: str | None = None,
+    key: str | None = None,
+    trust: Sequence[str] = (),
+    preprocess: str | Preprocessing | None = None,
+    labels: str | Labels | None = None,
+    output: str | Path | None = None,
+    steps: int = 256,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Tick = lambda _done, _total: None,
+) -> VisualizeReport:
+    """Synthesise the image that most activates a class (``target``) or a layer's ``channel``.
+
+    The model and its preprocessing are those of ``explain``. With ``output`` the image is written
+    to that folder as PNG, the objective's trajectory as CSV. A model that cannot be read is an
+    entry of ``errors``; raises UsageError for everything else that is wrong with the request.
+    """
+    if (target is None) == (layer is None) or (layer is None) != (channel is None):
+        raise UsageError("name either a target class, or a layer and one of its channels")
+    if steps < 1:
+        raise UsageError("steps count from 1")
+    folder = None if output is None else folder_for(output)
+    try:
+        loaded = loaded_model(model, arch, key, trust, device)
+        pre = preprocessing_of(loaded, preprocess)
+        known = labels_of(loaded, labels)
+    except InputError as error:
+        failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
+        return _report(None, None, (failure,))
+    size = (pre.channels, *(pre.size or image_size(loaded.model, pre.channels)[1:]))
+    with held(loaded.model.module):
+        goal = _Goal(loaded, pre, size, target, layer, channel, known)
+        found = synthesise(goal.score, size, steps=steps, seed=seed, device=goal.device,
+                           progress=progress)  # fmt: skip
+        likeliest = goal.predictions(found.image)
+    name = _written(folder, goal, found.image, found.objective) if folder else None
+    result = VisualizeResult(
+        model=loaded.path,
+        sha256=loaded.sha256,
+        target=goal.target,
+        label=goal.label,
+        layer=layer,
+        channel=channel,
+        size=(size[1], size[2]),
+        steps=steps,
+        objective=found.objective,
+        predictions=likeliest,
+        image=name,
+        environment=Environment(
+            seed=seed, device=str(goal.device), dtype=goal.dtype,
+            versions={"gradscope": __version__, "torch": str(torch.__version__)},
+        ),
+        notes=loaded.notes,
+    )  # fmt: skip
+    return _report(loaded, result, ())
+
+
+class _Goal:
+    """What is maximised, of a held model."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        pre: Preprocessing,
+        size: tuple[int, ...],
+        target: int | str | None,
+        layer: str | None,
+        channel: int | None,
+        labels: Labels | None,
+    ) -> None:
+        parameter = next(loaded.model.module.parameters(), torch.zeros(()))
+        self.model, self.pre, self.layer, self.channel = loaded.model, pre, layer, channel
+        self.device, self.kind = parameter.device, parameter.dtype
+        blank = torch.full((1, *size), 0.5, device=self.device)
+        with torch.no_grad():
+            classes = run(self.model, self._inputs(blank)).logits.shape[1]
+        self.labels = labels or of_model(loaded.model.module, classes)
+        self.target = None if target is None else self._class(str(target), classes)
+        self.label = None if self.target is None else (self.labels or {}).get(self.target)
+        if layer is not None:
+            self._check_channel(blank)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.kind).removeprefix("torch.")
+
+    @property
+    def name(self) -> str:
+        return f"class-{self.target}" if self.layer is None else f"{self.layer}-{self.channel}"
+
+    def _inputs(self, pixels: Tensor) -> Tensor:
+        return self.pre.normalise(pixels).to(self.kind)
+
+    def _class(self, target: str, classes: int) -> int:
+        found = parse_target(target, self.labels, classes)
+        if isinstance(found, Ranked):
+            raise UsageError(f"--target {target}: there is no picture to rank by; name a class")
+        return found
+
+    def score(self, pixels: Tensor) -> Tensor:
+        """The class's logit, or the channel's mean, of pixels [1, C, H, W]."""
+        if self.layer is None:
+            return run(self.model, self._inputs(pixels)).logits[:, self.target].float()
+        return self._channels(pixels)[:, self.channel].float()
+
+    def _channels(self, pixels: Tensor) -> Tensor:
+        """The layer's channels [1, C], their mean over places."""
+        assert self.layer is not None
+        piece = run(self.model, self._inputs(pixels), [self.layer]).pieces[self.layer][0]
+        shape = (self.model.batch or 1, *pixels.shape[1:])
+        layout = layout_of(tuple(piece.shape), shape)
+        if layout is not None:
+            return layout.maps(piece)[:1].mean((2, 3))
+        return piece[:1].flatten(1, -2).mean(1) if piece.dim() > 2 else piece[:1]
+
+    def _check_channel(self, blank: Tensor) -> None:
+        count = self._channels(blank).shape[1]
+        if self.channel is None or not 0 <= self.channel < count:
+            raise UsageError(f"layer {self.layer!r} has channels 0 to {count - 1}")
+
+    def predictions(self, image: Tensor) -> tuple[Prediction, ...]:
+        with torch.no_grad():
+            seen = run(self.model, self._inputs(image[None].to(self.device)))
+        logits, probabilities = seen.logits[0], seen.probabilities[0]
+        return tuple(
+            Prediction(
+                index=index,
+                label=(self.labels or {}).get(index),
+                score=float(logits[index]),
+                probability=float(probabilities[index]),
+            )
+            for index in logits.topk(min(5, len(logits))).indices.tolist()
+        )
+
+
+def _written(folder: Path, goal: _Goal, image: Tensor, objective: Sequence[float]) -> str:
+    bytes_ = np.rint(image.numpy().transpose(1, 2, 0) * 255).astype(np.uint8)
+    path = folder / f"{goal.name.replace('/', '_')}.png"
+    title = goal.name if goal.label is None else f"{goal.name} {goal.label}"
+    colours = np.repeat(bytes_, 3, axis=2) if bytes_.shape[2] == 1 else bytes_
+    save_png(path, colours, {"Title": title, "Software": f"gradscope {__version__}"})
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("step", "objective"))
+    writer.writerows(enumerate(objective))
+    write_whole(path.with_suffix(".csv"), lambda stream: stream.write(table.getvalue().encode()))
+    return str(path)
+
+
+def _report(
+    loaded: Loaded | None, result: VisualizeResult | None, failures: tuple[InputFailure, ...]
+) -> VisualizeReport:
+    made = int(result is not None)
+    path = None if loaded is None else Path(loaded.path)
+    size = path.stat().st_size if path is not None and path.is_file() else 0
+    inputs: tuple[Any, ...] = ()
+    if loaded is not None:
+        inputs = (Input(path=loaded.path, format=loaded.format, bytes=size),)
+    coverage = Coverage(analyzed=made, total=1, unit="images", bytes=size)
+    return VisualizeReport(
+        command="visualize",
+        inputs=inputs,
+        coverage=coverage,
+        findings=(),
+        result=result,
+        gate=gate((), failures, coverage),
+        errors=failures,
+    )
