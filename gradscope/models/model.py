@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.immutable_collections import immutable_list
 
 from gradscope.errors import UsageError
 
@@ -102,13 +103,31 @@ def hooked(module: nn.Module, call: Callable[[Tensor], Any]) -> Forward:
 
 
 def _through(tap: Tap, output: Any) -> Any:
-    """A layer that gives several things is tapped at the first, as attention blocks mean it."""
+    """A layer that gives several things is tapped at the first, as attention blocks mean it.
+
+    A part of an exported program also hands on what later parts need of its inside; what it gives
+    itself comes last.
+    """
     if isinstance(output, Tensor):
         return tap(output)
-    if type(output) in (tuple, list) and output and isinstance(output[0], Tensor):
-        found = tap(output[0])
-        return None if found is None else type(output)([found, *output[1:]])
-    return None
+    if not isinstance(output, tuple | list):
+        return None
+    tensors = [i for i, part in enumerate(output) if isinstance(part, Tensor)]
+    inside = isinstance(output, immutable_list)
+    if not tensors or (tensors[0] != 0 and not inside):
+        return None
+    at = tensors[-1] if inside else 0
+    found = tap(output[at])
+    return None if found is None else _like(output, [*output[:at], found, *output[at + 1 :]])
+
+
+def _like(output: Any, parts: list[Any]) -> Any:
+    """Parts in the container that they were in; a named tuple has fields of its own."""
+    return (
+        output._replace(**dict(zip(output._fields, parts, strict=True)))
+        if hasattr(output, "_replace")
+        else type(output)(parts)
+    )
 
 
 def first_convolution(parameters: Iterable[Tensor]) -> Tensor | None:
