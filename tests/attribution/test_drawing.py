@@ -1,0 +1,177 @@
+"""Pictures of maps, against closed forms and Matplotlib's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from gradscope.attribution.drawing.colour import COLORMAPS, coloured
+from gradscope.attribution.drawing.overlay import (
+    bounds,
+    heatmap,
+    normalised,
+    overlay,
+    save_png,
+    top_mass,
+)
+from gradscope.attribution.drawing.preview import preview
+from gradscope.attribution.drawing.sheet import Panel, sheet
+from gradscope.errors import UsageError
+
+
+def lightness(table: Any) -> Any:
+    linear = np.where(
+        table / 255 <= 0.04045, table / 255 / 12.92, ((table / 255 + 0.055) / 1.055) ** 2.4
+    )
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("name", ["viridis", "inferno"])
+def test_sequential_tables_grow_lighter_at_every_step(name: str) -> None:
+    assert (np.diff(np.cbrt(lightness(COLORMAPS[name]().astype(float)))) > -1e-3).all()
+
+
+def test_the_diverging_table_is_grey_in_the_middle_and_blue_and_red_at_its_ends() -> None:
+    table = COLORMAPS["coolwarm"]().astype(int)
+
+    assert np.ptp(table[127:129], axis=1).max() <= 3
+    assert table[0][2] > table[0][0] + 80
+    assert table[-1][0] > table[-1][2] + 80
+
+
+@pytest.mark.parametrize("name", COLORMAPS)
+def test_tables_are_matplotlibs(name: str) -> None:
+    colormaps = pytest.importorskip("matplotlib").colormaps
+
+    wanted = colormaps[name](np.arange(256))[:, :3] * 255
+
+    assert np.abs(wanted - COLORMAPS[name]()).max() <= 0.51
+
+
+def test_an_unknown_table_names_those_there_are() -> None:
+    with pytest.raises(UsageError, match="viridis"):
+        coloured(np.zeros((2, 2)), "rainbow")
+
+
+def test_display_keeps_zero_for_signed_maps_and_cuts_below_it_for_others() -> None:
+    values = np.array([[-4.0, 0.0], [1.0, 2.0]])
+
+    np.testing.assert_allclose(normalised(values, "signed", clip=1), values / 4)
+    np.testing.assert_allclose(normalised(values, "positive", clip=1), [[0, 0], [0.5, 1]])
+    assert bounds(values, "positive", clip=1) == (0, 2)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
+@pytest.mark.parametrize("sign", ["positive", "signed"])
+def test_a_map_with_nothing_to_show_is_drawn_as_nothing(value: float, sign: str) -> None:
+    values = np.full((4, 4), value)
+    shown = normalised(values, sign)
+
+    if value == 0:
+        assert (shown == 0).all()
+    picture = np.full((4, 4, 3), 100, np.uint8)
+    assert heatmap(values, sign).shape == (4, 4, 3)
+    drawn = overlay(picture, values, sign, contour=None)
+    if value != -1 or sign == "positive":
+        assert (drawn == (45 if np.isnan(value) else 100)).all()
+
+
+def test_tiny_maps_are_drawn_like_large_ones() -> None:
+    values = np.random.default_rng(0).random((6, 6))
+
+    assert (heatmap(values, "positive") == heatmap(values * 1e-30, "positive")).all()
+
+
+mass = hnp.arrays(np.float64, (3, 4), elements=st.integers(0, 5).map(float))
+
+
+@given(mass, st.floats(0.05, 1))
+def test_the_top_mass_is_the_smallest_set_of_the_greatest_values(values: Any, share: float) -> None:
+    found = top_mass(values, share)
+
+    if values.sum() == 0:
+        assert not found.any()
+        return
+    assert values[found].sum() >= share * values.sum() * (1 - 1e-12)
+    least = values[found].min()
+    assert (found == (values >= least)).all()
+    assert values[values > least].sum() < share * values.sum() or least == 0
+
+
+def test_a_picture_without_heat_stays_as_it_is_and_full_heat_hides_it() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    values = np.zeros((5, 6))
+    values[2, 3] = 1.0
+
+    drawn = overlay(picture, values, "positive", "viridis", opacity=1.0, contour=None)
+
+    assert (drawn[2, 3] == COLORMAPS["viridis"]()[255]).all()
+    drawn[2, 3] = picture[2, 3]
+    assert (drawn == picture).all()
+
+
+def test_a_line_goes_around_half_of_the_mass() -> None:
+    values = np.zeros((20, 20))
+    values[5:10, 5:10] = 1.0
+    picture = np.full((20, 20, 3), 90, np.uint8)
+
+    drawn = overlay(picture, values, "positive", contour=0.5)
+
+    assert (drawn[5, 5:10] == 255).all()
+    assert (drawn[4, 5:10] == 20).all()
+    assert (drawn[0] == 90).all()
+
+
+def test_a_png_says_what_it_is_and_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+
+    save_png(tmp_path / "a.png", image, {"Title": "Köter → 5"})
+
+    with Image.open(tmp_path / "a.png") as read:
+        assert (np.asarray(read) == image).all()
+        assert read.info["Title"] == "Köter → 5"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    with pytest.raises(UsageError, match="cannot be written"):
+        save_png(tmp_path / "no" / "a.png", image, {})
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_sheet_has_room_for_every_panel(count: int) -> None:
+    image = np.full((40, 60, 3), 200, np.uint8)
+    panels = [Panel("título " * 20, "", image, ("coolwarm", -1.0, 1.0)) for _ in range(count)]
+
+    page = sheet(panels, "caption")
+
+    rows = -(-count // 4)
+    assert page.shape[1] == 16 + min(count, 4) * (320 + 16)
+    assert rows * 213 < page.shape[0] < rows * 330 + 60
+    assert (page == 200).all(2).sum() > count * 60_000
+
+
+def test_a_preview_is_two_pixels_a_cell_or_shades_of_light() -> None:
+    image = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+
+    blocks = preview(image, 2, colour=True, unicode=True)
+    shades = preview(np.stack([np.zeros((2, 2)), np.full((2, 2), 255)] * 2)[..., None].repeat(3, -1)
+                     .reshape(4, 4, 3).astype(np.uint8), 4, colour=False, unicode=True)  # fmt: skip
+
+    assert blocks.plain == "▀▀"
+    assert [str(span.style) for span in blocks.spans] == [
+        "#ff0000 on #0000ff",
+        "#00ff00 on #ffffff",
+    ]
+    assert set(shades.plain) <= set(" .:-=+*#%@\n")
+
+
+def test_a_picture_of_one_pixel_can_be_drawn() -> None:
+    one = np.full((1, 1, 3), 7, np.uint8)
+
+    assert overlay(one, np.ones((1, 1)), "positive").shape == (1, 1, 3)
+    assert preview(one, 1, colour=True, unicode=True).plain == "▀"

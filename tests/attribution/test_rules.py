@@ -1,0 +1,157 @@
+"""When explanations are findings, and when they are not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from gradscope.attribution.result import (
+    Control,
+    Diagnostics,
+    Environment,
+    ExplainResult,
+    Explanation,
+    Files,
+    MapFacts,
+    ModelFacts,
+    Preprocessed,
+    Randomised,
+    Target,
+)
+from gradscope.report.model import Finding, NotEvaluated
+from gradscope.report.rules import evaluate, load_rules
+
+GOOD: dict[str, Any] = {
+    "insertion_auc": 0.8,
+    "deletion_auc": 0.1,
+    "random_control": Control(
+        insertion_auc=0.5, deletion_auc=0.4, insertion_spread=0.05, deletion_spread=0.05, rankings=5
+    ),
+    "randomisation": tuple(
+        Randomised(layer=str(i), correlation=0.1, magnitude_correlation=0.8 - 0.2 * i)
+        for i in range(4)
+    ),
+    "completeness_delta": 0.01,
+    "relative_delta": 0.001,
+}
+
+
+def result(
+    *,
+    diagnostics: dict[str, Any] | None = None,
+    values: tuple[float, float] = (0.0, 1.0),
+    probability: float = 0.9,
+    sign: Any = "positive",
+    assumed: bool = False,
+    layer: str | None = "layer4",
+) -> ExplainResult:
+    explanation = Explanation(
+        image="cat.png",
+        image_sha256="0",
+        method="gradcam",
+        target=Target(index=281, label="tabby", score=3.0, probability=probability),
+        layer=layer,
+        layer_reason=None,
+        options={},
+        sign=sign,
+        map=MapFacts(
+            shape=(4, 4), min=values[0], max=values[1], sum=sum(values), concentration=0.3
+        ),
+        files=Files(),
+        diagnostics=Diagnostics(**(GOOD if diagnostics is None else diagnostics)),
+    )
+    return ExplainResult(
+        explanations=(explanation,),
+        images=(),
+        model=ModelFacts(
+            path="m.pt", sha256="0", format="export", architecture=None, parameters=1, classes=10,
+            ends_in_softmax=False,
+        ),
+        preprocessing=Preprocessed(
+            size=(4, 4), mean=(0.5,), std=(0.5,), steps=("a",), source="x", assumed=assumed
+        ),
+        environment=Environment(seed=0, device="cpu", dtype="float32", versions={}),
+        evaluated=True,
+    )  # fmt: skip
+
+
+def found(made: ExplainResult) -> dict[str, str]:
+    rules = [r for r in load_rules().values() if r.code[0] == "E"]
+    seen = evaluate(rules, made, frozenset({"maps", "completeness", "evaluation"}))
+    return {f.name: str(f.severity) for f in seen if isinstance(f, Finding)}
+
+
+def test_a_good_map_of_a_sure_model_raises_nothing() -> None:
+    assert found(result()) == {}
+
+
+@pytest.mark.parametrize(
+    ("share", "severity"), [(0.04, None), (0.06, "medium"), (0.3, "high"), (math.nan, "high")]
+)
+def test_an_attribution_that_does_not_add_up_is_incomplete(
+    share: float, severity: str | None
+) -> None:
+    seen = found(result(diagnostics=GOOD | {"relative_delta": share}))
+
+    assert seen.get("incomplete-attribution") == severity
+
+
+@pytest.mark.parametrize(
+    ("values", "severity"),
+    [
+        ((math.nan, math.nan), "critical"),
+        ((0.0, math.inf), "critical"),
+        ((0.0, 0.0), "medium"),
+        ((2.0, 2.0), "medium"),
+        ((-3.0, -1.0), "medium"),
+        ((-3.0, 1.0), None),
+    ],
+)
+def test_a_map_that_says_nothing_is_degenerate(
+    values: tuple[float, float], severity: str | None
+) -> None:
+    assert found(result(values=values)).get("degenerate-map") == severity
+
+
+def test_a_signed_map_may_be_negative_everywhere() -> None:
+    assert "degenerate-map" not in found(result(values=(-3.0, -1.0), sign="signed"))
+
+
+@pytest.mark.parametrize(
+    ("insertion", "deletion", "severity"),
+    [(0.6, 0.5, None), (0.45, 0.3, None), (0.45, 0.42, "medium"), (0.3, 0.6, "high")],
+)
+def test_a_map_no_better_than_at_random_places_is_unfaithful(
+    insertion: float, deletion: float, severity: str | None
+) -> None:
+    made = result(diagnostics=GOOD | {"insertion_auc": insertion, "deletion_auc": deletion})
+
+    assert found(made).get("unfaithful") == severity
+
+
+def test_a_map_that_outlives_its_parameters_fails_the_sanity_check() -> None:
+    alike = tuple(
+        Randomised(layer=str(i), correlation=0.9, magnitude_correlation=0.7) for i in range(4)
+    )
+
+    assert found(result(diagnostics=GOOD | {"randomisation": alike})) == {
+        "sanity-check-failed": "medium"
+    }
+
+
+def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
+    assert found(result(probability=0.01, assumed=True)) == {
+        "low-confidence": "low",
+        "assumed-preprocessing": "low",
+    }
+
+
+def test_what_was_not_measured_is_not_evaluated_rather_than_passed() -> None:
+    rules = [r for r in load_rules().values() if r.code[0] == "E"]
+
+    seen = list(evaluate(rules, result(diagnostics={}), frozenset({"maps"})))
+
+    unasked = {n.rule for n in seen if isinstance(n, NotEvaluated)}
+    assert unasked == {"incomplete-attribution", "unfaithful", "sanity-check-failed"}
