@@ -160,7 +160,8 @@ def test_sensitivity_is_captums() -> None:
     def gradient(inputs: Tensor) -> Tensor:
         leaf = inputs.detach().clone().requires_grad_()
         # The square makes the gradient depend on the input.
-        return torch.autograd.grad((net(leaf)[:, 1] ** 2).sum(), leaf)[0]
+        with torch.enable_grad():
+            return torch.autograd.grad((net(leaf)[:, 1] ** 2).sum(), leaf)[0]
 
     generator = torch.Generator().manual_seed(0 + 2)
     noise = [2 * torch.rand(x.shape, generator=generator) - 1 for _ in range(6)]
