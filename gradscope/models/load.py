@@ -342,5 +342,7 @@ def _classes_hint(
 def _prefix(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
     """What wrappers (DataParallel, compile, Lightning, …) put before every name."""
     first = next(iter(expected), "")
-    candidates = ["", *(s[: -len(first)] for s in stored if s.endswith("." + first))]
+    found = {s[: -len(first)] for s in stored if s.endswith("." + first)}
+    # A wrapper holds most of the file; else a part of another model is taken for the whole.
+    candidates = ["", *(p for p in found if 2 * sum(s.startswith(p) for s in stored) > len(stored))]
     return max(candidates, key=lambda p: (sum(p + n in stored for n in expected), -len(p)))

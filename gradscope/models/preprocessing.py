@@ -45,14 +45,12 @@ class Geometry:
 
     def box(self) -> tuple[int, int, int, int]:
         """Top, left, bottom and right of what the model sees, in the picture's pixels."""
-        edges = []
-        for size, seen, scale, offset in zip(
-            self.picture, self.inputs, self.scale, self.offset, strict=True
-        ):
-            first, last = round(offset), round(offset + seen / scale)
-            edges.append((max(0, first), min(size, last)))
-        (top, bottom), (left, right) = edges
+        (top, bottom), (left, right) = (self._seen(axis) for axis in (0, 1))
         return top, left, bottom, right
+
+    def _seen(self, axis: int) -> tuple[int, int]:
+        places = np.flatnonzero(self._places(axis)[1])
+        return (int(places[0]), int(places[-1]) + 1) if places.size else (0, 0)
 
     def to_picture(self, values: Floats, fill: float = math.nan) -> Floats:
         """A map [h, w] of the inputs as [H, W] of the picture, bilinearly; ``fill`` unseen."""

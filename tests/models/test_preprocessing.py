@@ -1,0 +1,221 @@
+"""Inputs as torchvision makes them, to the bit, and maps that find back to the picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from gradscope.errors import InputError, UsageError
+from gradscope.models.images import Picture
+from gradscope.models.preprocessing import (
+    IMAGENET,
+    Preprocessing,
+    beside,
+    fitted,
+    of_module,
+    of_torchvision,
+    parse,
+)
+
+
+def picture(height: int, width: int) -> Picture:
+    pixels = np.random.default_rng(height * width).integers(0, 255, (height, width, 3), np.uint8)
+    return Picture("a.png", "PNG", "RGB", 1, "0", pixels)
+
+
+def by_torchvision(given: Picture, resize: int, crop: int) -> np.ndarray:
+    """``ImageClassification``, written down from its documentation."""
+    image = Image.fromarray(given.pixels)
+    width, height = image.size
+    short, long = min(image.size), max(image.size)
+    other = int(resize * long / short)
+    size = (other, resize) if width > height else (resize, other)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    if min(image.size) < crop:
+        left, top = ((max(0, crop - s)) // 2 for s in image.size)
+        canvas = Image.new("RGB", tuple(max(crop, s) for s in image.size))
+        canvas.paste(image, (left, top))
+        image = canvas
+    left, top = (round((s - crop) / 2.0) for s in image.size)
+    pixels = np.asarray(image.crop((left, top, left + crop, top + crop)), np.float32) / 255
+    mean, std = (np.array(v, np.float32) for v in (IMAGENET.mean, IMAGENET.std))
+    return ((pixels - mean) / std).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(300, 451), (451, 300), (256, 256), (100, 999), (17, 23)])
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (40, 64)])
+def test_inputs_are_torchvisions(size: tuple[int, int], resize: int, crop: int) -> None:
+    given = picture(*size)
+    steps = Preprocessing(resize, (crop, crop), IMAGENET.mean, IMAGENET.std)
+
+    found = steps(given).inputs
+
+    wanted = by_torchvision(given, resize, crop)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+@given(st.integers(8, 60), st.integers(8, 60), st.sampled_from([16, (12, 20), None]))
+def test_a_maps_pixel_lies_in_the_picture_where_the_input_took_it(
+    height: int, width: int, resize: Any
+) -> None:
+    """A ramp through resize, crop and back is the ramp."""
+    down, across = np.mgrid[0:height, 0:width] / 60
+    pixels = np.stack([down, across, down], 2).astype(np.float32)
+    given = Picture("a", "PNG", "F", 1, "0", pixels)
+    crop = None if resize is None else (10, 10)
+
+    made = Preprocessing(resize, crop, (0.0,) * 3, (1.0,) * 3)(given)
+    back = [made.geometry.to_picture(c.numpy().astype(np.float64)) for c in made.inputs[:2]]
+
+    top, left, bottom, right = made.geometry.box()
+    seen = ~np.isnan(back[0])
+    assert seen.any()
+    assert not seen[:top].any()
+    assert not seen[:, right:].any()
+    # Away from borders, where filters see less, each pixel finds its own place.
+    inner = np.zeros_like(seen)
+    inner[top + 6 : bottom - 6, left + 6 : right - 6] = True
+    inner[:6] = inner[-6:] = inner[:, :6] = inner[:, -6:] = False
+    for wanted, found in zip((down, across), back, strict=True):
+        assert np.abs(np.where(inner & seen, found - wanted, 0)).max() < 0.6 / 60
+
+
+def test_units_go_there_and_back() -> None:
+    pixels = torch.rand(3, 4, 4)
+
+    torch.testing.assert_close(IMAGENET.denormalise(IMAGENET.normalise(pixels)), pixels)
+
+
+def test_a_grey_model_takes_one_channel() -> None:
+    steps = replace(fitted(replace(IMAGENET, assumed=True), (8, 8), 1), resize=(8, 8))
+    given = picture(16, 16)
+
+    made = steps(given).inputs
+
+    assert made.shape == (1, 8, 8)
+    grey = Image.fromarray(given.pixels).convert("L").resize((8, 8), Image.Resampling.BILINEAR)
+    wanted = (np.asarray(grey) / 255 - sum(IMAGENET.mean) / 3) / (sum(IMAGENET.std) / 3)
+    np.testing.assert_allclose(made[0], wanted, atol=1e-5)
+
+
+def test_deep_pictures_keep_what_bytes_would_lose() -> None:
+    pixels = np.full((8, 8, 3), 0.1234567, np.float32)
+
+    made = fitted(replace(IMAGENET, assumed=True), (8, 8), 3)(
+        Picture("a", "TIFF", "I;16", 1, "0", pixels)
+    ).inputs
+
+    wanted = (0.1234567 - IMAGENET.mean[0]) / IMAGENET.std[0]
+    assert float(made[0, 2, 2]) == pytest.approx(wanted, rel=1e-6)
+
+
+# --- where it is written down ---------------------------------------------------------------------
+
+
+def test_key_value_pairs_are_hugging_faces() -> None:
+    found = parse("image_mean=0.5/0.5/0.4,image_std=[0.5,0.6,0.7],size=64x48,resample=bicubic")
+
+    assert found.mean == (0.5, 0.5, 0.4)
+    assert found.std == (0.5, 0.6, 0.7)
+    assert found.resize == (64, 48)
+    assert found.interpolation == "bicubic"
+    assert found.crop is None
+    plain = parse("do_normalize=false,size=32,crop_size=28,do_rescale=false")
+    assert (plain.mean, plain.std, plain.rescale) == ((0, 0, 0), (1, 1, 1), 1.0)
+    assert (plain.resize, plain.crop) == (32, (28, 28))
+
+
+def test_a_processors_file_is_read(tmp_path: Path) -> None:
+    keys = {
+        "do_resize": True, "size": {"shortest_edge": 256}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 200}, "do_rescale": True, "rescale_factor": 1 / 127.5,
+        "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "image_processor_type": "ViTImageProcessor",
+    }  # fmt: skip
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(keys))
+
+    for found in (parse(str(path)), beside(str(tmp_path / "model.safetensors"))):
+        assert found is not None
+        assert (found.resize, found.crop, found.interpolation) == (256, (224, 200), "bicubic")
+        assert found.rescale == pytest.approx(1 / 127.5)
+        assert found.source == str(path)
+
+
+def test_timm_says_it_in_its_configuration(tmp_path: Path) -> None:
+    config = {
+        "input_size": [3, 288, 288], "crop_pct": 0.95, "interpolation": "bicubic",
+        "mean": [0.5] * 3, "std": [0.25] * 3,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
+
+    for found in (
+        beside(str(tmp_path / "m.pt")),
+        of_module(SimpleNamespace(pretrained_cfg=config)),
+    ):
+        assert found is not None
+        assert (found.resize, found.crop, found.std) == (303, (288, 288), (0.25,) * 3)
+    assert of_module(torch.nn.Linear(1, 1)) is None
+
+
+def test_torchvision_says_it_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = SimpleNamespace(
+        mean=[0.1] * 3, std=[0.2] * 3, resize_size=[232], crop_size=[224],
+        interpolation=SimpleNamespace(value="bilinear"),
+    )  # fmt: skip
+    fake = ModuleType("torchvision.models")
+    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: steps))
+    fake.get_model_weights = lambda _name: weights  # type: ignore[attr-defined]
+    monkeypatch.setitem(__import__("sys").modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(__import__("sys").modules, "torchvision.models", fake)
+
+    found = of_torchvision("resnet50")
+
+    assert found is not None
+    assert (found.resize, found.crop, found.mean) == (232, (224, 224), (0.1,) * 3)
+    monkeypatch.setitem(__import__("sys").modules, "torchvision.models", None)
+    assert of_torchvision("resnet50") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image_meen=0.5", "no key 'image_meen'"),
+        ("image_mean=0.5/0.5", "image_mean has 2 numbers"),
+        ("image_std=0/1/1", "above zero"),
+        ("image_std=a/b/c", "finite number"),
+        ("size=0", "no|none between"),
+        ("size=-3", "none between"),
+        ("resample=cubicle", "no filter is called"),
+        ("image_mean=0.5/0.5/0.5,size", "no key=value"),
+    ],
+)
+def test_a_wrong_request_names_its_key(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "no JSON"), ("[]", "no JSON object"), ("{}", "none of the keys"),
+     ('{"image_mean": [1], "image_std": "x"}', "image_std"),
+     ('{"size": {"w": 3}}', "shortest_edge")],
+)  # fmt: skip
+def test_a_wrong_file_is_malformed(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(content)
+
+    with pytest.raises(InputError, match=said):
+        parse(str(path))
+    with pytest.raises(InputError, match="no such file"):
+        parse(str(tmp_path / "none.json"))
