@@ -150,7 +150,7 @@ def test_a_wrong_architecture_says_what_is_wrong(folder: Path, call: str, said: 
     [
         (None, "holds 9 tensors and no code"),
         ("nothing.here:model", "there is no module nothing"),
-        ("torch.nn:Linear(2, 2)", "2 missing from the file: weight, bias; 9 not in"),
+        ("torch.nn:GRUCell(2, 2)", "4 missing from the file: weight_ih.*; 9 not in the arch"),
         ("nofile.py:model", "no file nofile.py"),
         ("justaname", "package.module:factory"),
     ],
@@ -198,7 +198,7 @@ def test_a_pickled_module_is_refused_until_it_is_trusted(folder: Path, name: str
 def test_nothing_of_a_refused_pickle_is_run(tmp_path: Path) -> None:
     torch.save({"model": _Bomb(tmp_path / "ran")}, tmp_path / "m.pt")
 
-    with pytest.raises(InputError, match="runs whatever code the file names.*getattr"):
+    with pytest.raises(InputError, match=r"runs whatever code the file names.*getattr"):
         load_model(str(tmp_path / "m.pt"), arch="torch.nn:Flatten")
     assert not (tmp_path / "ran").exists()
 
