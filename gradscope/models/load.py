@@ -21,6 +21,7 @@ from gradscope.errors import InputError, UsageError
 from gradscope.models.architecture import build, importable
 from gradscope.models.archives import check_export
 from gradscope.models.model import Model, as_model
+from gradscope.statistics.device import resolve
 
 #: ``--trust``: formats that may run code of their own while they are loaded.
 Trust = frozenset[str]
@@ -46,7 +47,7 @@ def load_model(
     arch: str | None = None,
     key: str | None = None,
     trust: Trust = frozenset(),
-    device: torch.device | str = "cpu",
+    device: str = "cpu",
 ) -> Loaded:
     """The model in a file, in evaluation mode, on a device.
 
@@ -58,9 +59,10 @@ def load_model(
     Raises InputError for a file that is missing, damaged, unsafe, or does not fit the
     architecture, and UsageError for a wrong ``arch``.
     """
+    place = resolve(device)
     kind, made, notes = _made(path, arch, key, trust)
     model = as_model(made)
-    _moved(model, torch.device(device), kind)
+    _moved(model, place, kind)
     return Loaded(
         model, path, kind, _digest(path), arch if kind == "state-dict" else None,
         (*notes, *model.notes),

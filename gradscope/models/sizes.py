@@ -9,7 +9,7 @@ from gradscope.models.model import Model
 from gradscope.models.probe import held, run
 
 #: ImageNet's first: a CNN that pools takes almost any size, and was most likely trained on this.
-_TRIED = (224, 32, 28, 64, 96, 128, 256, 299, 336, 384, 448, 512)
+_TRIED = (224, 32, 28, 64, 96, 128, 256, 299, 336, 384, 448, 512, 48, 16, 8)
 
 
 def image_size(model: Model, channels: int | None = None) -> tuple[int, int, int]:

@@ -1,0 +1,304 @@
+"""``explain`` from Python: reports, files, targets, geometry, real photographs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import mobilenet_v2
+from forms import model
+from PIL import Image
+from torch import nn
+
+import gradscope
+from gradscope.attribution.methods import methods
+from gradscope.errors import UsageError
+from gradscope.models.images import open_image
+from gradscope.models.preprocessing import IMAGENET, Preprocessing
+from gradscope.report.model import as_json
+
+SQUASHED = replace(IMAGENET, resize=(224, 224))
+FETCHED = Path(__file__).parents[2] / "fixtures" / "fetched"
+PICTURES = FETCHED / "pictures"
+PREPROCESS = "image_mean=0.5/0.5/0.5,image_std=0.25/0.25/0.25,size=16x16"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 47, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def explained(photo: Path, **options: Any) -> Any:
+    return gradscope.explain(model("rectifiers"), photo, preprocess=PREPROCESS, **options)
+
+
+def test_a_report_holds_the_map_its_target_and_what_it_takes_to_repeat_it(photo: Path) -> None:
+    report = explained(photo, method=["gradcam", "saliency"], target=2, seed=5)
+
+    assert report.gate.exit_code == 0
+    result = report.result
+    cam, gradient = result.explanations
+    net = model("rectifiers")
+    pixels = Image.open(photo).resize((16, 16), Image.Resampling.BILINEAR)
+    x = (torch.from_numpy(np.asarray(pixels, np.float32)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.25
+    logits = net(x)[0].detach()
+    assert cam.target.index == 2
+    assert cam.target.score == pytest.approx(float(logits[2]), abs=1e-5)
+    assert cam.target.probability == pytest.approx(float(logits.softmax(0)[2]), abs=1e-5)
+    wanted = gradscope.attribute(net, x, "gradcam", target=2)
+    assert cam.layer == wanted.layer == "last"
+    assert "the last layer with maps" in cam.layer_reason
+    assert cam.map.max == pytest.approx(float(wanted.upsampled.max()), rel=1e-4)
+    assert (cam.map.shape, gradient.layer) == ((16, 16), None)
+    assert [p.index for p in result.images[0].predictions] == logits.argsort(
+        descending=True
+    ).tolist()
+    assert result.environment.seed == 5
+    assert set(result.environment.versions) == {"gradscope", "torch", "numpy"}
+    assert len(result.model.sha256) == len(result.images[0].sha256) == 64
+    assert result.preprocessing.size == (16, 16)
+
+
+def test_files_hold_the_raw_signed_values_in_input_geometry(photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = explained(
+        photo, method=["gradcam", "input-x-gradient", "gradcam++"], output=out, target=1
+    )
+
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "photo.1.sheet.png",
+        *(f"photo.{m}.1.{end}" for m in ("gradcam", "input-x-gradient", "gradcampp")
+          for end in ("heatmap.png", "overlay.png", "npz")),
+    }  # fmt: skip
+    for e in report.result.explanations:
+        with np.load(e.files.array) as arrays:
+            assert arrays["map"].shape == (16, 16)
+            assert float(arrays["map"].min()) == pytest.approx(e.map.min)
+            if e.method == "input-x-gradient":
+                np.testing.assert_allclose(arrays["attribution"].sum(0), arrays["map"], atol=1e-5)
+                assert arrays["attribution"].shape == (3, 16, 16)
+            else:
+                assert arrays.files == ["map"]
+        with Image.open(e.files.overlay) as overlay:
+            assert overlay.size == (47, 30)
+            assert json.loads(overlay.info["Comment"])["image"] == str(photo)
+
+
+def test_top_targets_and_contrasts(photo: Path) -> None:
+    ranked = explained(photo, target="top3").result
+    order = [p.index for p in ranked.images[0].predictions]
+    assert [e.target.index for e in ranked.explanations] == order[:3]
+    first = explained(photo, target="top1", versus="top1").result.explanations[0].target
+    assert (first.index, first.versus) == (order[0], order[1])
+    named = explained(photo, target="b", versus="c", labels={0: "a", 1: "b", 2: "c"}).result
+    target = named.explanations[0].target
+    assert (target.index, target.label, target.versus, target.versus_label) == (1, "b", 2, "c")
+
+
+def test_the_same_request_gives_the_same_report(photo: Path) -> None:
+    twice = [
+        as_json(explained(photo, method=["smoothgrad", "rise"], masks=20, evaluated=True, seed=3))
+        for _ in range(2)
+    ]
+
+    assert twice[0] == twice[1]
+    other = as_json(explained(photo, method=["smoothgrad", "rise"], masks=20, seed=4))
+    first, second = (r["result"]["explanations"][0]["map"] for r in (twice[0], other))
+    assert first != second
+
+
+def test_damaged_pictures_are_reported_and_the_rest_is_done(photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+
+    report = explained(tmp_path, method="saliency")
+
+    assert report.gate.exit_code == 3
+    assert [Path(e.input).name for e in report.errors] == ["bad.jpg"]
+    assert [Path(i.path).name for i in report.result.images] == ["photo.png"]
+    assert (report.coverage.analyzed, report.coverage.total) == (1, 2)
+    none = explained(tmp_path / "bad.jpg")
+    assert none.gate.exit_code == 3
+
+
+def test_evaluation_fills_every_diagnostic(photo: Path) -> None:
+    report = explained(photo, method=["gradcam", "guided-backprop"], evaluated=True)
+
+    for e in report.result.explanations:
+        known = e.diagnostics
+        assert 0 <= known.insertion_auc <= 1
+        assert 0 <= known.deletion_auc <= 1
+        assert known.random_control.rankings == 5
+        assert known.sensitivity > 0
+        assert known.randomisation[-1].layer == "stem"
+        (other,) = set(known.agreement)
+        assert other != e.method
+    assert report.coverage.not_evaluated[0].rule == "incomplete-attribution"
+
+
+def test_several_methods_share_the_pass_that_reads_the_layer(photo: Path) -> None:
+    net = model("rectifiers")
+    calls = []
+    net.register_forward_hook(lambda _m, _i, _o: calls.append(1))
+    cams = ["gradcam", "gradcam++", "xgradcam", "hirescam", "layercam", "eigencam"]
+
+    gradscope.explain(net, photo, cams, preprocess=PREPROCESS, layer="last")
+
+    assert len(calls) == 1
+
+
+def test_options_go_to_the_methods_that_have_them(photo: Path) -> None:
+    first, second = explained(
+        photo, method=["gradcam", "integrated-gradients"], steps=4
+    ).result.explanations
+
+    assert first.options == {"relu": False}
+    assert second.options["steps"] == 4
+    assert second.diagnostics.relative_delta is not None
+    with pytest.raises(UsageError, match="no option 'stepps'"):
+        explained(photo, method=["gradcam", "saliency"], stepps=4)
+
+
+def test_a_picture_can_be_the_reference(photo: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), (255, 255, 255)).save(tmp_path / "white.png")
+
+    given, named = (
+        explained(photo, method="integrated-gradients", reference=r, target=0).result
+        for r in (str(tmp_path / "white.png"), "white")
+    )
+
+    assert given.explanations[0].map.sum == pytest.approx(named.explanations[0].map.sum, rel=1e-4)
+    assert given.explanations[0].options["reference"] == "an image"
+    with pytest.raises(UsageError, match="neither one of black"):
+        explained(photo, method="integrated-gradients", reference="grey")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layer": "nothing"}, "no layer 'nothing'"),
+        ({"layer": "head"}, r"gives \[1, 4\], which has no places"),
+        ({"target": 9}, "classes go from 0 to 3"),
+        ({"target": "cat"}, "classes have no names"),
+        ({"method": "attention-rollout"}, "attention-rollout: the model has no self-attention"),
+        ({"colormap": "rainbow"}, "no colormap"),
+        ({"fail_on": "bad"}, "fail_on"),
+        ({"method": []}, "no method is named"),
+    ],
+)
+def test_a_wrong_request_is_refused(photo: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        explained(photo, **options)
+
+
+def test_a_size_that_the_model_refuses_is_a_usage_error_in_its_words(photo: Path) -> None:
+    with pytest.raises(UsageError, match=r"refuses inputs \[1, 3, 20, 20\]"):
+        gradscope.explain(model("rectifiers"), photo, preprocess="size=20x20")
+
+
+def test_a_model_that_gives_no_scores_is_no_image_model(photo: Path) -> None:
+    with pytest.raises(UsageError, match="is it an image classifier"):
+        gradscope.explain(nn.Conv2d(3, 4, 3), photo)
+
+
+def test_a_grey_model_of_one_logit_is_explained(photo: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 1)
+    ).eval()
+
+    result = gradscope.explain(net, photo, target=0).result
+
+    assert result.preprocessing.size == (28, 28)
+    assert result.preprocessing.assumed
+    assert result.model.classes == 2
+    assert result.explanations[0].target.index == 0
+
+
+def test_probabilities_instead_of_logits_are_told(photo: Path) -> None:
+    net = nn.Sequential(model("rectifiers"), nn.Softmax(1))
+
+    result = gradscope.explain(net, photo, "saliency", preprocess=PREPROCESS).result
+
+    assert result.model.ends_in_softmax
+    assert any("probabilities" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_runs_on_a_transformer_or_says_why_not(name: str) -> None:
+    image = torch.randn(1, 3, 32, 32)
+    few = {"rise": {"masks": 4}, "smoothgrad": {"samples": 2}, "integrated-gradients": {"steps": 2}}
+
+    found = gradscope.attribute(model("vit"), image, name, target=1, **few.get(name, {}))
+
+    assert torch.isfinite(found.values).all()
+    assert found.upsampled.shape == (1, 32, 32)
+
+
+# --- real photographs -----------------------------------------------------------------------------
+
+needs = pytest.mark.skipif(
+    not (PICTURES / "quokka.jpg").is_file() or not (FETCHED / "mobilenet_v2.pth").is_file(),
+    reason="make fixtures downloads them",
+)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    made = mobilenet_v2()
+    made.load_state_dict(torch.load(FETCHED / "mobilenet_v2.pth"))
+    return made.eval()
+
+
+@needs
+@pytest.mark.fetched
+def test_mobilenet_knows_its_photographs(net: nn.Module) -> None:
+    paths = [PICTURES / name for name in ("chelsea.png", "coffee.png", "camera.png", "quokka.jpg")]
+
+    result = gradscope.explain(net, paths, "gradcam", preprocess="imagenet").result
+
+    best = [(i.predictions[0].label, round(i.predictions[0].probability, 2)) for i in result.images]
+    assert best == [("Egyptian cat", 0.72), ("espresso", 0.99), ("tripod", 0.98), ("wombat", 0.62)]
+    chelsea = {p.index: p.probability for p in result.images[0].predictions}
+    for index, probability in ((285, 0.717), (282, 0.147), (281, 0.130), (287, 0.005)):
+        assert chelsea[index] == pytest.approx(probability, abs=1e-3)
+    assert {e.layer for e in result.explanations} == {"features.18"}
+
+
+@needs
+@pytest.mark.fetched
+@pytest.mark.parametrize(
+    ("name", "target", "box", "steps", "share"),
+    [
+        ("camera.png", 872, (180, 225, 512, 412), SQUASHED, 0.55),
+        ("quokka.jpg", 106, (50, 148, 642, 550), SQUASHED, 0.60),
+        # The crop leaves out a third of the picture, and the map finds back around it.
+        ("quokka.jpg", 106, (50, 148, 642, 550), IMAGENET, 0.89),
+    ],
+)
+def test_grad_cams_energy_lies_in_the_known_box(
+    net: nn.Module,
+    name: str,
+    target: int,
+    box: tuple[int, int, int, int],
+    steps: Preprocessing,
+    share: float,
+) -> None:
+    """Top, left, bottom and right in the picture's pixels."""
+    prepared = steps(open_image(str(PICTURES / name)))
+    found = gradscope.attribute(
+        net, prepared.inputs[None], "gradcam", layer="features.18", target=target, relu=True
+    )
+
+    energy = prepared.geometry.to_picture(found.upsampled[0].double().numpy(), fill=0)
+    top, left, bottom, right = box
+    inside = energy[top:bottom, left:right].sum() / energy.sum()
+    assert inside == pytest.approx(share, abs=0.01)
+    assert inside > (bottom - top) * (right - left) / energy.size + 0.15
