@@ -27,27 +27,30 @@ def occlusion(subject: Subject, *, window: int, stride: int, fill: float) -> Res
     stride = stride or max(1, window // 2)
     if not 1 <= stride <= window:
         raise UsageError("the stride counts from 1 and is at most the window, or pixels are missed")
-    corners = list(_corners(height, width, window, stride))
-
-    def square(which: int) -> tuple[slice, slice]:
-        top, left = corners[which]
-        return slice(top, top + window), slice(left, left + window)
+    corners = torch.tensor(list(_corners(height, width, window, stride)))
+    covered = _squares(corners, window, height, width).sum(0).to(inputs)
+    corners = corners.to(inputs.device)
 
     def points(which: Tensor, images: Tensor) -> Tensor:
-        hidden = inputs[images].clone()
-        for row, corner in enumerate(which.tolist()):
-            hidden[(row, slice(None), *square(corner))] = fill
-        return hidden
+        hidden = _squares(corners[which], window, height, width)[:, None]
+        return inputs[images].masked_fill(hidden, fill)
 
     whole = subject.own_scores
     total = inputs.new_zeros((count, height, width))
-    covered = inputs.new_zeros((height, width))
     for which, images, found in subject.scores(points, len(corners)):
-        lost = whole[images] - found
-        for corner, image, value in zip(which.tolist(), images.tolist(), lost, strict=True):
-            total[(image, *square(corner))] += value
-            covered[square(corner)] += 1 / count
+        lost = (whole[images] - found)[:, None, None]
+        total.index_add_(0, images, lost * _squares(corners[which], window, height, width))
     return total / covered, {"forwards": count * len(corners), "window": window}
+
+
+def _squares(corners: Tensor, window: int, height: int, width: int) -> Tensor:
+    """The square below and right of each corner [M, 2] as a mask [M, H, W]."""
+    down, across = (
+        torch.arange(length, device=corners.device)[None] - corners[:, axis, None]
+        for axis, length in enumerate((height, width))
+    )
+    rows, columns = ((at >= 0) & (at < window) for at in (down, across))
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def _corners(height: int, width: int, window: int, stride: int) -> Iterator[tuple[int, int]]:

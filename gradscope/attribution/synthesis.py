@@ -56,7 +56,7 @@ def synthesise(
     optimiser = torch.optim.Adam([spectrum], lr=learning_rate)
     objective, blind = [], 0
     for step in range(steps):
-        view = _view(generator, turn, zoom, jitter).to(device)
+        view = _view(generator, turn, zoom, jitter)
         value, gradient = _gradient(score, spectrum, size, view, helped=step < _HELPED)
         objective.append(_finite(value))
         blind = blind + 1 if not bool((gradient != 0).any()) else 0
@@ -134,7 +134,7 @@ def _view(generator: torch.Generator, turn: float, zoom: float, jitter: float) -
 
 def seen(images: Tensor, view: Tensor) -> Tensor:
     """Images [1, C, H, W] under an affine map, bilinearly, borders reflected."""
-    grid = affine_grid(view.to(images), list(images.shape), align_corners=False)
+    grid = affine_grid(view, list(images.shape), align_corners=False)
     return grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        images, grid.to(images), mode="bilinear", padding_mode="reflection", align_corners=False
     )

@@ -171,7 +171,7 @@ def survey(model: Model, inputs: Tensor, target: int | None = None) -> list[Laye
     def observer(name: str) -> Tap:
         def observe(output: Tensor) -> None:
             before = seen.pop(name, None)
-            tensor = (output.untyped_storage().data_ptr(), output._version)
+            tensor = (output.untyped_storage()._cdata, output._version)
             calls = 1 if before is None else before.calls + 1
             seen[name] = _Seen(output, tuple(output.shape), tensor, operators.last, calls)
 

@@ -1,0 +1,84 @@
+"""Attribution on a fake accelerator: the numbers of the CPU, and nothing mixed.
+
+Run by test_fakegpu.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import fakegpu
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REASON = fakegpu.missing()
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
+fakegpu.register()
+sys.path[:0] = [
+    str(Path(__file__).parents[2] / "fixtures"),
+    str(Path(__file__).parents[1] / "attribution"),
+]
+
+from forms import images, model  # noqa: E402
+
+import gradscope  # noqa: E402
+from gradscope.attribution.methods import methods  # noqa: E402
+from gradscope.attribution.synthesis import synthesise  # noqa: E402
+
+FEW: dict[str, dict[str, Any]] = {
+    "rise": {"masks": 6},
+    "smoothgrad": {"samples": 3},
+    "vargrad": {"samples": 3},
+    "integrated-gradients": {"steps": 4, "reference": "blurred"},
+    "occlusion": {"window": 8, "stride": 8},
+}
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_gives_what_it_gives_on_the_cpu(name: str) -> None:
+    kind = "vit" if methods()[name].family == "attention" else "rectifiers"
+    net, x = model(kind), images(kind)
+    wanted = gradscope.attribute(net, x, name, target=[1, 2], **FEW.get(name, {}))
+
+    found = gradscope.attribute(
+        net.to("fakegpu"), x.to("fakegpu"), name, target=[1, 2], **FEW.get(name, {})
+    )
+
+    assert found.values.device.type == "fakegpu"
+    scale = float(wanted.values.abs().max())
+    torch.testing.assert_close(found.values.cpu(), wanted.values, rtol=0, atol=1e-5 * scale)
+
+
+def test_a_whole_report_is_that_of_the_cpu(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 47, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    asked: dict[str, Any] = {
+        "method": ["gradcam", "integrated-gradients"], "steps": 4, "preprocess": "size=16x16",
+        "evaluated": True, "output": tmp_path / "out",
+    }  # fmt: skip
+
+    wanted = gradscope.explain(model("rectifiers"), tmp_path / "a.png", **asked).result
+    found = gradscope.explain(model("rectifiers").to("fakegpu"), tmp_path / "a.png", **asked).result
+
+    assert found.environment.device == "fakegpu:0"
+    for a, b in zip(found.explanations, wanted.explanations, strict=True):
+        assert a.map.max == pytest.approx(b.map.max, rel=1e-4)
+        assert a.diagnostics.insertion_auc == pytest.approx(b.diagnostics.insertion_auc, abs=1e-4)
+        assert a.diagnostics.sensitivity == pytest.approx(b.diagnostics.sensitivity, rel=1e-3)
+        pairs = zip(a.diagnostics.randomisation, b.diagnostics.randomisation, strict=True)
+        assert all(p.correlation == pytest.approx(q.correlation, abs=0.02) for p, q in pairs)
+
+
+def test_synthesis_starts_and_sees_as_on_the_cpu() -> None:
+    net = model("rectifiers").requires_grad_(False)
+
+    wanted = synthesise(lambda x: net(x)[:, 1], (3, 16, 16), steps=3)
+    net = net.to("fakegpu")
+    found = synthesise(lambda x: net(x)[:, 1], (3, 16, 16), steps=3, device="fakegpu")
+
+    torch.testing.assert_close(found.image, wanted.image, rtol=0, atol=1e-4)
