@@ -1,181 +1,340 @@
-"""What people save is loaded as it was; what is not a model is refused in words, and never run."""
+"""Models as people save them; nothing in a file runs before it is trusted."""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import io
+import json
+import pickle
 import warnings
-from collections.abc import Callable, Iterator
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import Tensor, nn
-
-from gradscope.models.load import Loaded, load_model
-from gradscope.models.probe import held, run
-
-PICKLE = frozenset({"pickle"})
-
-CODE = """
 from torch import nn
 
+from gradscope.errors import InputError, UsageError
+from gradscope.models.archives import is_plain
+from gradscope.models.load import load_model
+from gradscope.models.probe import held, run
+from gradscope.models.sizes import image_size
 
-class Small(nn.Module):
-    def __init__(self, classes=5, width=4):
+SOURCE = """
+import torch
+from torch import nn
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes=4, width=3):
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3)
         self.norm = nn.BatchNorm2d(width)
-        self.head = nn.Linear(width, classes)
-
+        self.head = nn.Linear(width, num_classes)
     def forward(self, x):
-        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
 
+def tiny(num_classes=4, width=3):
+    return Tiny(num_classes, width)
 
-def small(num_classes=5, *, width=4):
-    return Small(num_classes, width)
+def broken():
+    raise KeyError("weights")
+
+def nothing():
+    return 3
+
+half = 2
 """
-
-Save = Callable[[nn.Module, Path], None]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the code of a network, importable as ``nets_of_load_tests``."""
-    found = tmp_path_factory.mktemp("load")
-    (found / "nets_of_load_tests.py").write_text(CODE)
-    return found
-
-
-@pytest.fixture(scope="module")
-def net(folder: Path) -> Iterator[nn.Module]:
-    """A network of five classes, with batch statistics that matter."""
-    sys.path.insert(0, str(folder))
-    import nets_of_load_tests as nets  # type: ignore[import-not-found]
-
-    torch.manual_seed(1)
-    made = nets.small()
-    with torch.no_grad():
-        made.norm.running_mean.normal_()
-        made.norm.running_var.uniform_(0.5, 2)
-    yield made.eval()
-    sys.path.remove(str(folder))
-
-
-@pytest.fixture(autouse=True)
-def in_folder(folder: Path, net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in (str(folder), "")])
-
-
-ARCH = "nets_of_load_tests:small"
-IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
-
-
-def logits(loaded: Loaded, images: Tensor = IMAGES) -> Tensor:
-    with held(loaded.model.module):
-        return run(loaded.model, images).logits.detach()
-
-
-def eager(net: nn.Module, images: Tensor = IMAGES) -> Tensor:
-    with torch.no_grad():
-        return net(images)
-
-
-def assert_is(loaded: Loaded, net: nn.Module) -> None:
-    torch.testing.assert_close(logits(loaded), eager(net), rtol=1e-6, atol=1e-6)
-
-
-def traced(net: nn.Module, path: Path) -> None:
+    """One network in every form, with its own answers."""
+    made = tmp_path_factory.mktemp("models")
+    (made / "tinynet.py").write_text(SOURCE)
+    namespace: dict[str, Any] = {"__name__": "tinynet"}
+    exec(SOURCE, namespace)
+    torch.manual_seed(0)
+    net = namespace["tiny"]().eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.save((x, net(x).detach()), made / "answer")
+    state = net.state_dict()
+    torch.save(state, made / "state.pt")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}},
+               made / "wrapped.pt")  # fmt: skip
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+               made / "half.pt")  # fmt: skip
+    save_file(state, made / "state.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(net, IMAGES), path)
-
-
-def scripted(net: nn.Module, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(net), path)
-
-
-def exported(net: nn.Module, path: Path) -> None:
-    torch.export.save(torch.export.export(net, (IMAGES[:1],)), path)
-
-
-def dynamic(net: nn.Module, path: Path) -> None:
-    h, w = (torch.export.Dim(name, min=4) for name in "hw")
-    shapes = ({0: torch.export.Dim("batch"), 2: h, 3: w},)
-    torch.export.save(torch.export.export(net, (IMAGES,), dynamic_shapes=shapes), path)
-
-
-def legacy(value: object, path: Path) -> None:
-    torch.save(value, path, _use_new_zipfile_serialization=False)
-
-
-PROGRAMS: dict[str, tuple[str, Save]] = {
-    "traced": ("torchscript", traced),
-    "scripted": ("torchscript", scripted),
-    "exported": ("export", exported),
-    "dynamic": ("export", dynamic),
-}
-WEIGHTS: dict[str, Save] = {
-    "torch": lambda net, path: torch.save(net.state_dict(), path),
-    "legacy": lambda net, path: legacy(net.state_dict(), path),
-    "safetensors": lambda net, path: save_file(net.state_dict(), path),
-    "nested": lambda net, path: torch.save({"epoch": 3, "state_dict": net.state_dict()}, path),
-    "parallel": lambda net, path: torch.save(
-        {f"module.{name}": value for name, value in net.state_dict().items()}, path
-    ),
-    "lightning": lambda net, path: torch.save(
-        {"state_dict": {f"model.{name}": value for name, value in net.state_dict().items()}}, path
-    ),
-}  # fmt: skip
-MODULES: dict[str, Save] = {
-    "whole": lambda net, path: torch.save(net, path),
-    "whole legacy": legacy,
-    "whole in a dictionary": lambda net, path: torch.save({"model": net, "epoch": 3}, path),
-    "whole in parallel": lambda net, path: torch.save(nn.DataParallel(net), path),
-}
-
-
-@pytest.fixture(scope="module")
-def file(folder: Path, net: nn.Module) -> Callable[[str], str]:
-    """The path of the network as saved in a form; made once, with a suffix that says nothing."""
-    forms = {**{k: save for k, (_, save) in PROGRAMS.items()}, **WEIGHTS, **MODULES}
-
-    def made(form: str) -> str:
-        path = folder / f"{form} saved.bin"
-        if not path.exists():
-            forms[form](net, path)
-        return str(path)
-
+        torch.jit.save(torch.jit.trace(net, x), made / "traced.pt")
+        torch.export.save(torch.export.export(net, (x,)), made / "fixed.pt2")
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    torch.save(plain, made / "whole.pt")
+    torch.save({"model": plain}, made / "inside.pt", _use_new_zipfile_serialization=False)
     return made
 
 
-# Everything that is a model gives the logits of the network that was saved.
+def arch(folder: Path, call: str = "tiny") -> str:
+    return f"{folder / 'tinynet.py'}:{call}"
 
 
-@pytest.mark.parametrize("form", PROGRAMS)
-def test_a_program_answers_as_the_network_did(file, net, form):
-    loaded = load_model(file(form))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("state.pt", "state-dict"), ("state.safetensors", "state-dict"), ("wrapped.pt", "state-dict"),
+     ("traced.pt", "torchscript"), ("fixed.pt2", "export")],
+)  # fmt: skip
+def test_every_form_answers_as_the_network_did(folder: Path, name: str, kind: str) -> None:
+    x, wanted = torch.load(folder / "answer")
 
-    assert_is(loaded, net)
-    assert loaded.format == PROGRAMS[form][0]
-    assert loaded.architecture is None
+    found = load_model(str(folder / name), arch=arch(folder) if kind == "state-dict" else None)
 
-
-@pytest.mark.parametrize("form", WEIGHTS)
-def test_weights_in_their_architecture_answer_as_the_network_did(file, net, form):
-    loaded = load_model(file(form), arch=ARCH)
-
-    assert_is(loaded, net)
-    assert (loaded.format, loaded.architecture) == ("state-dict", ARCH)
-    assert not loaded.model.module.training
+    assert found.format == kind
+    with held(found.model.module):
+        torch.testing.assert_close(run(found.model, x).logits, wanted)
 
 
-@pytest.mark.parametrize("form", MODULES)
-def test_a_pickled_module_that_is_trusted_answers_as_the_network_did(file, net, form):
-    loaded = load_model(file(form), trust=PICKLE)
+def test_content_decides_and_not_the_suffix(folder: Path, tmp_path: Path) -> None:
+    for name, kind in (("traced.pt", "torchscript"), ("fixed.pt2", "export")):
+        (tmp_path / "model.safetensors").write_bytes((folder / name).read_bytes())
+        assert load_model(str(tmp_path / "model.safetensors")).format == kind
 
-    assert_is(loaded, net)
-    assert loaded.format == "module"
+
+def test_half_precision_weights_are_read_as_float32(folder: Path) -> None:
+    found = load_model(str(folder / "half.pt"), arch=arch(folder))
+
+    assert next(found.model.module.parameters()).dtype == torch.float32
+    assert any("float16" in note for note in found.notes)
+
+
+def test_the_factory_takes_options_and_lies_in_the_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(folder)
+    path = str(tmp_path / "wide.pt")
+    monkeypatch.syspath_prepend(str(folder))
+    import tinynet  # type: ignore[import-not-found]
+
+    torch.save(tinynet.tiny(7, width=5).state_dict(), path)
+
+    found = load_model(path, arch="tinynet:tiny(7, width=5)")
+
+    assert found.model.module.head.out_features == 7
+    assert found.architecture == "tinynet:tiny(7, width=5)"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("tiny(num_classes=9)", r"2 of another shape: head.weight \(file \[4, 3\].*num_classes=4"),
+        ("tiny(width=8)", "of another shape"),
+        ("tinny", "did you mean tiny"),
+        ("broken", "KeyError: 'weights'"),
+        ("nothing", "gives a int, not an nn.Module"),
+        ("half", "cannot be called"),
+        ("tiny(__import__('os'))", "options are literals"),
+        ("tiny(**{})", "options are literals"),
+        ("tiny(", "options are literals"),
+    ],
+)
+def test_a_wrong_architecture_says_what_is_wrong(folder: Path, call: str, said: str) -> None:
+    with pytest.raises((UsageError, InputError), match=said):
+        load_model(str(folder / "state.pt"), arch=arch(folder, call))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (None, "holds 9 tensors and no code"),
+        ("nothing.here:model", "there is no module nothing"),
+        ("torch.nn:GRUCell(2, 2)", "4 missing from the file: weight_ih.*; 9 not in the arch"),
+        ("nofile.py:model", "no file nofile.py"),
+        ("justaname", "package.module:factory"),
+    ],
+)
+def test_a_state_dict_needs_its_code(folder: Path, spec: str | None, said: str) -> None:
+    with pytest.raises((UsageError, InputError), match=said):
+        load_model(str(folder / "state.pt"), arch=spec)
+
+
+def test_missing_and_unexpected_tensors_are_listed(folder: Path, tmp_path: Path) -> None:
+    state = torch.load(folder / "state.pt")
+    del state["norm.weight"]
+    state["extra.weight"] = torch.zeros(2)
+    torch.save(state, tmp_path / "m.pt")
+
+    with pytest.raises(InputError, match=r"1 missing .*norm\.weight; 1 not .*extra\.weight"):
+        load_model(str(tmp_path / "m.pt"), arch=arch(folder))
+
+
+# --- code in files --------------------------------------------------------------------------------
+
+
+class _Bomb:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["whole.pt", "inside.pt"])
+def test_a_pickled_module_is_refused_until_it_is_trusted(folder: Path, name: str) -> None:
+    with pytest.raises(InputError, match="--trust pickle") as error:
+        load_model(str(folder / name))
+    assert error.value.kind == "unsafe"
+
+    found = load_model(str(folder / name), trust=frozenset({"pickle"}))
+
+    assert found.format == "module"
+    assert found.model.layers == ("0", "1", "2")
+
+
+def test_nothing_of_a_refused_pickle_is_run(tmp_path: Path) -> None:
+    torch.save({"model": _Bomb(tmp_path / "ran")}, tmp_path / "m.pt")
+
+    with pytest.raises(InputError, match=r"runs whatever code the file names.*getattr"):
+        load_model(str(tmp_path / "m.pt"), arch="torch.nn:Flatten")
+    assert not (tmp_path / "ran").exists()
+
+
+def rewritten(source: Path, target: Path, change: dict[str, Any]) -> None:
+    """A zip archive with members changed: bytes, or a function of the JSON."""
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(target, "w") as after:
+        for name in before.namelist():
+            data = before.read(name)
+            for end, new in change.items():
+                if name.endswith(end):
+                    data = json.dumps(new(json.loads(data))) if callable(new) else new
+            after.writestr(name, data)
+
+
+def test_an_export_whose_sample_inputs_would_run_code_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(_Bomb(tmp_path / "ran"), buffer)
+    rewritten(
+        folder / "fixed.pt2", tmp_path / "m.pt2", {"sample_inputs/model.pt": buffer.getvalue()}
+    )
+
+    with pytest.raises(InputError, match="sample_inputs") as error:
+        load_model(str(tmp_path / "m.pt2"))
+    assert error.value.kind == "unsafe"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_export_whose_weights_would_run_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    def pickled(config: Any) -> Any:
+        next(iter(config["config"].values()))["use_pickle"] = True
+        return config
+
+    change = {
+        "model_weights_config.json": pickled,
+        "weights/weight_0": pickle.dumps(_Bomb(tmp_path)),
+    }
+    rewritten(folder / "fixed.pt2", tmp_path / "m.pt2", change)
+
+    with pytest.raises(InputError, match="weight_0"):
+        load_model(str(tmp_path / "m.pt2"))
+
+
+def test_an_export_whose_sizes_are_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    def coded(model: Any) -> Any:
+        model["graph_module"]["hidden"] = {"expr_str": "__import__('os').system('true')"}
+        return model
+
+    rewritten(folder / "fixed.pt2", tmp_path / "m.pt2", {"models/model.json": coded})
+
+    with pytest.raises(InputError, match="expression"):
+        load_model(str(tmp_path / "m.pt2"))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "Symbol('s77', positive=True, integer=True)",
+        "Add(Mul(Integer(2), Symbol('s0', integer=True)), Integer(-1))",
+        "FloorDiv(Symbol('u1'), 2) + 3*s0",
+        "Eq(Mod(s3, 8), 0)",
+    ],
+)
+def test_torchs_own_expressions_are_plain(expression: str) -> None:
+    assert is_plain(expression)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["__import__('os')", "S('open(1)')", "Symbol.__class__", "[].append", "(lambda: 1)()",
+     "Symbol('a b')", "Integer('__import__(1)')", "f'{1}'", "exec(1)", "x" * 20_000, "Symbol(",
+     "Symbol(name='x; y')", "a if b else c", "[i for i in s0]"],
+)  # fmt: skip
+def test_other_expressions_are_not(expression: str) -> None:
+    assert not is_plain(expression)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["state.pt", "traced.pt", "fixed.pt2", "state.safetensors"])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(share=st.floats(0, 1), flips=st.lists(st.floats(0, 1), max_size=3))
+def test_a_damaged_file_ends_in_an_error_for_its_user(
+    folder: Path, tmp_path: Path, name: str, share: float, flips: list[float]
+) -> None:
+    data = bytearray((folder / name).read_bytes())
+    for flip in flips:
+        data[int(flip * (len(data) - 1))] ^= 0x10
+    path = tmp_path / name
+    path.write_bytes(data[: int(share * len(data))] if not flips else data)
+
+    with contextlib.suppress(InputError, UsageError):
+        load_model(str(path), arch=arch(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "empty"), (b"<html>", "HTML"), (b"\x08\x07\x12\x07pytorch\x1a" + bytes(50), "ONNX")],
+)
+def test_what_is_no_model_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "m.pt").write_bytes(content)
+
+    with pytest.raises(InputError, match=said):
+        load_model(str(tmp_path / "m.pt"))
+    with pytest.raises(InputError, match="no such file"):
+        load_model(str(tmp_path / "none.pt"))
+
+
+def test_a_program_that_is_no_image_model_says_what_it_takes(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, rate: int) -> torch.Tensor:
+            return x * rate
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Two()), tmp_path / "two.pt")
+
+    with pytest.raises(UsageError, match=r"takes \(.*rate.*int\); images are one tensor"):
+        load_model(str(tmp_path / "two.pt"))
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_the_size_is_tried_out_where_it_is_not_written_down(folder: Path) -> None:
+    fixed = load_model(str(folder / "fixed.pt2")).model
+    from gradscope.models.model import as_model
+
+    assert image_size(fixed) == (3, 16, 16)
+    assert image_size(load_model(str(folder / "traced.pt")).model) == (3, 224, 224)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
+    assert image_size(as_model(flat), 1) == (1, 28, 28)
+    with pytest.raises(UsageError, match="none of the sizes"):
+        image_size(as_model(nn.Sequential(nn.Flatten(), nn.Linear(12345, 3))))
