@@ -6,8 +6,11 @@ import contextlib
 import io
 import json
 import pickle
+import re
+import sys
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from gradscope.models.archives import is_plain
 from gradscope.models.load import load_model
 from gradscope.models.probe import held, run
 from gradscope.models.sizes import image_size
+from gradscope.models.unpickling import check_program, is_size
 
 SOURCE = """
 import torch
@@ -338,3 +342,193 @@ def test_the_size_is_tried_out_where_it_is_not_written_down(folder: Path) -> Non
     assert image_size(as_model(flat), 1) == (1, 28, 28)
     with pytest.raises(UsageError, match="none of the sizes"):
         image_size(as_model(nn.Sequential(nn.Flatten(), nn.Linear(12345, 3))))
+
+
+# --- exported programs that would run code --------------------------------------------------------
+
+
+@pytest.fixture
+def planted(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """An exported program with changes planted; what they would run makes ``tmp_path/ran``."""
+
+    def made(change: dict[str, Any], *more: tuple[str, bytes]) -> Path:
+        target = tmp_path / "planted.pt2"
+        rewritten(folder / "fixed.pt2", target, change)
+        with warnings.catch_warnings(), zipfile.ZipFile(target, "a") as archive:
+            warnings.simplefilter("ignore")
+            for name, data in more:
+                archive.writestr(f"fixed/{name}", data)
+        return target
+
+    return made
+
+
+def payload(tmp_path: Path) -> str:
+    return f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+
+
+def spelled(code: str) -> str:
+    """Python that builds a text and evaluates it, without a quote or an underscore of its own."""
+    return f"sympify({'+'.join(f'chr({ord(char)})' for char in code)})"
+
+
+def graph(change: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def changed(model: Any) -> Any:
+        change(model["graph_module"])
+        return model
+
+    return changed
+
+
+def sized(code: str) -> Callable[[Any], Any]:
+    def change(module: Any) -> None:
+        module["graph"]["tensor_values"]["x"]["sizes"][0] = {
+            "as_expr": {"expr_str": code, "hint": None}
+        }
+
+    return graph(change)
+
+
+def node(**fields: Any) -> Callable[[Any], Any]:
+    return graph(lambda module: module["graph"]["nodes"][1].update(fields))
+
+
+def renamed(old: str, new: str) -> Callable[[Any], Any]:
+    return lambda model: json.loads(json.dumps(model).replace(json.dumps(old), json.dumps(new)))
+
+
+def in_spec(kind: str, context: str) -> Callable[[Any], Any]:
+    leaf = {"type": None, "context": None, "children_spec": []}
+    inner = {"type": kind, "context": context, "children_spec": [leaf]}
+    spec = {"type": "builtins.tuple", "context": "null", "children_spec": [inner, inner]}
+
+    def change(module: Any) -> None:
+        module["module_call_graph"][0]["signature"]["in_spec"] = json.dumps([1, spec])
+
+    return graph(change)
+
+
+FACTORY = {
+    "default_factory_module": "antigravity",
+    "default_factory_name": "fly",
+    "dict_context": [],
+}
+PLANTS: dict[str, Callable[[str], Callable[[Any], Any]]] = {
+    "a size that spells a text": lambda code: sized(spelled(code)),
+    "a size that calls": lambda _: sized("print(1)"),
+    "a size with a class": lambda _: sized("Symbol('x', cls=open)"),
+    "an argument's name": lambda code: renamed("x", f"x={code}"),
+    "a node's name": lambda code: node(name=f"y={code}"),
+    "an operator of Python": lambda _: node(target="torch.serialization.os.system"),
+    "an operator that gets attributes": lambda _: node(target="_operator.attrgetter"),
+    "an operator that writes files": lambda _: node(target="torch.ops.aten.from_file.default"),
+    "a parameter's name": lambda code: renamed("conv.bias", f'conv.bias"+{code}+"'),
+    "a line end in a remark": lambda code: node(metadata={"stack_trace": f"x\r    {code}"}),
+    "an escaped line end": lambda code: node(metadata={"custom": json.dumps({"a": f"\r{code}"})}),
+    "a tree that imports": lambda _: in_spec("collections.defaultdict", json.dumps(FACTORY)),
+    "a tree with an enumeration": lambda _: in_spec(
+        "builtins.dict", json.dumps([{"__enum__": True, "fqn": "antigravity:A", "name": "B"}])
+    ),
+    "a tree with code for a name": lambda code: in_spec("builtins.dict", json.dumps([code])),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_an_export_with_code_planted_is_refused(
+    planted: Callable[..., Path], tmp_path: Path, plant: str
+) -> None:
+    path = planted({"models/model.json": PLANTS[plant](payload(tmp_path))})
+
+    with pytest.raises(InputError, match="--trust pickle") as error:
+        load_model(str(path))
+    assert error.value.kind == "unsafe"
+    assert not (tmp_path / "ran").exists()
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["models/other!json", "data/aotinductor/model/code.so", "data/constants/opaque_obj_0",
+     "data/sample_inputs/other.PT", "MODELS/other.json"],
+)  # fmt: skip
+def test_an_export_with_a_member_that_would_be_run_is_refused(
+    planted: Callable[..., Path], member: str
+) -> None:
+    with pytest.raises(InputError, match="no data that") as error:
+        load_model(str(planted({}, (member, b"code"))))
+    assert error.value.kind == "unsafe"
+
+
+@pytest.mark.parametrize("name", ["data/sample_inputs/model.pt", "data/sample_inputs/Model.pt"])
+def test_an_export_with_a_second_member_of_a_name_is_refused(
+    planted: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(_Bomb(tmp_path / "ran"), buffer)
+    empty = io.BytesIO()
+    torch.save(((), {}), empty)
+
+    path = planted({"sample_inputs/model.pt": buffer.getvalue()}, (name, empty.getvalue()))
+
+    with pytest.raises(InputError, match=r"two members named|differ in case"):
+        load_model(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_guards_that_an_export_brings_along_are_never_compiled(
+    planted: Callable[..., Path], tmp_path: Path
+) -> None:
+    def guarded(model: Any) -> Any:
+        return {**model, "guards_code": [f"{payload(tmp_path)} is None"]}
+
+    found = load_model(str(planted({"models/model.json": guarded})))
+
+    with held(found.model.module):
+        run(found.model, torch.zeros(2, 3, 16, 16))
+    assert not (tmp_path / "ran").exists()
+
+
+class _Everything(nn.Module):
+    """Odd names, keywords, a tree of outputs, attention, branches and sizes that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a-b": nn.Conv2d(3, 4, 3, 2), "é": nn.Linear(4, 3)})
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, *, pixels: torch.Tensor) -> dict[str, Any]:
+        x = nn.functional.avg_pool2d(self.layers["a-b"](pixels), 2, ceil_mode=True)
+        tokens = x.flatten(2).transpose(1, 2) + torch.tensor([0.5])
+        tokens = tokens + self.attention(tokens, tokens, tokens)[0]
+        y = self.layers["é"](tokens.mean(1))
+        y = torch.cond(y.sum() > 0, lambda z: z * 2, lambda z: z - 1, (y,))
+        return {"logits": y, "hidden": (x, [tokens])}
+
+
+def test_what_torch_itself_writes_into_an_export_is_allowed(tmp_path: Path) -> None:
+    auto = torch.export.Dim.AUTO
+    sizes = {"pixels": {0: torch.export.Dim("n"), 2: auto, 3: auto}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.randn(2, 3, 17, 19)
+        program = torch.export.export(_Everything().eval(), (), {"pixels": x}, dynamic_shapes=sizes)
+        torch.export.save(program, tmp_path / "everything.pt2")
+
+    check_program(str(tmp_path / "everything.pt2"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Symbol('s77', positive=True, integer=True)", "FloorDiv(Symbol('u1'), 2) + 3*s0",
+     "Max(Integer(1), Add(Symbol('s16'), Integer(-2)))", "Float('2.5', precision=53)",
+     "Eq(Mod(s3, 8), 0)"],
+)  # fmt: skip
+def test_sizes_are_built_of_torchs_own_classes(text: str) -> None:
+    assert is_size(text)
+
+
+@given(text=st.text("SymbolIntegrchaf()'1+,.x= ", max_size=30))
+def test_no_size_calls_what_is_no_class_of_a_size(text: str) -> None:
+    called = set(re.findall(r"(\w+)\s*\(", text))
+
+    assert not is_size(text) or called <= {"Symbol", "Integer"}
