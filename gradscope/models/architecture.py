@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,18 +19,28 @@ from gradscope.errors import UsageError
 from gradscope.models.model import nearest
 
 _FORM = "--arch is package.module:factory, or path/to/file.py:factory, with options in brackets"
+#: Libraries whose models have names of their own: where one is asked for, and without weights.
+_LIBRARIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "timm": ("timm", "create_model", {"pretrained": False}),
+    "torchvision": ("torchvision.models", "get_model", {}),
+}
 
 
 def build(spec: str) -> nn.Module:
     """What ``--arch`` names, called with the options in its brackets, which are literals.
 
-    The working directory is importable meanwhile. Raises UsageError naming what cannot be found,
+    ``timm:name`` and ``torchvision:name`` are their libraries' models, without weights. The working
+    directory is importable meanwhile. Raises UsageError naming what cannot be found,
     and with the factory's own words when it fails.
     """
     place, colon, call = spec.partition(":")
     if not colon or not place or not call:
         raise UsageError(f"--arch {spec}: {_FORM}")
     path, positional, named = _parsed(spec, call)
+    if place in _LIBRARIES:
+        place, function, without_weights = _LIBRARIES[place]
+        path, positional = [function], [".".join(path), *positional]
+        named = {**without_weights, **named}
     with importable(str(Path.cwd())):
         factory = _attribute(spec, _module(spec, place), path)
         try:
@@ -38,7 +48,7 @@ def build(spec: str) -> nn.Module:
                 warnings.simplefilter("ignore")
                 found = factory(*positional, **named)
         # It is the user's code: whatever it raises, they want to read.
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"--arch {spec} failed: {type(error).__name__}: {error}") from error
     if isinstance(found, nn.Module):
         return found
@@ -58,7 +68,7 @@ def _parsed(spec: str, call: str) -> tuple[Sequence[str], list[Any], dict[str, A
         pairs = [(k.arg, ast.literal_eval(k.value)) for k in tree.keywords]
         if any(name is None for name, _ in pairs):
             raise ValueError("** is not taken")
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UsageError(
             f"--arch {spec}: {_FORM}, and options are literals, as in resnet18(num_classes=10) "
             f"({error})"
@@ -80,7 +90,8 @@ def _module(spec: str, place: str) -> ModuleType:
         raise UsageError(f"--arch {spec}: importing {place} failed: {error}") from error
     except UsageError:
         raise
-    except Exception as error:
+    # A script without a main guard may end the process.
+    except (Exception, SystemExit) as error:
         message = f"importing {place} failed: {type(error).__name__}: {error}"
         raise UsageError(f"--arch {spec}: {message}") from error
 
@@ -93,16 +104,27 @@ def _from_file(spec: str, file: Path) -> ModuleType:
         raise UsageError(f"--arch {spec}: {file} cannot be imported")
     module = importlib.util.module_from_spec(description)
     # Dataclasses and pickles look their module up by its name.
-    sys.modules.setdefault(file.stem, module)
-    with importable(str(file.resolve().parent)):
-        description.loader.exec_module(module)
+    registered = sys.modules.setdefault(file.stem, module) is module
+    try:
+        with importable(str(file.resolve().parent)):
+            description.loader.exec_module(module)
+    except BaseException:
+        if registered:
+            sys.modules.pop(file.stem, None)
+        raise
     return module
 
 
 def _attribute(spec: str, module: ModuleType, path: Sequence[str]) -> Any:
     found: Any = module
     for name in path:
-        if not hasattr(found, name):
+        try:
+            there = hasattr(found, name)
+        # A package that imports its parts only when they are asked for.
+        except Exception as error:
+            message = f"importing {name} failed: {type(error).__name__}: {error}"
+            raise UsageError(f"--arch {spec}: {message}") from error
+        if not there:
             hint = nearest(name, [n for n in dir(found) if not n.startswith("_")])
             raise UsageError(f"--arch {spec}: {module.__name__} has no {name}{hint}")
         found = getattr(found, name)
@@ -115,6 +137,8 @@ def _attribute(spec: str, module: ModuleType, path: Sequence[str]) -> Any:
 def importable(folder: str) -> Iterator[None]:
     """A folder whose modules can be imported meanwhile."""
     sys.path.insert(0, folder)
+    # Python forgets to look again at a folder that has just been written to.
+    importlib.invalidate_caches()
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
+from gradscope.checkpoints.statedict import KNOWN_NAMES
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.tiles import tiles
 from gradscope.errors import InputError, UsageError
@@ -173,7 +174,7 @@ def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     except InputError as error:
         if error.kind != "unsafe":
             raise
-        return _pickled(error, arch, trust)
+        return _pickled(error, arch, key, trust)
     for failure in checkpoint.failures:
         raise InputError(path, failure.kind, failure.message)
     if arch is None:
@@ -186,7 +187,7 @@ def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     return "state-dict", module.eval(), (*checkpoint.notes, *notes)
 
 
-def _pickled(refusal: InputError, arch: str | None, trust: Trust) -> _Made:
+def _pickled(refusal: InputError, arch: str | None, key: str | None, trust: Trust) -> _Made:
     path = refusal.path
     if "pickle" not in trust:
         needed = refusal.message.partition(", which only")[0]
@@ -205,6 +206,7 @@ def _pickled(refusal: InputError, arch: str | None, trust: Trust) -> _Made:
             advice = "its classes must be importable, from the working directory or installed"
             message = f"unpickling failed ({type(error).__name__}: {_first_line(error)}); {advice}"
             raise InputError(path, "malformed", message) from None
+    found = _entry(found, key, path)
     inner = next((v for v in _values(found) if isinstance(v, nn.Module)), None)
     if inner is not None:
         return "module", inner.eval(), ()
@@ -215,10 +217,20 @@ def _pickled(refusal: InputError, arch: str | None, trust: Trust) -> _Made:
     return "state-dict", module.eval(), notes
 
 
+def _entry(found: object, key: str | None, path: str) -> object:
+    """What lies at a dotted path of keys."""
+    for part in () if key is None else key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            names = ", ".join(map(str, found)) if isinstance(found, Mapping) else "no entries"
+            raise UsageError(f"--key {key}: no {part} in {path}; there it holds {names[:300]}")
+        found = found[part]
+    return found
+
+
 def _values(found: object) -> Iterator[object]:
     yield found
     if isinstance(found, Mapping):
-        for name in ("model", "net", "module", "ema", *found):
+        for name in (*KNOWN_NAMES, *found):
             if name in found:
                 yield found[name]
 
@@ -253,9 +265,30 @@ def _fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> tuple[str, ...
     by_name = {ref.name: ref for ref in checkpoint.tensors}
     same = {**tied} if isinstance(tied, Mapping) else {}
     by_name |= {other: by_name[kept] for other, kept in same.items() if kept in by_name}
+    _refuse_quantised(module, checkpoint)
     wanted = _matched(module, {n: r.shape for n, r in by_name.items()}, checkpoint.path, arch)
     state = {name: _tensor(by_name[stored]) for name, stored in wanted.items()}
-    return _assign(module, state)
+    return (*_left_out(by_name, wanted), *_assign(module, state))
+
+
+def _refuse_quantised(module: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise InputError for a tensor that the architecture has and that has no plain elements."""
+    names = tuple(module.state_dict())
+    for item in checkpoint.skipped:
+        if item.subject.endswith(names) and not item.deliberate:
+            raise InputError(
+                checkpoint.path,
+                "unsupported",
+                f"tensor {item.subject} cannot be read: {item.reason}; load the model where it was "
+                "made and save its state dict in float32",
+            )
+
+
+def _left_out(stored: Iterable[str], wanted: Mapping[str, str]) -> tuple[str, ...]:
+    """A note of what lies beside the model, outside the prefix that its names share."""
+    taken = set(wanted.values())
+    left = [name for name in stored if name not in taken]
+    return (f"not loaded: {_named('outside the model', left)}",) if left else ()
 
 
 def _fit_tensors(
@@ -263,7 +296,8 @@ def _fit_tensors(
 ) -> tuple[str, ...]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wanted = _matched(module, shapes, path, arch)
-    return _assign(module, {name: tensors[stored] for name, stored in wanted.items()})
+    state = {name: tensors[stored] for name, stored in wanted.items()}
+    return (*_left_out(tensors, wanted), *_assign(module, state))
 
 
 def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...]:

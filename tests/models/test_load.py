@@ -532,3 +532,114 @@ def test_no_size_calls_what_is_no_class_of_a_size(text: str) -> None:
     called = set(re.findall(r"(\w+)\s*\(", text))
 
     assert not is_size(text) or called <= {"Symbol", "Integer"}
+
+
+# --- what people's checkpoints hold beside the model ----------------------------------------------
+
+
+def test_a_trusted_checkpoint_gives_its_state_dict_and_key_another(
+    folder: Path, tmp_path: Path
+) -> None:
+    import argparse
+
+    state = torch.load(folder / "state.pt")
+    average = {name: torch.zeros_like(value) for name, value in state.items()}
+    saved = {"ema": average, "state_dict": state, "args": argparse.Namespace(lr=1)}
+    torch.save(saved, tmp_path / "m.pt")
+    path, trust = str(tmp_path / "m.pt"), frozenset({"pickle"})
+
+    found = load_model(path, arch=arch(folder), trust=trust)
+    other = load_model(path, arch=arch(folder), trust=trust, key="ema")
+
+    torch.testing.assert_close(found.model.module.state_dict(), state)
+    assert not any(parameter.any() for parameter in other.model.module.parameters())
+    with pytest.raises(UsageError, match=r"no emma in .*ema, state_dict, args"):
+        load_model(path, arch=arch(folder), trust=trust, key="emma")
+
+
+def test_tensors_outside_the_models_prefix_are_noted(folder: Path, tmp_path: Path) -> None:
+    state = {f"model.{name}": value for name, value in torch.load(folder / "state.pt").items()}
+    torch.save({"state_dict": {**state, "loss.weight": torch.ones(4)}}, tmp_path / "m.ckpt")
+
+    found = load_model(str(tmp_path / "m.ckpt"), arch=arch(folder))
+
+    assert any("1 outside the model: loss.weight" in note for note in found.notes)
+
+
+def test_quantised_weights_are_refused_in_words(folder: Path, tmp_path: Path) -> None:
+    state = torch.load(folder / "state.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state["head.weight"] = torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
+        torch.save(state, tmp_path / "m.pt")
+
+    with pytest.raises(InputError, match=r"head\.weight .*quantized tensor.*float32") as error:
+        load_model(str(tmp_path / "m.pt"), arch=arch(folder))
+    assert error.value.kind == "unsupported"
+
+
+# --- factories ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "file", "code"),
+    [
+        ("timm", "timm/__init__.py", "def create_model(name, pretrained=True, **options):"),
+        ("torchvision", "torchvision/models/__init__.py", "def get_model(name, **options):"),
+    ],
+)
+def test_models_of_libraries_go_by_their_own_names_and_without_weights(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
+    file: str,
+    code: str,
+) -> None:
+    """Stand-ins for the libraries, which are not installed where the tests run."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / library / "__init__.py").touch()
+    (tmp_path / file).write_text(
+        f"{SOURCE}\n{code}\n"
+        "    assert not options.pop('weights', None) and not locals().get('pretrained')\n"
+        "    return {'tiny.v1': tiny}[name](**options)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+
+    found = load_model(str(folder / "state.pt"), arch=f"{library}:tiny.v1(num_classes=4)")
+
+    assert found.model.module.head.out_features == 4
+    for name in [n for n in sys.modules if n.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys; sys.exit(3)", "importing .* failed: SystemExit: 3"),
+        ("1 +", "importing .* failed: SyntaxError"),
+        ("import nosuchthing", "No module named 'nosuchthing'"),
+        ("def __getattr__(name): raise ImportError('no part')", "importing net failed.*no part"),
+        ("def net(): raise SystemExit('bye')", "failed: SystemExit: bye"),
+    ],
+)
+def test_a_file_of_code_that_fails_is_quoted_and_forgotten(
+    folder: Path, tmp_path: Path, code: str, said: str
+) -> None:
+    (tmp_path / "failing_net.py").write_text(code)
+    sys.modules.pop("failing_net", None)
+
+    with pytest.raises(UsageError, match=said):
+        load_model(str(folder / "state.pt"), arch=f"{tmp_path / 'failing_net.py'}:net")
+
+    (tmp_path / "failing_net.py").write_text("raise KeyError")
+    with pytest.raises(UsageError, match="KeyError"):
+        load_model(str(folder / "state.pt"), arch=f"{tmp_path / 'failing_net.py'}:net")
+
+
+@pytest.mark.parametrize("call", ["tiny({[]: 1})", "tiny(" + "-" * 5000 + "1)", "tiny(*[4])"])
+def test_options_that_are_no_literals_are_refused(folder: Path, call: str) -> None:
+    with pytest.raises(UsageError, match="options are literals"):
+        load_model(str(folder / "state.pt"), arch=arch(folder, call))
