@@ -14,8 +14,7 @@ from torch import Tensor
 
 from gradscope import __version__
 from gradscope.attribution.drawing.overlay import save_png, write_whole
-from gradscope.attribution.explain import labels_of, loaded_model, preprocessing_of
-from gradscope.attribution.explain import output_folder as folder_for
+from gradscope.attribution.files import output_folder
 from gradscope.attribution.result import (
     Environment,
     Prediction,
@@ -25,12 +24,12 @@ from gradscope.attribution.result import (
 from gradscope.attribution.subject import Tick
 from gradscope.attribution.synthesis import synthesise
 from gradscope.errors import InputError, UsageError
-from gradscope.models.labels import Labels, Ranked, of_model, parse_target
+from gradscope.models.labels import Labels, Ranked, parse_target
 from gradscope.models.layers import layout_of
 from gradscope.models.load import Loaded
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held, run
-from gradscope.models.sizes import image_size
+from gradscope.models.vision import Vision, open_vision
 from gradscope.report.gate import gate
 from gradscope.report.model import Coverage, Input, InputFailure
 
@@ -64,17 +63,18 @@ def visualize(
         raise UsageError("name either a target class, or a layer and one of its channels")
     if steps < 1:
         raise UsageError("steps count from 1")
-    folder = None if output is None else folder_for(output)
+    folder = None if output is None else output_folder(output)
     try:
-        loaded = loaded_model(model, arch, key, trust, device)
-        pre = preprocessing_of(loaded, preprocess)
-        known = labels_of(loaded, labels)
+        vision = open_vision(
+            model, arch=arch, key=key, trust=trust, preprocess=preprocess, labels=labels,
+            device=device,
+        )  # fmt: skip
     except InputError as error:
         failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
         return _report(None, None, (failure,))
-    size = (pre.channels, *(pre.size or image_size(loaded.model, pre.channels)[1:]))
-    with held(loaded.model.module):
-        goal = _Goal(loaded, pre, size, target, layer, channel, known)
+    loaded, size = vision.loaded, vision.size
+    with held(vision.model.module):
+        goal = _Goal(vision, target, layer, channel)
         found = synthesise(goal.score, size, steps=steps, seed=seed, device=goal.device,
                            progress=progress)  # fmt: skip
         likeliest = goal.predictions(found.image)
@@ -104,22 +104,15 @@ class _Goal:
     """What is maximised, of a held model."""
 
     def __init__(
-        self,
-        loaded: Loaded,
-        pre: Preprocessing,
-        size: tuple[int, ...],
-        target: int | str | None,
-        layer: str | None,
-        channel: int | None,
-        labels: Labels | None,
+        self, vision: Vision, target: int | str | None, layer: str | None, channel: int | None
     ) -> None:
-        parameter = next(loaded.model.module.parameters(), torch.zeros(()))
-        self.model, self.pre, self.layer, self.channel = loaded.model, pre, layer, channel
-        self.device, self.kind = parameter.device, parameter.dtype
-        blank = torch.full((1, *size), 0.5, device=self.device)
+        self.model, self.vision = vision.model, vision
+        self.layer, self.channel = layer, channel
+        blank = vision.like_parameters(torch.full((1, *vision.size), 0.5))
+        self.device, self.kind = blank.device, blank.dtype
         with torch.no_grad():
             classes = run(self.model, self._inputs(blank)).logits.shape[1]
-        self.labels = labels or of_model(loaded.model.module, classes)
+        self.labels = vision.labels(classes)
         self.target = None if target is None else self._class(str(target), classes)
         self.label = None if self.target is None else (self.labels or {}).get(self.target)
         if layer is not None:
@@ -134,7 +127,7 @@ class _Goal:
         return f"class-{self.target}" if self.layer is None else f"{self.layer}-{self.channel}"
 
     def _inputs(self, pixels: Tensor) -> Tensor:
-        return self.pre.normalise(pixels).to(self.kind)
+        return self.vision.preprocessing.normalise(pixels).to(self.kind)
 
     def _class(self, target: str, classes: int) -> int:
         found = parse_target(target, self.labels, classes)

@@ -31,12 +31,13 @@ def layers(
     """The layers that --layer accepts, with shapes, and which one auto takes and why."""
     if format_ not in ("table", "json"):
         raise UsageError(f"layers are shown as table or json, not {format_!r}")
-    from gradscope.attribution.explain import surveyed
+    from gradscope.models.vision import open_vision
 
     trusted = [t.value for t in trust or ()]
-    found, choice = surveyed(
+    vision = open_vision(
         model, arch=arch, key=key, trust=trusted, preprocess=preprocess, device=device
     )
+    found, choice = vision.survey()
     shown = [layer for layer in found if all_ or layer.layout is not None]
     chosen = None if choice is None else choice.layer.name
     if format_ == "json":

@@ -1,0 +1,108 @@
+"""The files of an explanation: heatmap, overlay, raw values, and a sheet of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gradscope import __version__
+from gradscope.attribution.drawing.colour import default
+from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay, save_png, write_whole
+from gradscope.attribution.drawing.sheet import Panel, sheet
+from gradscope.attribution.maps import Map
+from gradscope.attribution.result import Diagnostics, Files
+from gradscope.errors import UsageError
+from gradscope.models.images import Picture
+from gradscope.models.preprocessing import Geometry
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Folder:
+    """Where files go; pictures of one name in several folders are numbered."""
+
+    path: Path
+    colormap: str | None = None
+    #: The pictures' names for their files, by path.
+    stems: dict[str, str] = field(default_factory=dict)
+
+    def write(
+        self, picture: Picture, geometry: Geometry, maps: Sequence[tuple[Map, Diagnostics]]
+    ) -> list[Files]:
+        """The files of one target's maps; several are put on a sheet, too."""
+        written = [self._written(picture, geometry, one, known) for one, known in maps]
+        if len(maps) > 1:
+            original = Panel("original", f"{picture.width} x {picture.height}", picture.rgb())
+            target = maps[0][0].target
+            caption = f"{Path(picture.path).name}: {target.index} {target.label or ''}".rstrip()
+            panels = [original, *(panel for _, panel in written)]
+            page = sheet(panels, f"{caption}, probability {target.probability:.2g}")
+            name = f"{self._stem(picture)}.{_class(maps[0][0])}.sheet.png"
+            save_png(self.path / name, page, {"Title": caption})
+        return [files for files, _ in written]
+
+    def _written(
+        self, picture: Picture, geometry: Geometry, one: Map, known: Diagnostics
+    ) -> tuple[Files, Panel]:
+        values = one.values.detach().float().cpu().numpy()
+        in_picture = geometry.to_picture(values)
+        sign, table = one.method.sign, self.colormap or default(one.method.sign)
+        # A line around single pixels would be dust, and they are hard to see among colours.
+        pixels = one.method.family == "gradient"
+        contour, opacity = (None, 1.0) if pixels else (0.5, 0.65)
+        drawn = overlay(
+            picture.rgb(), in_picture, sign, table, opacity=opacity, contour=contour, faded=pixels
+        )
+        name = f"{self._stem(picture)}.{one.method.name.replace('++', 'pp')}.{_class(one)}"
+        heat, over, array = (
+            self.path / f"{name}.{end}" for end in ("heatmap.png", "overlay.png", "npz")
+        )
+        save_png(heat, heatmap(in_picture, sign, table), _about(picture, one))
+        save_png(over, drawn, _about(picture, one))
+        arrays = {"map": values}
+        if one.found.values.dim() == 4:
+            arrays["attribution"] = one.found.values[0].detach().float().cpu().numpy()
+        write_whole(array, lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
+        panel = Panel(one.method.name, _numbers(known), drawn, (table, *bounds(values, sign)))
+        return Files(heatmap=str(heat), overlay=str(over), array=str(array)), panel
+
+    def _stem(self, picture: Picture) -> str:
+        if picture.path not in self.stems:
+            base = stem = Path(picture.path).stem
+            number = 2
+            while stem in self.stems.values():
+                stem, number = f"{base}-{number}", number + 1
+            self.stems[picture.path] = stem
+        return self.stems[picture.path]
+
+
+def output_folder(output: str | Path) -> Path:
+    """The folder, made if need be. Raises UsageError where it cannot be."""
+    path = Path(output)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output {path}: {error.strerror or error}") from error
+    return path
+
+
+def _class(one: Map) -> str:
+    against = one.target.versus
+    return f"{one.target.index}" if against is None else f"{one.target.index}-vs-{against}"
+
+
+def _about(picture: Picture, one: Map) -> dict[str, str]:
+    title = f"{one.method.name}: {one.target.index} {one.target.label or ''}".rstrip()
+    facts = {"image": picture.path, "image_sha256": picture.sha256, "layer": one.found.layer}
+    return {"Title": title, "Software": f"gradscope {__version__}", "Comment": json.dumps(facts)}
+
+
+def _numbers(known: Diagnostics) -> str:
+    if known.insertion_auc is not None:
+        return f"insertion {known.insertion_auc:.2f}, deletion {known.deletion_auc:.2f}"
+    if known.relative_delta is not None:
+        return f"completeness within {known.relative_delta:.1%}"
+    return ""

@@ -1,0 +1,97 @@
+"""One map of one picture, and all that can be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradscope.attribution import evaluation
+from gradscope.attribution.attribute import Attribution, attributed
+from gradscope.attribution.methods import Method
+from gradscope.attribution.result import Diagnostics, Explanation, Files, MapFacts, Target
+from gradscope.attribution.subject import Subject
+from gradscope.models.images import Picture
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Map:
+    """A method's answer to one picture and target, with what it takes to ask again."""
+
+    method: Method
+    options: Mapping[str, Any]
+    subject: Subject
+    found: Attribution
+    target: Target
+
+    @property
+    def values(self) -> Tensor:
+        """The map [H, W] in input geometry."""
+        return self.found.upsampled[0]
+
+    def again(self, inputs: Tensor) -> Tensor:
+        """The map of other inputs [1, C, H, W] for the same target and layer."""
+        layer = self.found.layer or self.subject.layer
+        subject = replace(self._quiet, inputs=inputs, shared={}, layer=layer)
+        return attributed(subject, self.method, self.options).upsampled[0]
+
+    @property
+    def _quiet(self) -> Subject:
+        return replace(self.subject, tick=lambda _done, _total: None)
+
+    def diagnostics(self) -> Diagnostics:
+        """What the method said of itself."""
+        facts = dict(self.found.diagnostics)
+        facts.pop("scores")
+        delta, share = (facts.pop(k, [None])[0] for k in ("completeness_delta", "relative_delta"))
+        own = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in facts.items()}
+        return Diagnostics(completeness_delta=delta, relative_delta=share, method=own)
+
+    def evaluated(self, agreement: Mapping[str, float]) -> Diagnostics:
+        """That, and what the map is worth; many passes."""
+        subject, values, seed = self._quiet, torch.nan_to_num(self.values), self.subject.seed
+        insertion, deletion, i_spread, d_spread = evaluation.areas(subject, values, seed)
+        width = torch.ones(1) if subject.std is None else subject.std
+        radius = (evaluation.RADIUS / width).view(-1, 1, 1).to(subject.inputs)
+        cascade = evaluation.randomisation(
+            subject.model.module, lambda: self.again(subject.inputs), values, seed
+        )
+        measured = {
+            "insertion_auc": insertion,
+            "deletion_auc": deletion,
+            "insertion_spread": i_spread,
+            "deletion_spread": d_spread,
+            "random_control": evaluation.random_control(subject, values, seed),
+            "randomisation": cascade or None,
+            "sensitivity": evaluation.sensitivity(self.again, subject.inputs, values, radius, seed),
+            "agreement": dict(agreement) or None,
+        }
+        return self.diagnostics().model_copy(update=measured)
+
+    def explanation(self, picture: Picture, files: Files, known: Diagnostics) -> Explanation:
+        """The map as the report has it."""
+        values = self.values
+        choice = self.subject.choice if self.method.reads_layer else None
+        shown = {k: "an image" if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return Explanation(
+            image=picture.path,
+            image_sha256=picture.sha256,
+            method=self.method.name,
+            target=self.target,
+            layer=self.found.layer,
+            layer_reason=None if choice is None else choice.reason,
+            options=shown,
+            sign=self.method.sign,
+            map=MapFacts(
+                shape=(values.shape[0], values.shape[1]),
+                min=float(values.min()),
+                max=float(values.max()),
+                sum=float(values.double().sum()),
+                concentration=evaluation.concentration(values),
+            ),
+            files=files,
+            diagnostics=known,
+        )
