@@ -634,6 +634,7 @@ def test_a_file_of_code_that_fails_is_quoted_and_forgotten(
     with pytest.raises(UsageError, match=said):
         load_model(str(folder / "state.pt"), arch=f"{tmp_path / 'failing_net.py'}:net")
 
+    assert "failing_net" not in sys.modules or "def " in code
     (tmp_path / "failing_net.py").write_text("raise KeyError")
     with pytest.raises(UsageError, match="KeyError"):
         load_model(str(folder / "state.pt"), arch=f"{tmp_path / 'failing_net.py'}:net")
