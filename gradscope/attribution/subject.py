@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradscope.errors import UsageError
 from gradscope.models.layers import Choice, Layout, auto_layer, layout_of
-from gradscope.models.model import Model
+from gradscope.models.model import Model, first_convolution
 from gradscope.models.probe import Run, run
 
 #: Items and images [M] -> inputs [M, C, H, W]: the inputs that a method wants answered.
@@ -26,6 +26,8 @@ _CPU_BUDGET = 1 << 30
 #: More at a time is slower on a CPU: what is saved for the way back leaves its caches.
 _CPU_MOST = 8
 _MOST = 64
+#: From so many images on, channels come last in memory.
+_MANY = 4
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class Chunks:
 
     gradient: int
     forward: int
+    #: Whether the model takes inputs with the channels last in memory.
+    channels_last: bool = False
     notes: list[str] = field(default_factory=list)
 
     def halve(self) -> None:
@@ -134,7 +138,7 @@ class Subject:
         """For every item and image: (items [M], images [M], the score's gradients [M, C, H, W])."""
 
         def work(which: Tensor, images: Tensor) -> Tensor:
-            leaf = points(which, images).detach().requires_grad_()
+            leaf = self._laid(points(which, images)).detach().requires_grad_()
             with torch.enable_grad():
                 total = self.score(leaf, images).sum()
             return torch.autograd.grad(total, leaf)[0].detach()
@@ -146,7 +150,9 @@ class Subject:
     ) -> Iterator[Answer]:
         """For every item and image: (items [M], images [M], scores [M]); no way back is kept."""
         answer = ask or self.score
-        return self.answers(lambda which, images: answer(points(which, images), images), items)
+        return self.answers(
+            lambda which, images: answer(self._laid(points(which, images)), images), items
+        )
 
     def answers(self, work: Callable[[Tensor, Tensor], Tensor], items: int) -> Iterator[Answer]:
         """What ``work`` gives for every item and image, in chunks; no way back is kept."""
@@ -177,6 +183,12 @@ class Subject:
             yield which, images, found
             start += len(index)
             self.tick(start, total)
+
+    def _laid(self, inputs: Tensor) -> Tensor:
+        """Inputs laid out in memory as convolutions of many images are fastest."""
+        if len(inputs) < _MANY or not self._chunks().channels_last:
+            return inputs
+        return inputs.contiguous(memory_format=torch.channels_last)
 
     def _chunks(self) -> Chunks:
         if self.chunks is None:
@@ -254,7 +266,21 @@ def _measured(subject: Subject) -> Chunks:
     gradient = max(1, min(fits, _CPU_MOST if subject.inputs.device.type == "cpu" else _MOST))
     if subject.model.batch is not None:
         gradient = subject.model.batch * math.ceil(gradient / subject.model.batch)
-    return Chunks(gradient, 2 * gradient)
+    return Chunks(gradient, 2 * gradient, _takes_channels_last(subject))
+
+
+def _takes_channels_last(subject: Subject) -> bool:
+    """Whether the model answers the same; some ask for views that this layout has not."""
+    if first_convolution(subject.model.module.parameters()) is None:
+        return False
+    image = subject.inputs[:1]
+    two = image.expand(subject.model.batch or 2, *image.shape[1:])
+    try:
+        found = run(subject.model, two.contiguous(memory_format=torch.channels_last)).logits
+    except RuntimeError:
+        return False
+    wanted = subject.answered.logits[:1].detach()
+    return torch.allclose(found[:1], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def _budget(device: torch.device) -> int:

@@ -20,9 +20,8 @@ from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.tiles import tiles
 from gradscope.errors import InputError, UsageError
 from gradscope.models.architecture import build, importable
-from gradscope.models.archives import check_export
+from gradscope.models.archives import check_program
 from gradscope.models.model import Model, as_model
-from gradscope.models.unpickling import check_program
 from gradscope.statistics.device import resolve
 
 #: ``--trust``: formats that may run code of their own while they are loaded.
@@ -138,7 +137,6 @@ def _script(path: str) -> torch.jit.ScriptModule:
 def _exported(path: str, trust: Trust) -> torch.export.ExportedProgram:
     if "pickle" not in trust:
         check_program(path)
-        check_export(path)
     with _silent():
         try:
             return torch.export.load(path)
