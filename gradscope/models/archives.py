@@ -2,8 +2,9 @@
 
 ``torch.export.load`` evaluates sizes as Python (through sympy), writes names of the graph into
 source code that it compiles, calls whatever function a node names, imports what a tree's context
-names, unpacks compiled libraries, and where a restricted unpickling refuses falls back to a plain
-one. Each of these is allowed what ``torch.export.save`` writes and nothing else. Its reader finds members whatever their case, so case counts for nothing here.
+names, unpacks compiled libraries, and unpickles plainly what a restricted unpickling refuses. Each
+of these is allowed what ``torch.export.save`` writes and nothing else. Its reader finds members
+whatever their case, so case counts for nothing here.
 """
 
 from __future__ import annotations

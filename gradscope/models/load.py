@@ -18,7 +18,7 @@ from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import KNOWN_NAMES
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.tiles import tiles
-from gradscope.errors import InputError, UsageError
+from gradscope.errors import GradscopeError, InputError, UsageError
 from gradscope.models.architecture import build, importable
 from gradscope.models.archives import check_program
 from gradscope.models.model import Model, as_model
@@ -62,12 +62,23 @@ def load_model(
     """
     place = resolve(device)
     kind, made, notes = _made(path, arch, key, trust)
-    model = as_model(made)
+    model = _seen_into(path, made)
     _moved(model, place, kind)
     return Loaded(
         model, path, kind, _digest(path), arch if kind == "state-dict" else None,
         (*notes, *model.notes),
     )  # fmt: skip
+
+
+def _seen_into(path: str, made: object) -> Model:
+    try:
+        return as_model(made)
+    except GradscopeError:
+        raise
+    # A graph that was damaged, or written by another version, fails wherever it is first used.
+    except Exception as error:
+        message = f"its program cannot be taken apart ({_first_line(error)}); save it again"
+        raise InputError(path, "malformed", message) from None
 
 
 #: The format, what was loaded, and notes.
