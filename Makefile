@@ -38,6 +38,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/weights.py
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/flow.py
+	$(BIN)/python benchmarks/explain.py
 
 fixtures: $(VENV)/.test
 	$(BIN)/python fixtures/make.py all

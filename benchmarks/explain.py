@@ -1,4 +1,4 @@
-"""What attribution costs beside captum and pytorch-grad-cam: resnet50 at 224, one image, in one run.
+"""What attribution costs beside captum and pytorch-grad-cam: resnet50, one image of 224 x 224.
 
     python benchmarks/explain.py [rounds]
 
@@ -59,9 +59,10 @@ def timed(ours: Run, theirs: Run, rounds: int) -> tuple[float, float, Any, Any]:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The greatest difference of two maps, each scaled to a maximum of one."""
+    """The greatest difference of two maps, each from its least value to its greatest."""
     a, b = (values.detach().double().clamp(min=0) for values in (ours, theirs))
-    return float((a / a.max() - b / b.max()).abs().max())
+    a, b = ((v - v.min()) / (v.max() - v.min()) for v in (a, b))
+    return float((a - b).abs().max())
 
 
 def best(make: Callable[[int], Run]) -> Run:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -146,7 +148,9 @@ def explain(
     _check(methods, given)
     from gradscope.cli.terminal import progress_bar, say
 
-    with progress_bar("explaining", wanted=not (no_progress or quiet), of="share") as tick:
+    # A model's own code may print; stdout is the report's.
+    bar = progress_bar("explaining", wanted=not (no_progress or quiet), of="share")
+    with redirect_stdout(sys.stderr), bar as tick:
         from gradscope.attribution.explain import explain as analyse
 
         result = analyse(

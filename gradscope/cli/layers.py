@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -34,10 +36,11 @@ def layers(
     from gradscope.models.vision import open_vision
 
     trusted = [t.value for t in trust or ()]
-    vision = open_vision(
-        model, arch=arch, key=key, trust=trusted, preprocess=preprocess, device=device
-    )
-    found, choice = vision.survey()
+    with redirect_stdout(sys.stderr):
+        vision = open_vision(
+            model, arch=arch, key=key, trust=trusted, preprocess=preprocess, device=device
+        )
+        found, choice = vision.survey()
     shown = [layer for layer in found if all_ or layer.layout is not None]
     chosen = None if choice is None else choice.layer.name
     if format_ == "json":

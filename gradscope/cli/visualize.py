@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -47,7 +49,8 @@ def visualize(
     reports = o.parse_reports(report)
     from gradscope.cli.terminal import progress_bar, say
 
-    with progress_bar("synthesising", wanted=not (no_progress or quiet), of="share") as tick:
+    bar = progress_bar("synthesising", wanted=not (no_progress or quiet), of="share")
+    with redirect_stdout(sys.stderr), bar as tick:
         from gradscope.attribution.visualize import visualize as synthesised
 
         result = synthesised(

@@ -30,6 +30,8 @@ _NAMED_OPERATORS = frozenset(
 )  # fmt: skip
 #: Fused attention of modules traced without gradients: it has no derivative.
 _FUSED = "aten::_native_multi_head_attention"
+#: A program needs no trust because it cannot reach out; these could.
+_TOUCHES_FILES = ("aten::save", "aten::from_file", "aten::load")
 _NO_DERIVATIVE = ("aten::_transformer_encoder_layer_fwd",)
 
 
@@ -131,6 +133,8 @@ def _inlined(script: torch.jit.ScriptModule) -> Any:
         given = ", ".join(f"{i.debugName()}: {i.type()}" for i in inputs)
         raise UsageError(f"this program takes ({given}); images are one tensor [N, C, H, W]")
     for node in _nodes(graph):
+        if node.kind() in _TOUCHES_FILES:
+            raise UsageError(f"it holds {node.kind()}, which reads or writes files, and is not run")
         if node.kind() in _NO_DERIVATIVE:
             raise UsageError(
                 f"it was traced without gradients and holds {node.kind()}, which has no "

@@ -20,6 +20,22 @@ from gradscope.cli.schemas import report_schema
 PREPROCESS = ("--preprocess", "image_mean=0.5/0.5/0.5,image_std=0.25/0.25/0.25,size=16x16")
 
 
+LOUD = """
+from torch import nn
+
+print("imported")
+
+class Loud(nn.Sequential):
+    def forward(self, x):
+        print("called")
+        return super().forward(x)
+
+def net():
+    return Loud(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(),
+                nn.Flatten(), nn.Linear(8 * 36, 4))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("explain")
@@ -172,6 +188,17 @@ def test_an_image_is_synthesised_with_its_trajectory(folder: Path) -> None:
     wrong = gradscope("visualize", "model.pt", "--layer", "2", *PREPROCESS, cwd=folder)
     assert wrong.returncode == 2
     assert "either a target class, or a layer" in wrong.stderr
+
+
+def test_a_model_that_prints_does_not_spoil_the_report(folder: Path) -> None:
+    (folder / "loud.py").write_text(LOUD)
+    arguments = ("state.pt", "--arch", "loud:net", *PREPROCESS, "-f", "json")
+
+    done = gradscope("explain", arguments[0], "photo.png", *arguments[1:], cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["command"] == "explain"
+    assert "imported" in done.stderr
+    assert json.loads(gradscope("layers", *arguments, cwd=folder).stdout)["auto"] == "3"
 
 
 @pytest.mark.parametrize("format_", ["csv", "jsonl", "table"])
