@@ -28,7 +28,6 @@ from architectures import resnet50
 from gradscope import attribute
 from gradscope.models.model import as_model
 
-TARGET = 281
 STEPS = 32
 CHUNKS = (1, 2, 4, 8, 16, 32)
 warnings.simplefilter("ignore")
@@ -72,28 +71,28 @@ def best(make: Callable[[int], Run]) -> Run:
 # --- the peers ------------------------------------------------------------------------------------
 
 
-def captums(net: nn.Module, x: Tensor) -> dict[str, Run]:
+def captums(net: nn.Module, x: Tensor, target: int) -> dict[str, Run]:
     from captum.attr import IntegratedGradients, LayerGradCam
 
     cam, path = LayerGradCam(net, net.layer4), IntegratedGradients(net)
 
     def gradcam() -> Tensor:
-        small = cam.attribute(x, target=TARGET, relu_attributions=True)
+        small = cam.attribute(x, target=target, relu_attributions=True)
         return interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
     def integrated(size: int) -> Run:
         return lambda: path.attribute(
-            x, target=TARGET, n_steps=STEPS, method="riemann_middle", internal_batch_size=size
+            x, target=target, n_steps=STEPS, method="riemann_middle", internal_batch_size=size
         )
 
     return {"gradcam": gradcam, "integrated-gradients": best(integrated)}
 
 
-def grad_cams(net: nn.Module, x: Tensor) -> dict[str, Run]:
+def grad_cams(net: nn.Module, x: Tensor, target: int) -> dict[str, Run]:
     import pytorch_grad_cam as theirs
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    targets = [ClassifierOutputTarget(TARGET)]
+    targets = [ClassifierOutputTarget(target)]
 
     def of(kind: type[Any], size: int = 32) -> Run:
         def run() -> Tensor:
@@ -111,10 +110,10 @@ def grad_cams(net: nn.Module, x: Tensor) -> dict[str, Run]:
     }
 
 
-def peers(net: nn.Module, x: Tensor) -> Iterator[tuple[str, dict[str, Run]]]:
+def peers(net: nn.Module, x: Tensor, target: int) -> Iterator[tuple[str, dict[str, Run]]]:
     for name, make in (("captum", captums), ("pytorch-grad-cam", grad_cams)):
         try:
-            yield name, make(net, x)
+            yield name, make(net, x, target)
         # RuntimeError: a torchvision that does not fit this torch.
         except (ImportError, RuntimeError) as error:
             print(f"{name} is left out: {error}; pip install captum grad-cam torchvision")
@@ -127,17 +126,18 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     torch.manual_seed(0)
     net = resnet50().eval()
-    # Random weights saturate: a small head keeps the scores apart and finite.
     x = torch.randn(1, 3, 224, 224)
     model = as_model(net)
+    with torch.no_grad():
+        target = int(net(x).argmax())
     print(f"resnet50, 224 x 224, {torch.get_num_threads()} threads, {rounds} rounds")
-    for name, runs in peers(net, x):
+    for name, runs in peers(net, x, target):
         for method, theirs in runs.items():
             options = {"steps": STEPS} if method == "integrated-gradients" else {"relu": True}
             layer = {} if method == "integrated-gradients" else {"layer": "layer4"}
 
             def ours(m: str = method, o: dict[str, Any] = {**options, **layer}) -> Any:  # noqa: B006
-                return attribute(model, x, m, target=TARGET, **o)
+                return attribute(model, x, m, target=target, **o)
 
             slow = method in ("scorecam", "ablationcam")
             found, took, result, other = timed(ours, theirs, 1 if slow else rounds)

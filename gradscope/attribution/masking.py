@@ -79,17 +79,16 @@ def ablationcam(subject: Subject, *, relu: bool) -> Result:
     channels are ablated. Where a model does not carry those copies on, the image is repeated.
     """
     activations = subject.activations
-    whole = subject.objective(subject.tapped.logits, subject.images).detach()
-    scores = activations.new_empty(activations.shape[:2])
+    lost = activations.new_empty(activations.shape[:2])
     calls = _calls(subject)
     copies = _carries_copies(subject, calls)
-    for image in range(len(scores)):
+    for image in range(len(lost)):
         one = subject.only(image)
         ablated = _Ablated(one, calls, copies)
-        for which, _, found in one.answers(ablated.score, scores.shape[1]):
-            scores[image, which] = found
-    size = whole.abs()[:, None]
-    weights = torch.where(size > 0, (whole[:, None] - scores) / torch.where(size > 0, size, 1), 0.0)
+        for which, _, found in one.answers(ablated.lost, lost.shape[1]):
+            lost[image, which] = found
+    size = subject.own_scores.abs()[:, None]
+    weights = torch.where(size > 0, lost / torch.where(size > 0, size, 1), 0.0)
     return rectified(weighted(weights, activations), relu), {"prefix_once": copies}
 
 
@@ -102,8 +101,15 @@ class _Ablated:
     #: Whether the trunk runs on one image, whose output is then copied.
     copies: bool
 
-    def score(self, channels: Tensor, images: Tensor) -> Tensor:
-        return self.subject.objective(self.logits(channels), images)
+    def lost(self, channels: Tensor, images: Tensor) -> Tensor:
+        """What the score loses with each channel [M].
+
+        The whole is asked in the same batch: another batch rounds otherwise, by as much as a
+        channel may weigh.
+        """
+        asked = torch.cat([channels, channels.new_tensor([-1])])
+        scores = self.subject.objective(self.logits(asked), images[:1].expand(len(asked)))
+        return scores[-1] - scores[:-1]
 
     def logits(self, channels: Tensor) -> Tensor:
         """Logits [M, K]; a channel of -1 leaves everything."""

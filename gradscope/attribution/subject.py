@@ -22,7 +22,7 @@ Answer = tuple[Tensor, Tensor, Tensor]
 #: Work done and all of it.
 Tick = Callable[[int, int], None]
 
-_CPU_BUDGET = 1 << 30
+_CPU_BUDGET = 3 << 29
 #: More at a time is slower on a CPU: what is saved for the way back leaves its caches.
 _CPU_MOST = 8
 _MOST = 64
@@ -71,7 +71,7 @@ class Subject:
         """Answer no more than ``chunk`` inputs at a time. Raises UsageError for none at all."""
         if chunk < 1:
             raise UsageError("chunk counts from 1")
-        self.chunks = Chunks(chunk, chunk)
+        self.chunks = replace(self._chunks(), gradient=chunk, forward=chunk, notes=[])
 
     def about(self, targets: Tensor, versus: Tensor | None = None) -> Subject:
         """The same images and passes with other targets."""
