@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gradscope.attribution.maps import Map
 from gradscope.attribution.methods import Method, completed, method_named
 from gradscope.attribution.references import NAMES
 from gradscope.attribution.result import (
+    Diagnostics,
     Environment,
     ExplainReport,
     ExplainResult,
@@ -46,6 +47,8 @@ from gradscope.report.rules import select as selection
 _PREDICTIONS = 5
 #: Parts of a tick that one map is.
 _FINE = 1000
+#: Share of the work that a map is, where it is evaluated, too.
+_MADE = 0.1
 
 
 def explain(
@@ -103,11 +106,11 @@ def explain(
         return _report(None, None, [_failure(error)], rules, fail_on, allow_empty)
     paths, failures = _found([images] if isinstance(images, str | Path) else list(images))
     run = _Run()
-    work = len(paths) * request.maps
+    shown = _Progress(progress, len(paths) * request.maps)
     with held(vision.model.module):
         for path in paths:
             try:
-                _explain_one(run, request, path, _ticker(progress, len(run.explanations), work))
+                _explain_one(run, request, path, shown)
             except InputError as error:
                 failures.append(_failure(error))
     return _report(run, _result(run, request), failures, rules, fail_on, allow_empty)
@@ -211,37 +214,50 @@ def _failure(error: InputError) -> InputFailure:
     return InputFailure(input=error.path, kind=error.kind, message=error.message)
 
 
-def _ticker(progress: Tick | None, done: int, work: int) -> Callable[[int], Tick]:
-    """For the n-th map of a picture, what turns its own ticks into those of the whole run."""
+@dataclass(eq=False, slots=True)
+class _Progress:
+    """How much of all maps is done; each is made, then perhaps evaluated."""
 
-    def of(number: int) -> Tick:
-        def tick(start: int, total: int) -> None:
-            if progress is not None:
-                whole = (done + number) * _FINE + _FINE * start // max(total, 1)
-                progress(min(whole, work * _FINE), work * _FINE)
+    tell: Tick | None
+    work: int
+    shares: dict[int, float] = field(default_factory=dict)
+
+    def part(self, number: int, start: float, end: float) -> Tick:
+        """What a map's making or evaluation calls, from one share of the map to another."""
+
+        def tick(done: int, total: int) -> None:
+            self.shares[number] = start + (end - start) * done / max(total, 1)
+            if self.tell is not None:
+                self.tell(round(sum(self.shares.values()) * _FINE), self.work * _FINE)
 
         return tick
-
-    return of
 
 
 # --- one picture ----------------------------------------------------------------------------------
 
 
-def _explain_one(run: _Run, request: _Request, path: str, ticks: Callable[[int], Tick]) -> None:
+def _explain_one(run: _Run, request: _Request, path: str, shown: _Progress) -> None:
     picture = open_image(path)
     prepared = request.vision.preprocessing(picture)
     subject = _subject(request, prepared)
     run.classes = subject.answered.logits.shape[1]
     run.ends_in_softmax |= subject.answered.head == "probabilities"
     labels = request.vision.labels(run.classes)
-    for number, target in enumerate(_targets(subject, request, labels)):
-        first = number * len(request.methods)
+    made = _MADE if request.evaluated else 1.0
+    for target in _targets(subject, request, labels):
+        first = len(run.explanations)
         maps = [
-            _map(subject, target, method, options, ticks(first + i))
+            _map(subject, target, method, options, shown.part(first + i, 0, made))
             for i, (method, options) in enumerate(request.methods)
         ]
-        run.explanations += _explanations(request, picture, prepared, maps)
+        known = [m.diagnostics() for m in maps]
+        if request.evaluated:
+            alike = evaluation.agreement({m.method.name: m.values for m in maps})
+            known = [
+                m.evaluated(alike[m.method.name], shown.part(first + i, made, 1))
+                for i, m in enumerate(maps)
+            ]
+        run.explanations += _explanations(request, picture, prepared, maps, known)
     run.images.append(_image_facts(picture, subject, labels))
     run.inputs.append(Input(path=path, format=picture.format, bytes=picture.bytes))
     notes = () if subject.chunks is None else subject.chunks.notes
@@ -261,13 +277,13 @@ def _map(
 
 
 def _explanations(
-    request: _Request, picture: Picture, prepared: Prepared, maps: Sequence[Map]
+    request: _Request,
+    picture: Picture,
+    prepared: Prepared,
+    maps: Sequence[Map],
+    diagnoses: Sequence[Diagnostics],
 ) -> Iterator[Explanation]:
-    """The maps of one target, diagnosed, drawn and written."""
-    diagnoses = [m.diagnostics() for m in maps]
-    if request.evaluated:
-        alike = evaluation.agreement({m.method.name: m.values for m in maps})
-        diagnoses = [m.evaluated(alike[m.method.name]) for m in maps]
+    """The maps of one target, drawn and written."""
     files = [Files() for _ in maps]
     if request.folder is not None:
         pairs = list(zip(maps, diagnoses, strict=True))

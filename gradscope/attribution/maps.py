@@ -13,7 +13,7 @@ from gradscope.attribution import evaluation
 from gradscope.attribution.attribute import Attribution, attributed
 from gradscope.attribution.methods import Method
 from gradscope.attribution.result import Diagnostics, Explanation, Files, MapFacts, Target
-from gradscope.attribution.subject import Subject
+from gradscope.attribution.subject import Subject, Tick
 from gradscope.models.images import Picture
 
 
@@ -50,26 +50,33 @@ class Map:
         own = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in facts.items()}
         return Diagnostics(completeness_delta=delta, relative_delta=share, method=own)
 
-    def evaluated(self, agreement: Mapping[str, float]) -> Diagnostics:
+    def evaluated(self, agreement: Mapping[str, float], tick: Tick) -> Diagnostics:
         """That, and what the map is worth; many passes."""
-        subject, values, seed = self._quiet, torch.nan_to_num(self.values), self.subject.seed
-        insertion, deletion, i_spread, d_spread = evaluation.areas(subject, values, seed)
+        measured: dict[str, Any] = {"agreement": dict(agreement) or None}
+        stages = (self._faithful, self._controlled, self._randomised, self._sensitive)
+        for number, stage in enumerate(stages):
+            measured |= stage(self._quiet, torch.nan_to_num(self.values))
+            tick(number + 1, len(stages))
+        return self.diagnostics().model_copy(update=measured)
+
+    def _faithful(self, subject: Subject, values: Tensor) -> dict[str, Any]:
+        names = ("insertion_auc", "deletion_auc", "insertion_spread", "deletion_spread")
+        return dict(zip(names, evaluation.areas(subject, values, subject.seed), strict=True))
+
+    def _controlled(self, subject: Subject, values: Tensor) -> dict[str, Any]:
+        return {"random_control": evaluation.random_control(subject, values, subject.seed)}
+
+    def _randomised(self, subject: Subject, values: Tensor) -> dict[str, Any]:
+        found = evaluation.randomisation(
+            subject.model.module, lambda: self.again(subject.inputs), values, subject.seed
+        )
+        return {"randomisation": found or None}
+
+    def _sensitive(self, subject: Subject, values: Tensor) -> dict[str, Any]:
         width = torch.ones(1) if subject.std is None else subject.std
         radius = (evaluation.RADIUS / width).view(-1, 1, 1).to(subject.inputs)
-        cascade = evaluation.randomisation(
-            subject.model.module, lambda: self.again(subject.inputs), values, seed
-        )
-        measured = {
-            "insertion_auc": insertion,
-            "deletion_auc": deletion,
-            "insertion_spread": i_spread,
-            "deletion_spread": d_spread,
-            "random_control": evaluation.random_control(subject, values, seed),
-            "randomisation": cascade or None,
-            "sensitivity": evaluation.sensitivity(self.again, subject.inputs, values, radius, seed),
-            "agreement": dict(agreement) or None,
-        }
-        return self.diagnostics().model_copy(update=measured)
+        found = evaluation.sensitivity(self.again, subject.inputs, values, radius, subject.seed)
+        return {"sensitivity": found}
 
     def explanation(self, picture: Picture, files: Files, known: Diagnostics) -> Explanation:
         """The map as the report has it."""

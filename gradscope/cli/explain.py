@@ -131,7 +131,9 @@ def explain(
     select: o.Select = None,
     ignore: o.Ignore = None,
     allow_empty: o.AllowEmpty = False,
+    keep_going: o.KeepGoing = False,
     device: o.Device = "cpu",
+    jobs: o.Jobs = None,
     seed: Annotated[int, typer.Option(help="Seed of noise, masks and random references.")] = 0,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -148,6 +150,7 @@ def explain(
     _check(methods, given)
     from gradscope.cli.terminal import progress_bar, say
 
+    o.use_threads(jobs)
     # A model's own code may print; stdout is the report's.
     bar = progress_bar("explaining", wanted=not (no_progress or quiet), of="share")
     with redirect_stdout(sys.stderr), bar as tick:

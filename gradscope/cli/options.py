@@ -79,6 +79,14 @@ Seed = Annotated[
 ]
 
 
+def use_threads(jobs: int | None) -> None:
+    """Let torch use so many threads; by default the cores there are."""
+    if jobs is not None:
+        import torch
+
+        torch.set_num_threads(jobs)
+
+
 def split_commas(values: Sequence[str] | None) -> list[str]:
     """``--select A,B --select C`` as one list."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]

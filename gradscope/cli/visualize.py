@@ -38,6 +38,7 @@ def visualize(
     format_: o.Format = "table",
     report: o.Reports = None,
     device: o.Device = "cpu",
+    jobs: o.Jobs = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     color: o.ColorOption = o.Color.AUTO,
@@ -49,6 +50,7 @@ def visualize(
     reports = o.parse_reports(report)
     from gradscope.cli.terminal import progress_bar, say
 
+    o.use_threads(jobs)
     bar = progress_bar("synthesising", wanted=not (no_progress or quiet), of="share")
     with redirect_stdout(sys.stderr), bar as tick:
         from gradscope.attribution.visualize import visualize as synthesised

@@ -143,6 +143,20 @@ def test_evaluation_fills_every_diagnostic(photo: Path) -> None:
     assert report.coverage.not_evaluated[0].rule == "incomplete-attribution"
 
 
+def test_progress_never_goes_back_and_ends_complete(photo: Path) -> None:
+    told: list[tuple[int, int]] = []
+
+    explained(
+        photo, method=["gradcam", "integrated-gradients"], target="top2", evaluated=True,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+
+    shares = [done / total for done, total in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(set(shares)) > 16
+
+
 def test_several_methods_share_the_pass_that_reads_the_layer(photo: Path) -> None:
     net = model("rectifiers")
     calls = []

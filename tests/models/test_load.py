@@ -328,6 +328,25 @@ def test_a_program_that_is_no_image_model_says_what_it_takes(tmp_path: Path) -> 
         load_model(str(tmp_path / "two.pt"))
 
 
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, "written")
+        return x.flatten(1)
+
+
+def test_a_program_that_touches_files_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Writes()), "m.pt")
+
+    with pytest.raises(UsageError, match="aten::save, which reads or writes files"):
+        load_model("m.pt")
+    assert not (tmp_path / "written").exists()
+
+
 # --- sizes ----------------------------------------------------------------------------------------
 
 
