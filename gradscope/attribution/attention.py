@@ -104,7 +104,7 @@ def _one(subject: Subject, image: int, formula: Formula) -> tuple[Tensor, dict[s
         "blocks": len(weights),
         "heads": len(weights[0]),
         "tokens": len(rows),
-        "read_by": "patches" if readers[0] >= layout.prefix else f"{len(readers)} of the prefix",
+        "read_by": _named(readers.tolist(), layout.prefix),
     }
     return rows[layout.prefix :].reshape(layout.grid), facts
 
@@ -126,3 +126,9 @@ def _readers(gradient: Tensor, prefix: int) -> Tensor:
     if prefix and not read[prefix:].any():
         return tokens[:prefix][read[:prefix]] if read.any() else tokens[:1]
     return tokens[prefix:]
+
+
+def _named(readers: list[int], prefix: int) -> str:
+    if readers[0] >= prefix:
+        return "patches"
+    return f"token{'s' * (len(readers) > 1)} {', '.join(map(str, readers))}"

@@ -13,13 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gradscope.errors import InputError
 
 Array = npt.NDArray[np.generic]
 #: What Pillow keeps in more than eight bits a pixel.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+#: What Pillow recognises but cannot decode alone: EPS would start Ghostscript, the rest need a
+#: handler that the caller brings.
+_NOT_DECODED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
+#: How the common formats begin, for files whose names do not say it.
+_STARTS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
+#: More bytes than a picture within Pillow's limit of pixels has.
+_LARGEST = 2**30
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,7 +62,8 @@ class Picture:
 def find_images(paths: Sequence[str]) -> Iterator[str]:
     """Files as they are given; of a folder, every picture in it and below, img2 before img10.
 
-    Raises InputError for a folder without any.
+    A picture is what has a suffix of Pillow's, or begins like a PNG, JPEG, GIF or WebP. Hidden
+    files and folders are left out. Raises InputError for a folder without any.
     """
     for path in paths:
         if not Path(path).is_dir():
@@ -63,7 +71,11 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
             continue
         found = sorted((p for p in _below(Path(path)) if _is_picture(p)), key=_natural)
         if not found:
-            raise InputError(path, "missing", "there is no picture in this folder")
+            raise InputError(
+                path,
+                "missing",
+                "there is no picture in this folder; name a file, or another folder",
+            )
         yield from map(str, found)
 
 
@@ -76,34 +88,50 @@ def _below(folder: Path) -> Iterator[Path]:
 @cache
 def _suffixes() -> frozenset[str]:
     return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    ) - {".pdf", ".h5", ".hdf"}
+        suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats()
+    )
+
+
+@cache
+def _formats() -> frozenset[str]:
+    Image.init()
+    return frozenset(Image.OPEN) - _NOT_DECODED
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _suffixes()
+    if path.suffix.lower() in _suffixes():
+        return True
+    try:
+        with path.open("rb") as file:
+            return _STARTS.match(file.read(16)) is not None
+    except OSError:
+        return False
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    parts = re.split(r"(\d+)", str(path))
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in parts]
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that compares runs of digits as numbers, of any length, and letters without case."""
+    runs = re.findall(r"([0-9]+)|([^0-9]+)", str(path))
+    key = [(len(d.lstrip("0")), d.lstrip("0")) if d else (-1, t.casefold()) for d, t in runs]
+    return [*key, (-1, str(path))]
 
 
 def open_image(path: str) -> Picture:
     """A picture of any format that Pillow reads; of an animated one the first frame.
 
-    EXIF's orientation is applied. What is transparent lies over white. Grey pictures have three
-    equal channels; of 16 bits they keep their depth, 65535 becoming 1; integers of 32 bits and
-    floats beyond 0..1 are scaled by their range. Raises InputError for everything else.
+    EXIF's orientation is applied; colour profiles are not. What is transparent lies over white.
+    Grey pictures have three equal channels; of 16 bits they keep their depth, 65535 becoming 1.
+    Integers of 32 bits are taken for 16 where they fit. Floats are taken for 0..1, or for 0..255,
+    where they fit. What fits nowhere is scaled by its own range. Pixels that are no number are
+    black. Raises InputError for everything else.
     """
     data = _bytes(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=sorted(_formats())) as image:
                 kind, mode = image.format or "?", image.mode
-                pixels = _pixels(ImageOps.exif_transpose(image))
+                pixels = _pixels(_upright(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(
             path, "unsupported", f"it is too large to be a picture for a model ({error}); shrink it"
@@ -116,7 +144,7 @@ def open_image(path: str) -> Picture:
         raise InputError(
             path,
             "truncated" if "truncated" in cause.lower() else "malformed",
-            f"the picture cannot be decoded ({cause}); it is damaged, save it again",
+            f"the picture cannot be decoded ({cause}); fetch or save it again",
         ) from None
     digest = hashlib.sha256(data).hexdigest()
     return Picture(path, kind, mode, len(data), digest, pixels)
@@ -124,29 +152,62 @@ def open_image(path: str) -> Picture:
 
 def _bytes(path: str) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(_LARGEST + 1)
     except FileNotFoundError:
         raise InputError(path, "missing", "there is no such file") from None
+    except IsADirectoryError:
+        raise InputError(path, "missing", "it is a folder; name a picture in it") from None
     except OSError as error:
         raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
+    # A name with a NUL in it.
+    except ValueError as error:
+        raise InputError(path, "missing", f"no file has this name ({error})") from None
     if not data:
-        raise InputError(path, "truncated", "the file is empty")
+        raise InputError(path, "truncated", "the file is empty; fetch or save it again")
+    if len(data) > _LARGEST:
+        raise InputError(path, "unsupported", "it has more than 1 GiB; no picture needs as much")
     return data
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    # Damaged metadata does not make the pixels unreadable; Pillow says so here in many ways.
+    except Exception:
+        image.load()
+        return image
+
+
+_CONVERT = "convert it to PNG or JPEG"
+#: What else is given for a picture: how it begins, and what to say.
+_OTHERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb".*<svg|<\?xml", re.DOTALL), "it is a drawing (SVG or XML); export it as PNG"),
+    (
+        re.compile(rb"<html|<!doctype|<head"),
+        "it is a web page, probably of a failed download; fetch the picture itself",
+    ),
+    (
+        re.compile(rb"version https://git-lfs"),
+        "it is a Git LFS pointer; fetch the file with `git lfs pull`",
+    ),
+    (
+        re.compile(rb".{4}ftyp(hei|hev|mif1|msf1|avi[fs])", re.DOTALL),
+        f"it is HEIC or AVIF, which this Pillow does not read; {_CONVERT}",
+    ),
+    (
+        re.compile(rb"%pdf|%!ps|\xc5\xd0\xd3\xc6|\xd7\xcd\xc6\x9a"),
+        "it is a document or a drawing (PDF, PostScript or WMF); export it as PNG",
+    ),
+)
+
+
 def _unknown(data: bytes) -> str:
-    start = data[:512].lstrip().lower()
-    if b"<svg" in start or start.startswith(b"<?xml"):
-        return "it is a drawing (SVG or XML), not pixels; export it as PNG"
-    if b"<html" in start or start.startswith(b"<!doctype"):
-        return "it is a web page, probably of a failed download"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file with `git lfs pull`"
-    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypavif"):
-        return (
-            "it is HEIC or AVIF, which Pillow reads with a plugin only; convert it to PNG or JPEG"
-        )
-    return "it is no picture that Pillow can read"
+    start = data[:512].removeprefix(b"\xef\xbb\xbf").lower()
+    for begins, said in _OTHERS:
+        if begins.match(start) or begins.match(start.lstrip()):
+            return said
+    return f"it is no picture that Pillow can read; {_CONVERT}"
 
 
 def _pixels(image: Image.Image) -> Array:
@@ -162,15 +223,16 @@ def _pixels(image: Image.Image) -> Array:
 
 def _deep(values: Array, mode: str) -> npt.NDArray[np.float32]:
     grey = values.astype(np.float64)
+    numbers = grey[np.isfinite(grey)]
+    if not numbers.size:
+        raise ValueError("none of its pixels is a finite number")
+    low, high = float(numbers.min()), float(numbers.max())
     if mode.startswith("I;16"):
-        return (grey / 65535).astype(np.float32)
-    low, high = float(np.nanmin(grey)), float(np.nanmax(grey))
-    if mode == "I" and low >= 0 and high <= 65535:
-        return (grey / 65535).astype(np.float32)
-    if low < 0 or high > 1:
-        grey = (grey - low) / (high - low) if high > low else np.zeros_like(grey)
-    return np.nan_to_num(grey).astype(np.float32)
-
-
-# A file that ends early is damaged: the missing part is not grey.
-ImageFile.LOAD_TRUNCATED_IMAGES = False
+        low, high = 0.0, 65535.0
+    else:
+        tops = (65535.0,) if mode == "I" else (1.0, 255.0)
+        fitting = (top for top in tops if low >= 0 and high <= top)
+        top = next(fitting, None)
+        low, high = (low, high) if top is None else (0.0, top)
+    scaled = (grey - low) / (high - low) if high > low else np.zeros_like(grey)
+    return np.clip(np.nan_to_num(scaled), 0, 1).astype(np.float32)

@@ -99,6 +99,7 @@ def test_rollout_and_gradient_rollout_are_the_papers_formulas(kind: str) -> None
         np.testing.assert_allclose(
             found.values[0], whole[rows, 5:].mean(0).reshape(4, 6), rtol=1e-9, atol=1e-12
         )
+        assert found.diagnostics["read_by"] == ("token 0" if kind == "token" else "patches")
     np.testing.assert_allclose(rolled.sum(1), 1, atol=1e-12)
 
 
