@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from gradscope import __version__
-from gradscope.attribution.drawing.colour import default
+from gradscope.attribution.drawing.colour import Pixels, default
 from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay, save_png, write_whole
 from gradscope.attribution.drawing.sheet import Panel, sheet
 from gradscope.attribution.maps import Map
@@ -18,6 +19,8 @@ from gradscope.attribution.result import Diagnostics, Files
 from gradscope.errors import UsageError
 from gradscope.models.images import Picture
 from gradscope.models.preprocessing import Geometry
+
+_MOST_PIXELS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,13 +51,14 @@ class Folder:
         self, picture: Picture, geometry: Geometry, one: Map, known: Diagnostics
     ) -> tuple[Files, Panel]:
         values = one.values.detach().float().cpu().numpy()
-        in_picture = geometry.to_picture(values)
+        below = _reduced(picture.rgb())
+        in_picture = geometry.of_size(*below.shape[:2]).to_picture(values)
         sign, table = one.method.sign, self.colormap or default(one.method.sign)
         # A line around single pixels would be dust, and they are hard to see among colours.
         pixels = one.method.family == "gradient"
         contour, opacity = (None, 1.0) if pixels else (0.5, 0.65)
         drawn = overlay(
-            picture.rgb(), in_picture, sign, table, opacity=opacity, contour=contour, faded=pixels
+            below, in_picture, sign, table, opacity=opacity, contour=contour, faded=pixels
         )
         name = f"{self._stem(picture)}.{one.method.name.replace('++', 'pp')}.{_class(one)}"
         heat, over, array = (
@@ -87,6 +91,16 @@ def output_folder(output: str | Path) -> Path:
     except OSError as error:
         raise UsageError(f"--output {path}: {error.strerror or error}") from error
     return path
+
+
+def _reduced(pixels: Pixels) -> Pixels:
+    """A picture for drawing: one of a hundred megapixels would take gigabytes."""
+    height, width = pixels.shape[:2]
+    factor = (_MOST_PIXELS / (height * width)) ** 0.5
+    if factor >= 1:
+        return pixels
+    size = (max(1, int(width * factor)), max(1, int(height * factor)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
 
 
 def _class(one: Map) -> str:

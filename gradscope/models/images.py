@@ -93,9 +93,9 @@ def _suffixes() -> frozenset[str]:
 
 
 @cache
-def _formats() -> frozenset[str]:
+def _formats() -> tuple[str, ...]:
     Image.init()
-    return frozenset(Image.OPEN) - _NOT_DECODED
+    return tuple(kind for kind in Image.ID if kind not in _NOT_DECODED)
 
 
 def _is_picture(path: Path) -> bool:
@@ -127,12 +127,12 @@ def open_image(path: str) -> Picture:
     data = _bytes(path)
     try:
         with warnings.catch_warnings():
+            # Half of what Pillow refuses is a large photograph, of which it only warns.
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=sorted(_formats())) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 kind, mode = image.format or "?", image.mode
                 pixels = _pixels(_upright(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:
         raise InputError(
             path, "unsupported", f"it is too large to be a picture for a model ({error}); shrink it"
         ) from None
@@ -171,11 +171,12 @@ def _bytes(path: str) -> bytes:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # First of all: some decoders fail once only, and leave black behind.
+    image.load()
     try:
         return ImageOps.exif_transpose(image)
     # Damaged metadata does not make the pixels unreadable; Pillow says so here in many ways.
     except Exception:
-        image.load()
         return image
 
 

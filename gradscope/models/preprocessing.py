@@ -52,6 +52,16 @@ class Geometry:
         places = np.flatnonzero(self._places(axis)[1])
         return (int(places[0]), int(places[-1]) + 1) if places.size else (0, 0)
 
+    def of_size(self, height: int, width: int) -> Geometry:
+        """The same for the picture at another size."""
+        down, across = height / self.picture[0], width / self.picture[1]
+        return Geometry(
+            (height, width),
+            self.inputs,
+            (self.scale[0] / down, self.scale[1] / across),
+            (self.offset[0] * down, self.offset[1] * across),
+        )
+
     def to_picture(self, values: Floats, fill: float = math.nan) -> Floats:
         """A map [h, w] of the inputs as [H, W] of the picture, bilinearly; ``fill`` unseen."""
         rows, inside_rows = self._places(0)

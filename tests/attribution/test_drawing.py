@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,9 +49,7 @@ def test_the_diverging_table_is_grey_in_the_middle_and_blue_and_red_at_its_ends(
 
 @pytest.mark.parametrize("name", COLORMAPS)
 def test_tables_are_matplotlibs(name: str) -> None:
-    colormaps = pytest.importorskip("matplotlib").colormaps
-
-    wanted = colormaps[name](np.arange(256))[:, :3] * 255
+    wanted = matplotlib.colormaps[name](np.arange(256))[:, :3] * 255
 
     assert np.abs(wanted - COLORMAPS[name]()).max() <= 0.51
 

@@ -92,6 +92,20 @@ def test_files_hold_the_raw_signed_values_in_input_geometry(photo: Path, tmp_pat
             assert json.loads(overlay.info["Comment"])["image"] == str(photo)
 
 
+def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(tmp_path: Path) -> None:
+    pixels = np.zeros((5000, 6000, 3), np.uint8)
+    pixels[:2500, :3000] = 200
+    Image.fromarray(pixels).save(tmp_path / "huge.png", compress_level=1)
+
+    report = explained(tmp_path / "huge.png", method="occlusion", output=tmp_path / "out")
+
+    with Image.open(report.result.explanations[0].files.overlay) as overlay:
+        width, height = overlay.size
+    assert width * height <= 1 << 24
+    assert width / height == pytest.approx(6 / 5, rel=1e-3)
+    assert report.result.images[0].width == 6000
+
+
 def test_top_targets_and_contrasts(photo: Path) -> None:
     ranked = explained(photo, target="top3").result
     order = [p.index for p in ranked.images[0].predictions]

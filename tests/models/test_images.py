@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gradscope.errors import InputError
-from gradscope.models.images import find_images, open_image
+from gradscope.models.images import _natural, find_images, open_image
 
 RGB = np.random.default_rng(0).integers(0, 255, (6, 4, 3), dtype=np.uint8)
 
@@ -73,11 +73,56 @@ def test_sixteen_bits_keep_their_depth(tmp_path: Path) -> None:
     assert (found.rgb()[0, :, 0] == [0, 0, 128, 255]).all()
 
 
-def test_floats_beyond_one_are_scaled_by_their_range(tmp_path: Path) -> None:
-    values = np.array([[-1.0, 0.0, 3.0]], np.float32)
-    found = open_image(saved(tmp_path, Image.fromarray(values), "a.tif"))
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ([0.1, 0.5, 0.7], [0.1, 0.5, 0.7]),
+        ([0.0, 51.0, 102.0], [0.0, 0.2, 0.4]),
+        ([-1.0, 0.0, 3.0], [0.0, 0.25, 1.0]),
+        ([0.0, 100.0, 400.0], [0.0, 0.25, 1.0]),
+        ([7e8, 7e8, 7e8], [0.0, 0.0, 0.0]),
+        ([np.nan, 0.5, np.inf], [0.0, 0.5, 1.0]),
+    ],
+)
+def test_floats_are_of_one_of_255_or_of_their_own_range(
+    tmp_path: Path, values: list[float], wanted: list[float]
+) -> None:
+    image = Image.fromarray(np.array([values], np.float32))
 
-    np.testing.assert_allclose(found.pixels[0, :, 1], [0, 0.25, 1], rtol=1e-6)
+    found = open_image(saved(tmp_path, image, "a.tif"))
+
+    np.testing.assert_allclose(found.pixels[0, :, 1], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [([0, 13107, 65535], [0, 0.2, 1]), ([0, 13107], [0, 0.2]), ([-5, 0, 95], [0, 0.05, 1])],
+)
+def test_integers_of_32_bits_are_taken_for_16_where_they_fit(
+    tmp_path: Path, values: list[int], wanted: list[float]
+) -> None:
+    found = open_image(saved(tmp_path, Image.fromarray(np.array([values], np.int32)), "a.tif"))
+
+    assert found.mode == "I"
+    np.testing.assert_allclose(found.pixels[0, :, 0], wanted, rtol=1e-6)
+
+
+def test_a_picture_without_one_finite_pixel_is_malformed(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(np.full((2, 2), np.nan, np.float32)), "a.tif")
+
+    with pytest.raises(InputError, match="finite number") as error:
+        open_image(path)
+    assert error.value.kind == "malformed"
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_damaged_metadata_leaves_the_pixels(tmp_path: Path, suffix: str) -> None:
+    image = Image.fromarray(np.full((8, 8, 3), 90, np.uint8))
+    path = saved(tmp_path, image, f"a.{suffix}", exif=b"Exif\0\0no tags")
+
+    found = open_image(path)
+
+    assert (abs(found.pixels.astype(int) - 90) <= 1).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -108,6 +153,14 @@ def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
         (b"<svg xmlns='http'>", "malformed", "export it as PNG"),
         (b"version https://git-lfs.github.com/spec/v1", "malformed", "git lfs pull"),
         (b"\0\0\0\x20ftypheic" + bytes(40), "malformed", "HEIC"),
+        (b"\0\0\0\x20ftypavis" + bytes(40), "malformed", "AVIF"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "malformed", "export it as PNG"),
+        (b"%PDF-1.4", "malformed", "document"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments",
+            "malformed",
+            "document",
+        ),
         (b"no picture at all", "malformed", "no picture"),
     ],
 )
@@ -133,9 +186,29 @@ def test_a_picture_that_ends_early_is_truncated(tmp_path: Path) -> None:
     assert error.value.kind == "truncated"
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "gif", "webp", "bmp", "jp2", "ppm", "tga"])
+def test_no_format_that_ends_early_is_half_a_picture(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(1).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    path = Path(saved(tmp_path, Image.fromarray(noise), f"a.{suffix}"))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+    with pytest.raises(InputError):
+        open_image(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a\0b", "no file has this name"), ("", "folder"), ("a" * 5000, "read")]
+)
+def test_a_name_that_no_file_has_is_missing(name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        open_image(name)
+    assert error.value.kind == "missing"
+
+
 def test_a_picture_of_a_billion_pixels_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "bomb.png"
-    Image.new("1", (40_000, 40_000)).save(path)
+    path = tmp_path / "bomb.pgm"
+    path.write_bytes(b"P5 40000 40000 255\n" + bytes(100))
 
     with pytest.raises(InputError, match="too large"):
         open_image(str(path))
@@ -162,15 +235,36 @@ def test_a_damaged_picture_is_an_input_error_or_a_picture(
 def test_a_folder_gives_its_pictures_in_the_order_people_count(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden").mkdir()
-    for name in ("img10.png", "img2.png", "sub/a.JPG", ".hidden/b.png", "notes.txt"):
+    names = ("img10.png", "Img2.png", "img²3.png", "sub/a.JPG", ".hidden/b.png", "notes.txt")
+    for name in names:
         (tmp_path / name).write_bytes(b"x")
-
-    (tmp_path / "empty").mkdir()
 
     found = list(find_images([str(tmp_path), "given.bmp"]))
 
-    names = [str(Path(path).relative_to(tmp_path)) for path in found[:-1]]
-    assert names == ["img2.png", "img10.png", "sub/a.JPG"]
+    below = [str(Path(path).relative_to(tmp_path)) for path in found[:-1]]
+    assert below == ["Img2.png", "img10.png", "img²3.png", "sub/a.JPG"]
     assert found[-1] == "given.bmp"
-    with pytest.raises(InputError, match="no picture in this folder"):
-        list(find_images([str(tmp_path / "empty")]))
+
+
+@given(st.lists(st.integers(0, 10**30), min_size=2, max_size=6, unique=True))
+def test_numbers_in_names_are_ordered_as_numbers(numbers: list[int]) -> None:
+    found = sorted((Path(f"img{n}.png") for n in numbers), key=_natural)
+
+    assert found == [Path(f"img{n}.png") for n in sorted(numbers)]
+
+
+def test_a_picture_without_a_suffix_is_found_by_how_it_begins(tmp_path: Path) -> None:
+    for name, kind in (("a", "PNG"), ("b", "JPEG"), ("c", "GIF"), ("d.dat", "WEBP")):
+        Image.fromarray(RGB).save(tmp_path / name, kind)
+    (tmp_path / "e").write_bytes(b"RIFF1234WAVE")
+    (tmp_path / "f.eps").write_bytes(b"%!PS")
+
+    assert [Path(path).name for path in find_images([str(tmp_path)])] == ["a", "b", "c", "d.dat"]
+
+
+def test_a_folder_without_a_picture_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes(b"x")
+
+    with pytest.raises(InputError, match="no picture in this folder") as error:
+        list(find_images([str(tmp_path)]))
+    assert error.value.kind == "missing"

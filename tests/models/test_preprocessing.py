@@ -90,6 +90,18 @@ def test_a_maps_pixel_lies_in_the_picture_where_the_input_took_it(
         assert np.abs(np.where(inner & seen, found - wanted, 0)).max() < 0.6 / 60
 
 
+def test_geometry_of_a_smaller_picture_is_the_same_place() -> None:
+    made = IMAGENET(picture(300, 450)).geometry
+
+    half = made.of_size(150, 225)
+
+    # The centre of a large pixel lies between two small ones.
+    assert list(half.box()) == pytest.approx([edge / 2 for edge in made.box()], abs=0.5)
+    ramp = np.linspace(0, 1, 224)[:, None].repeat(224, 1)
+    whole, small = made.to_picture(ramp), half.to_picture(ramp)
+    np.testing.assert_allclose(whole[100:102, 200].mean(), small[50, 100], atol=1e-9)
+
+
 def test_units_go_there_and_back() -> None:
     pixels = torch.rand(3, 4, 4)
 
