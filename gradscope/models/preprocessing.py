@@ -1,8 +1,8 @@
 """How pictures become inputs, read from wherever it was written down, and how to find back.
 
 Torchvision's, timm's and Hugging Face's ways come to the same steps: resize with antialiasing,
-crop the centre, scale to 0..1, normalise. They are made with Pillow, as those libraries do, so
-inputs are theirs to the bit.
+crop the centre, scale to 0..1, normalise. They are made with Pillow and in torchvision's rounding,
+so inputs are torchvision's to the bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +29,8 @@ Floats = npt.NDArray[np.floating[Any]]
 
 #: Pillow's filters by name; Hugging Face writes their numbers.
 FILTERS = {f.name.lower(): f for f in Image.Resampling}
+#: Beyond it a narrow strip, enlarged until its shorter edge fits, would take gigabytes.
+_MOST_PIXELS = 2**27
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +126,17 @@ class Preprocessing:
         return self.resize if isinstance(self.resize, tuple) else None
 
     def __call__(self, picture: Picture) -> Prepared:
-        """An input of this picture. Raises InputError where nothing of it would be left."""
+        """An input of this picture.
+
+        Raises InputError where nothing of it would be left, or too much.
+        """
         height, width = self._resized((picture.height, picture.width))
         if height < 1 or width < 1:
-            raise InputError(picture.path, "unsupported", "it would be resized to nothing")
-        channels = [
-            np.asarray(c.resize((width, height), FILTERS[self.interpolation]), np.float32)
-            for c in self._planes(picture)
-        ]
-        unit = 255 if picture.pixels.dtype != np.uint8 else 1
-        pixels = torch.from_numpy(np.stack(channels)) * unit
+            raise InputError(picture.path, "unsupported", "it would be resized to nothing; crop it")
+        if height * width > _MOST_PIXELS:
+            message = f"it would be resized to {height}×{width} pixels; crop it"
+            raise InputError(picture.path, "unsupported", message)
+        pixels = torch.from_numpy(self._bytes(picture, (width, height)))
         cropped, offset = _centred(pixels, self.crop)
         scale = (height / picture.height, width / picture.width)
         geometry = Geometry(
@@ -142,7 +145,17 @@ class Preprocessing:
             scale,
             (offset[0] / scale[0], offset[1] / scale[1]),
         )
-        return Prepared(self.normalise((cropped * self.rescale).float()), geometry)
+        # In double: a byte times 1/255 is then the byte divided by 255, as in torchvision.
+        return Prepared(self.normalise((cropped.double() * self.rescale).float()), geometry)
+
+    def _bytes(self, picture: Picture, size: tuple[int, int]) -> Floats:
+        """The resized picture [C, h, w] in 0..255, with fractions where it is deeper."""
+        planes = (p.resize(size, FILTERS[self.interpolation]) for p in self._planes(picture))
+        found = np.stack([np.asarray(plane, np.float32) for plane in planes])
+        if picture.pixels.dtype == np.uint8:
+            return found
+        # Filters that overshoot end at black and white, as they do for bytes.
+        return np.clip(found, 0, 1) * np.float32(255)
 
     def _planes(self, picture: Picture) -> list[Image.Image]:
         deep = picture.pixels.dtype != np.uint8
@@ -178,7 +191,7 @@ class Preprocessing:
         """The steps in words."""
         return tuple(self._steps())
 
-    def _steps(self) -> Any:
+    def _steps(self) -> Iterator[str]:
         if isinstance(self.resize, tuple):
             yield f"resize to {self.resize[0]}×{self.resize[1]} ({self.interpolation})"
         elif self.resize is not None:
@@ -217,35 +230,76 @@ def fitted(
     """The steps for a model that takes images of one size, or of one channel.
 
     A guess keeps ImageNet's ratio of resize to crop; what was written down is only given a size
-    where it had none. Grey inputs take the mean of three channels' numbers.
+    where it had none. Grey inputs take the mean of three channels' numbers, and a single number
+    stands for all three.
     """
     height, width = size
     if height and width and (preprocessing.assumed or preprocessing.size is None):
-        ratio = 256 / 224 if preprocessing.assumed else 1.0
-        # No crop keeps the whole of a picture in a shape that is not square.
-        edge: int | tuple[int, int] = (
-            round(height * ratio) if height == width else (round(height), round(width))
-        )
-        preprocessing = replace(preprocessing, resize=edge, crop=(height, width))
+        preprocessing = _sized(preprocessing, height, width)
+    mean, std = preprocessing.mean, preprocessing.std
     if channels == 1 and preprocessing.channels == 3:
-        mean, std = (sum(v) / 3 for v in (preprocessing.mean, preprocessing.std))
-        preprocessing = replace(preprocessing, mean=(mean,), std=(std,))
+        return replace(preprocessing, mean=(sum(mean) / 3,), std=(sum(std) / 3,))
+    if channels == 3 and preprocessing.channels == 1:
+        return replace(preprocessing, mean=mean * 3, std=std * 3)
     return preprocessing
+
+
+def _sized(preprocessing: Preprocessing, height: int, width: int) -> Preprocessing:
+    edge: int | tuple[int, int]
+    if height != width:
+        # No crop keeps the whole of a picture in a shape that is not square.
+        edge = (height, width)
+    elif preprocessing.assumed:
+        edge = round(height * 256 / 224)
+    else:
+        written = preprocessing.resize if isinstance(preprocessing.resize, int) else height
+        # Far from the model's size it was written for another one; a corner would be left of it.
+        edge = written if height <= written < 2 * height else height
+    return replace(preprocessing, resize=edge, crop=(height, width))
 
 
 # --- where it is written down ---------------------------------------------------------------------
 
 
 def parse(text: str) -> Preprocessing:
-    """What ``--preprocess`` says: ``imagenet``, a JSON file, or ``key=value`` pairs.
+    """What ``--preprocess`` says: ``imagenet``, a JSON file or its folder, or ``key=value`` pairs.
 
-    Keys are Hugging Face's. Raises UsageError for a wrong value, InputError for a wrong file.
+    Keys are Hugging Face's, or timm's where ``input_size`` and ``mean`` are among them. Mean and
+    standard deviation are ImageNet's where they are not given. ``size=N`` is the shorter edge.
+    Raises UsageError for a wrong value, InputError for a wrong file.
     """
+    text = text.strip()
     if text == "imagenet":
         return IMAGENET
-    if "=" in text and not Path(text).is_file():
-        return _from_keys(dict(_pairs(text)), "--preprocess", UsageError)
-    return read_preprocessing(text)
+    if _is(text, Path.is_file):
+        return read_preprocessing(text)
+    if "=" in text:
+        keys = _unique(_pairs(text))
+        timm = _from_timm(keys, _OPTION, _asked) if keys.keys() <= _TIMM else None
+        return timm or _from_keys(keys, _OPTION, _asked)
+    if not text:
+        raise _asked(f"it is empty; {_FORMS}")
+    found = beside(text) if _is(text, Path.is_dir) else None
+    return found or read_preprocessing(text)
+
+
+_OPTION = "--preprocess"
+_FORMS = (
+    "--preprocess takes imagenet, a JSON file or key=value pairs such as "
+    "image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=224"
+)
+
+
+def _asked(message: str) -> Exception:
+    return UsageError(f"{_OPTION}: {message}")
+
+
+def _is(text: str, kind: Callable[[Path], bool]) -> bool:
+    """Whether it is the name of such a thing; pairs may be longer than a name can be."""
+    try:
+        return bool(text) and kind(Path(text))
+    except OSError:
+        return False
 
 
 def read_preprocessing(path: str) -> Preprocessing:
@@ -255,49 +309,59 @@ def read_preprocessing(path: str) -> Preprocessing:
         return InputError(path, "malformed", message)
 
     try:
-        keys = json.loads(Path(path).read_text(encoding="utf-8"))
+        # Some editors mark UTF-8.
+        keys = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(
-            path, "missing", "there is no such file; --preprocess takes imagenet, a JSON file "
-            "or key=value pairs such as image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=224"
-        ) from None  # fmt: skip
+        raise InputError(path, "missing", f"there is no such file; {_FORMS}") from None
+    except IsADirectoryError:
+        message = "this folder has no preprocessor_config.json, and no timm config.json"
+        raise InputError(path, "missing", message) from None
     except OSError as error:
         raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise wrong(f"it is no JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"it is no JSON ({error}); {_FORMS}") from None
     if not isinstance(keys, dict):
-        raise wrong("it holds no JSON object of preprocessing keys")
+        raise wrong(f"it holds no JSON object of preprocessing keys; {_FORMS}")
     return _from_timm(keys, path, wrong) or _from_keys(keys, path, wrong)
 
 
 def beside(model: str) -> Preprocessing | None:
-    """What a file next to the model says, if there is one that says it."""
+    """What a file next to the model says, if there is one that says it.
+
+    Raises InputError for a ``preprocessor_config.json`` that cannot be right.
+    """
     folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    for name in ("preprocessor_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            keys = _json(path)
-            known = {"image_mean", "do_normalize", "size"} if name[0] == "p" else {"pretrained_cfg"}
-            if known & set(keys):
-                return read_preprocessing(str(path))
-    return None
+    processor, config = folder / "preprocessor_config.json", folder / "config.json"
+    if {"image_mean", "do_normalize", "size", "crop_size"} & _json(processor).keys():
+        return read_preprocessing(str(processor))
+    return read_preprocessing(str(config)) if _is_timms(_json(config)) else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
+def _is_timms(keys: Mapping[str, Any]) -> bool:
+    config = keys.get("pretrained_cfg", keys)
+    return isinstance(config, Mapping) and {"mean", "input_size"} <= config.keys()
+
+
 def of_module(module: object) -> Preprocessing | None:
     """What a timm model knows of its own inputs."""
-    for name in ("pretrained_cfg", "default_cfg"):
-        config = getattr(module, name, None)
+    configs = (getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg"))
+    for config in configs:
         keys = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        if keys.get("mean") and keys.get("std") and keys.get("input_size"):
-            return _from_timm({"pretrained_cfg": dict(keys)}, "timm's configuration", UsageError)
+        try:
+            found = _from_timm({"pretrained_cfg": keys}, "timm's configuration", UsageError)
+        # Another library's attribute of this name.
+        except UsageError:
+            continue
+        if found is not None:
+            return found
     return None
 
 
@@ -308,7 +372,7 @@ def of_torchvision(factory: str) -> Preprocessing | None:
         steps = known.get_model_weights(factory).DEFAULT.transforms()
         mean, std = tuple(steps.mean), tuple(steps.std)
         resize, crop = int(steps.resize_size[0]), int(steps.crop_size[0])
-        name = str(getattr(steps.interpolation, "value", steps.interpolation))
+        name = _filter(getattr(steps.interpolation, "value", steps.interpolation), ValueError)
     # Absent, broken, or it does not know the name.
     except Exception:
         return None
@@ -319,21 +383,27 @@ def of_torchvision(factory: str) -> Preprocessing | None:
 Wrong = Callable[[str], Exception]
 
 
+_TIMM = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
+
+
 def _from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing | None:
-    config = keys.get("pretrained_cfg", keys)
-    if not isinstance(config, Mapping) or "mean" not in config or "input_size" not in config:
+    """The steps of ``timm.data.transforms_imagenet_eval``; None where the keys are not timm's."""
+    if not _is_timms(keys):
         return None
-    channels, height, width = _numbers(config["input_size"], "input_size", wrong, 3)
-    share = float(config.get("crop_pct") or 0.875)
-    crop = (int(height), int(width))
-    edge = math.floor(min(crop) / share)
-    squash = config.get("crop_mode") == "squash"
+    config = keys.get("pretrained_cfg", keys)
+    channels, height, width = _whole(config["input_size"], "input_size", wrong, 3)
+    share = _positive(_numbers(config.get("crop_pct") or 0.875, "crop_pct", wrong, 1), "crop_pct",
+                      wrong)[0]  # fmt: skip
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise wrong(f"crop_mode is {mode!r}; center and squash are supported")
+    scaled = (math.floor(min(height / share, 1e6)), math.floor(min(width / share, 1e6)))
     found = Preprocessing(
-        (math.floor(crop[0] / share), math.floor(crop[1] / share)) if squash else edge,
-        crop,
-        _numbers(config["mean"], "mean", wrong, int(channels)),
-        _positive(_numbers(config.get("std", ()), "std", wrong, int(channels)), "std", wrong),
-        _filter(config.get("interpolation", "bilinear"), wrong),
+        scaled if mode == "squash" else min(scaled),
+        (height, width),
+        _numbers(config["mean"], "mean", wrong, channels),
+        _positive(_numbers(config.get("std"), "std", wrong, channels), "std", wrong),
+        _filter(config.get("interpolation") or "bilinear", wrong),
         source=source,
     )
     return _checked(found, wrong)
@@ -341,44 +411,77 @@ def _from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocess
 
 _KEYS = {
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
-    "do_normalize", "image_mean", "image_std",
+    "do_normalize", "image_mean", "image_std", "crop_pct",
 }  # fmt: skip
 
 
-def _from_keys(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing:
+def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing:
     """Hugging Face's keys. Those of other kinds that their files carry are not looked at."""
-    unknown = [key for key in keys if key not in _KEYS]
-    if unknown and source == "--preprocess":
-        raise wrong(f"--preprocess has no key {unknown[0]!r}; there are {', '.join(sorted(_KEYS))}")
-    if not _KEYS & set(keys):
+    unknown = [key for key in given if key not in _KEYS]
+    if unknown and source == _OPTION:
+        known = f"{', '.join(sorted(_KEYS))}, or timm's {', '.join(sorted(_TIMM))}"
+        raise wrong(f"it has no key {unknown[0]!r}; there are {known}")
+    # Their files write null for what a processor does not have.
+    keys = {k: v for k, v in given.items() if v is not None or k in ("image_mean", "image_std")}
+    if not _KEYS & keys.keys():
         raise wrong(f"none of the keys {', '.join(sorted(_KEYS))} is in it")
-    resize: int | tuple[int, int] | None = None
-    if keys.get("do_resize", "size" in keys):
-        resize = _size(keys.get("size", 224), "size", wrong)
-    crop = None
-    if keys.get("do_center_crop", "crop_size" in keys):
-        found = _size(keys.get("crop_size", keys.get("size", 224)), "crop_size", wrong)
-        crop = (found, found) if isinstance(found, int) else found
-    rescale = float(_numbers([keys.get("rescale_factor", 1 / 255)], "rescale_factor", wrong, 1)[0])
+    resize, crop = _sizes(keys, source, wrong)
+    rescale = _numbers(keys.get("rescale_factor", 1 / 255), "rescale_factor", wrong, 1)
     mean, std = _normalisation(keys, wrong)
-    return _checked(
-        Preprocessing(
-            resize,
-            crop,
-            mean,
-            std,
-            _filter(keys.get("resample", "bilinear"), wrong),
-            rescale if keys.get("do_rescale", True) else 1.0,
-            source,
-        ),
-        wrong,
+    found = Preprocessing(
+        resize,
+        crop,
+        mean,
+        std,
+        _filter(keys.get("resample", "bilinear"), wrong),
+        _positive(rescale, "rescale_factor", wrong)[0]
+        if _flag(keys, "do_rescale", True, wrong)
+        else 1.0,
+        source,
     )
+    return _checked(found, wrong)
+
+
+def _sizes(
+    keys: Mapping[str, Any], source: str, wrong: Wrong
+) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
+    """What to resize to, and the centre to cut out."""
+    resize: int | tuple[int, int] | None = None
+    crop = None
+    size = _size(keys.get("size", 224), "size", wrong)
+    if _flag(keys, "do_resize", "size" in keys, wrong):
+        resize = size
+    if _flag(keys, "do_center_crop", "crop_size" in keys, wrong):
+        found = _size(keys.get("crop_size", size), "crop_size", wrong)
+        crop = (found, found) if isinstance(found, int) else found
+    if not isinstance(resize, int) or crop is not None:
+        return resize, crop
+    if "crop_pct" in keys:
+        return _convnext(resize, keys, wrong)
+    # A plain number in a file without a crop is a square: older files of ViT, BEiT and Swin.
+    plain = source != _OPTION and not isinstance(keys.get("size"), Mapping)
+    return ((resize, resize) if plain else resize), None
+
+
+def _convnext(
+    edge: int, keys: Mapping[str, Any], wrong: Wrong
+) -> tuple[int | tuple[int, int], tuple[int, int]]:
+    """ConvNeXT's processor: small sizes are cropped, from 384 on the picture is squashed."""
+    share = _positive(_numbers(keys["crop_pct"], "crop_pct", wrong, 1), "crop_pct", wrong)[0]
+    return (int(min(edge / share, 1e6)) if edge < 384 else (edge, edge)), (edge, edge)
+
+
+def _flag(keys: Mapping[str, Any], key: str, default: bool, wrong: Wrong) -> bool:
+    value = keys.get(key, default)
+    if value not in (True, False):
+        raise wrong(f"{key} is {value!r}, neither true nor false")
+    return bool(value)
 
 
 def _normalisation(
     keys: Mapping[str, Any], wrong: Wrong
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if not keys.get("do_normalize", True):
+    if not _flag(keys, "do_normalize", True, wrong):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean = _numbers(keys.get("image_mean", IMAGENET.mean), "image_mean", wrong)
     std = _numbers(keys.get("image_std", IMAGENET.std), "image_std", wrong)
@@ -399,60 +502,88 @@ def _size(value: Any, key: str, wrong: Wrong) -> int | tuple[int, int]:
         else:
             raise wrong(f"{key} has neither shortest_edge nor height and width")
     if isinstance(value, list | tuple):
-        height, width = _numbers(value, key, wrong, 2)
-        return int(height), int(width)
-    return int(_numbers([value], key, wrong, 1)[0])
+        height, width = _whole(value, key, wrong, 2)
+        return height, width
+    return _whole(value, key, wrong, 1)[0]
+
+
+def _whole(value: Any, key: str, wrong: Wrong, count: int) -> tuple[int, ...]:
+    numbers = _numbers(value, key, wrong, count)
+    if any(n != int(n) for n in numbers):
+        raise wrong(f"{key} is {value!r}; pixels are whole numbers")
+    return tuple(int(n) for n in numbers)
 
 
 def _numbers(value: Any, key: str, wrong: Wrong, count: int | None = None) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else [value]
-    good = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not good or not all(math.isfinite(v) for v in values) or (count and len(values) != count):
-        raise wrong(f"{key} is {value!r}, not {count or 'a list of'} finite number(s)")
+    if not values or not all(map(_is_finite, values)) or (count and len(values) != count):
+        wanted = f"{count} finite number{'s'[: count - 1]}" if count else "a list of finite numbers"
+        raise wrong(f"{key} is {value!r}, not {wanted}")
     return tuple(float(v) for v in values)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    # An integer that no float reaches.
+    except OverflowError:
+        return False
 
 
 def _positive(values: tuple[float, ...], key: str, wrong: Wrong) -> tuple[float, ...]:
     if min(values, default=0) <= 0:
-        raise wrong(f"{key} holds {min(values, default=0):g}; what divides is above zero")
+        raise wrong(f"{key} holds {min(values, default=0):g}; it has to be above zero")
     return values
 
 
 def _filter(value: Any, wrong: Wrong) -> str:
     by_number = {f.value: name for name, f in FILTERS.items()}
-    name = by_number.get(value, "") if isinstance(value, int) else str(value).lower()
+    number = isinstance(value, int) and not isinstance(value, bool)
+    name = by_number.get(value, "") if number else str(value).lower()
     if name not in FILTERS:
         raise wrong(f"no filter is called {value!r}; there are {', '.join(FILTERS)}")
     return name
 
 
 def _checked(found: Preprocessing, wrong: Wrong) -> Preprocessing:
-    sizes = [found.resize] if isinstance(found.resize, int) else list(found.resize or ())
-    for size in (*sizes, *(found.crop or ())):
-        if not 1 <= size <= 16384:
-            raise wrong(f"a size of {size} pixels is none between 1 and 16384")
+    resize = [found.resize] if isinstance(found.resize, int) else found.resize or ()
+    for key, sizes in (("size", resize), ("the crop's size", found.crop or ())):
+        if not all(1 <= size <= 16384 for size in sizes):
+            raise wrong(f"{key} is {'×'.join(map(str, sizes))}; edges have 1 to 16384 pixels")
+    if found.channels not in (1, 3):
+        raise wrong(f"images of {found.channels} channels are not supported; of one or three are")
     return found
 
 
-def _pairs(text: str) -> Any:
+def _pairs(text: str) -> Iterator[tuple[str, Any]]:
     """``key=value`` pairs; commas inside brackets belong to the value."""
     for pair in re.split(r",(?![^\[{(]*[\]})])", text):
         key, equals, value = pair.strip().partition("=")
         if not equals:
-            raise UsageError(f"--preprocess: {pair!r} is no key=value")
+            raise _asked(f"{pair!r} is no key=value")
         yield key.strip(), _value(value.strip())
 
 
+def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _asked(f"{key} is given twice")
+        found[key] = value
+    return found
+
+
 def _value(text: str) -> Any:
-    by_word = {"true": True, "false": False, "none": None}
+    by_word = {"true": True, "false": False, "none": None, "null": None}
     if text.lower() in by_word:
         return by_word[text.lower()]
-    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    sides = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
     if sides:
         return [int(side) for side in sides.groups()]
     if "/" in text:
         return [_value(part) for part in text.split("/")]
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.loads(re.sub(r"^\((.*)\)$", r"[\1]", text))
+    except (ValueError, RecursionError):
         return text

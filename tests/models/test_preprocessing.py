@@ -60,8 +60,40 @@ def test_inputs_are_torchvisions(size: tuple[int, int], resize: int, crop: int) 
 
     found = steps(given).inputs
 
-    wanted = by_torchvision(given, resize, crop)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found, by_torchvision(given, resize, crop))
+
+
+def test_bytes_are_rescaled_as_hugging_face_does() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    steps = Preprocessing(None, None, (0.0,) * 3, (1.0,) * 3, rescale=1 / 127.5)
+
+    found = steps(Picture("a.png", "PNG", "RGB", 1, "0", ramp)).inputs
+
+    # NumPy multiplies bytes by a Python float in double.
+    wanted = (np.arange(256, dtype=np.uint8) * (1 / 127.5)).astype(np.float32)
+    np.testing.assert_array_equal(found[0].flatten(), wanted)
+
+
+def test_a_strip_that_would_be_enlarged_beyond_memory_is_refused() -> None:
+    with pytest.raises(InputError, match="resized to 256×15360000 pixels; crop it") as error:
+        IMAGENET(picture(1, 60_000))
+    assert error.value.kind == "unsupported"
+
+
+@pytest.mark.parametrize("name", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+def test_a_deep_picture_is_resized_as_its_bytes_are(name: str) -> None:
+    edge = np.zeros((20, 20, 3), np.uint8)
+    edge[:, 10:] = 255
+    steps = Preprocessing((33, 47), None, (0.0,) * 3, (1.0,) * 3, interpolation=name)
+
+    shallow = steps(Picture("a", "PNG", "RGB", 1, "0", edge)).inputs
+    deep = steps(Picture("a", "TIFF", "F", 1, "0", edge.astype(np.float32) / 255)).inputs
+
+    filters = {f.name.lower(): f for f in Image.Resampling}
+    wanted = np.asarray(Image.fromarray(edge).resize((47, 33), filters[name])) / 255
+    np.testing.assert_allclose(shallow.permute(1, 2, 0), wanted, atol=1e-7)
+    # Pillow rounds to bytes after each of two passes.
+    np.testing.assert_allclose(deep, shallow, atol=1.01 / 255)
 
 
 @given(st.integers(8, 60), st.integers(8, 60), st.sampled_from([16, (12, 20), None]))
@@ -164,6 +196,107 @@ def test_a_processors_file_is_read(tmp_path: Path) -> None:
         assert found.source == str(path)
 
 
+@pytest.mark.parametrize(
+    ("keys", "resize", "crop"),
+    [
+        # ViT's older files: a number is a square.
+        ({"size": 224, "do_resize": True}, (224, 224), None),
+        ({"size": {"shortest_edge": 224}}, 224, None),
+        # CLIP's: a number and a crop.
+        ({"size": 224, "crop_size": 200, "do_center_crop": True}, 224, (200, 200)),
+        ({"size": 224, "do_center_crop": True}, 224, (224, 224)),
+        # ConvNeXT's crops a share of small images and squashes large ones.
+        ({"size": 224, "crop_pct": 0.875}, 256, (224, 224)),
+        ({"size": {"shortest_edge": 384}, "crop_pct": 0.875}, (384, 384), (384, 384)),
+        # Newer files name what they do not have.
+        (
+            {"size": {"height": 9, "width": 8}, "crop_size": None, "do_center_crop": None,
+             "resample": None, "rescale_factor": None, "size_divisor": None},
+            (9, 8), None,
+        ),
+        ({"do_resize": False, "size": 3, "do_center_crop": False, "crop_size": 2}, None, None),
+    ],
+)  # fmt: skip
+def test_a_processors_sizes_mean_what_they_mean_there(
+    tmp_path: Path, keys: dict[str, Any], resize: Any, crop: Any
+) -> None:
+    path = tmp_path / "preprocessor_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(keys).encode())
+
+    for found in (parse(str(path)), parse(str(tmp_path)), beside(str(tmp_path))):
+        assert found is not None
+        assert (found.resize, found.crop) == (resize, crop)
+        assert found.rescale == 1 / 255
+        assert found.mean == IMAGENET.mean
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"sampling_rate": 16000}', '{"pretrained_cfg": null}', '{"id2label": {}}',
+     '{"pretrained_cfg": {"input_size": [3, 8, 8]}}'],
+)  # fmt: skip
+def test_a_file_beside_a_model_that_says_nothing_of_images_says_nothing(
+    tmp_path: Path, content: str
+) -> None:
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text(content)
+
+    assert beside(str(tmp_path / "model.pt")) is None
+    with pytest.raises(InputError, match="this folder has no preprocessor_config"):
+        parse(str(tmp_path))
+
+
+def test_a_processor_beside_the_model_that_cannot_be_right_is_malformed(tmp_path: Path) -> None:
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text('{"image_mean": [0, 0, 0], "image_std": [0, 0, 0]}')
+
+    with pytest.raises(InputError, match="image_std holds 0") as error:
+        beside(str(tmp_path / "model.pt"))
+    assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "wanted"),
+    [(None, 64, 64), (256, 224, 256), (224, 224, 224), (200, 224, 224), (256, 28, 28)],
+)
+def test_what_was_written_keeps_its_resize_where_the_models_size_fits_in_it(
+    resize: int | None, size: int, wanted: int
+) -> None:
+    written = Preprocessing(resize, None, (0.5,) * 3, (0.5,) * 3)
+
+    found = fitted(written, (size, size), 3)
+
+    assert (found.resize, found.crop) == (wanted, (size, size))
+
+
+def test_one_number_stands_for_three_channels() -> None:
+    found = fitted(parse("image_mean=0.5,image_std=0.25,size=8x8"), (None, None), 3)
+
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert found(picture(9, 9)).inputs.shape == (3, 8, 8)
+
+
+def test_timms_keys_are_taken_on_the_command_line() -> None:
+    text = "input_size=3/224/320,mean=(0.1,0.2,0.3),std=[1,2,3],crop_pct=0.9,crop_mode=squash"
+
+    found = parse(text + ",interpolation=bicubic")
+
+    assert (found.resize, found.crop) == ((248, 355), (224, 320))
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert found.interpolation == "bicubic"
+
+
+def test_what_another_library_calls_its_configuration_is_let_be() -> None:
+    for config in ({"mean": np.ones(3), "std": (1,), "input_size": (3, 8, 8)}, object(), 3,
+                   {"mean": None, "std": None, "input_size": None}):  # fmt: skip
+        assert of_module(SimpleNamespace(default_cfg=config)) is None
+    good = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": (3, 8, 8)}
+    both = SimpleNamespace(pretrained_cfg={}, default_cfg=SimpleNamespace(**good))
+    assert of_module(both) == Preprocessing(
+        9, (8, 8), (0.5,) * 3, (0.5,) * 3, source="timm's configuration"
+    )
+
+
 def test_timm_says_it_in_its_configuration(tmp_path: Path) -> None:
     config = {
         "input_size": [3, 288, 288], "crop_pct": 0.95, "interpolation": "bicubic",
@@ -206,9 +339,28 @@ def test_torchvision_says_it_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> 
         ("image_mean=0.5/0.5", "image_mean has 2 numbers"),
         ("image_std=0/1/1", "above zero"),
         ("image_std=a/b/c", "finite number"),
-        ("size=0", "no|none between"),
-        ("size=-3", "none between"),
+        ("size=0", "size is 0; edges"),
+        ("size=-3", "size is -3; edges"),
+        ("size=20x99999", "size is 20×99999; edges"),
+        ("size=224.5", "size is 224.5; pixels are whole"),
+        ("crop_size=0", "the crop's size is 0×0"),
+        ("crop_size=1/2/3", "crop_size is"),
         ("resample=cubicle", "no filter is called"),
+        ("resample=true", "no filter is called True"),
+        ("do_normalize=no", "do_normalize is 'no', neither true nor false"),
+        ("do_resize=2,size=3", "do_resize is 2"),
+        ("rescale_factor=0", "rescale_factor holds 0; it has to be above zero"),
+        ("rescale_factor=x", "rescale_factor is 'x', not 1 finite number"),
+        ("image_mean=1e400", "image_mean is inf"),
+        ("image_mean=[]", "image_mean is"),
+        ("size=8,size=9", "size is given twice"),
+        ('size={"longest_edge":9}', "neither shortest_edge"),
+        ("mean=0.5/0.5/0.5", "no key 'mean'.*or timm's"),
+        ("input_size=3/8/8,mean=0/0/0,std=1/1", "std is"),
+        ("input_size=4/8/8,mean=0/0/0/0,std=1/1/1/1", "4 channels"),
+        ("", "--preprocess takes imagenet"),
+        ("x" * 300 + "=1", "no key"),
+        ("image_mean=" + "[" * 9999, "image_mean is"),
         ("image_mean=0.5/0.5/0.5,size", "no key=value"),
     ],
 )
@@ -221,7 +373,14 @@ def test_a_wrong_request_names_its_key(text: str, said: str) -> None:
     ("content", "said"),
     [("{", "no JSON"), ("[]", "no JSON object"), ("{}", "none of the keys"),
      ('{"image_mean": [1], "image_std": "x"}', "image_std"),
-     ('{"size": {"w": 3}}', "shortest_edge")],
+     ('{"size": {"w": 3}}', "shortest_edge"),
+     ("[" * 99999, "no JSON"), ('{"size": 1' + "0" * 400 + "}", "size is 1"), ("\0", "no JSON"),
+     ('{"do_normalize": "false", "size": 4}', "do_normalize is 'false'"),
+     ('{"input_size": [3, 8, 8], "mean": [0, 0, 0], "std": null}', "std is None"),
+     ('{"input_size": [3, 8, 8], "mean": [0, 0, 0], "std": [1, 1, 1], "crop_pct": "x"}', "pct"),
+     ('{"input_size": [3, 8, 8], "mean": [0, 0, 0], "std": [1, 1, 1], "crop_mode": "border"}',
+      "crop_mode is 'border'"),
+     ('{"input_size": [3, 8, 8], "mean": [0, 0, 0], "std": [1, 1, 1], "crop_pct": 1e-9}', "edges")],
 )  # fmt: skip
 def test_a_wrong_file_is_malformed(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "p.json"
