@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -39,8 +41,8 @@ def imagenet() -> Labels:
 def read_labels(path: str) -> Labels:
     """Names from a file: a line each (with or without its index), a JSON list or a JSON object.
 
-    Also ``imagenet_class_index.json`` and the ``id2label`` of a Hugging Face ``config.json``.
-    Raises InputError.
+    Also ``imagenet_class_index.json``, the ``id2label`` of a Hugging Face ``config.json`` and a
+    dictionary as Python prints it. Raises InputError.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -49,11 +51,28 @@ def read_labels(path: str) -> Labels:
     except OSError as error:
         raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise InputError(path, "malformed", "labels are text in UTF-8") from None
-    found = _from_json(path, text) if text.lstrip()[:1] in ("{", "[") else dict(_from_lines(text))
+        raise InputError(
+            path, "malformed", "labels are text in UTF-8; save it again as that"
+        ) from None
+    # A name with a NUL in it.
+    except ValueError as error:
+        raise InputError(path, "missing", f"no file has this name ({error})") from None
+    value = _literal(text)
+    if value is None and _OBJECT.match(text):
+        message = f"it begins like JSON but cannot be read as such; {_FORMS}"
+        raise InputError(path, "malformed", message)
+    try:
+        found = dict(_from_lines(text)) if value is None else _from_literal(value)
+    except ValueError as error:
+        raise InputError(path, "malformed", f"{error}; {_FORMS}") from None
     if not found:
-        raise InputError(path, "malformed", "it holds no labels")
+        raise InputError(path, "malformed", f"it holds no labels; {_FORMS}")
     return MappingProxyType(found)
+
+
+#: An object or a list that goes on; ``[CLS]`` on a line of its own is a name.
+_OBJECT = re.compile(r"\s*(?:\{|\[(?![^\[\]\"',\n]*\]\s*\n))")
+_FORMS = "labels are a line each, or JSON: a list, or an object of index to name"
 
 
 def beside(model: str) -> Labels | None:
@@ -62,67 +81,110 @@ def beside(model: str) -> Labels | None:
     for name in _BESIDE:
         if (folder / name).is_file():
             return read_labels(str(folder / name))
-    config = folder / "config.json"
-    if config.is_file() and '"id2label"' in config.read_text(encoding="utf-8", errors="replace"):
-        return read_labels(str(config))
-    return None
+    try:
+        value = _literal((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return None
+    named = value.get("id2label") if isinstance(value, dict) else None
+    return read_labels(str(folder / "config.json")) if named else None
 
 
 def of_model(module: object, classes: int) -> Labels | None:
     """The names that a model brings along, or ImageNet's where it has as many classes."""
     named = getattr(getattr(module, "config", None), "id2label", None)
     if isinstance(named, Mapping) and named:
-        return MappingProxyType({int(index): str(name) for index, name in named.items()})
+        try:
+            return MappingProxyType({_index(i): str(name) for i, name in named.items()})
+        # Another library's attribute of this name.
+        except ValueError:
+            pass
     return imagenet() if classes == _IMAGENET_CLASSES else None
 
 
-def _from_json(path: str, text: str) -> dict[int, str]:
-    try:
-        value: Any = json.loads(text)
-    except ValueError as error:
-        raise InputError(path, "malformed", f"it is no JSON ({error})") from None
+def _literal(text: str) -> Any:
+    """What JSON or Python reads from text in brackets; None where neither does."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings():
+                # Python's, of backslashes in names.
+                warnings.simplefilter("ignore")
+                return read(text.strip())
+        # Python's parser has its own limits of depth, and says so in several ways.
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _from_literal(value: Any) -> dict[int, str]:
+    """Raises ValueError for what is not index and name, either way round."""
+    if isinstance(value, dict) and "id2label" in value:
+        value = value["id2label"]
     if isinstance(value, list):
-        return {index: str(name) for index, name in enumerate(value)}
-    value = value.get("id2label", value)
-    try:
-        pairs = {int(index): _name(name) for index, name in value.items()}
-    except (ValueError, AttributeError, TypeError, IndexError):
-        pairs = _reversed(path, value)
-    return dict(sorted(pairs.items()))
+        return {index: _name(name) for index, name in enumerate(value)}
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {value!r:.40}")
+    # Otherwise label2id: names to indices.
+    named = value.items() if all(map(_is_index, value)) else ((i, n) for n, i in value.items())
+    return dict(_unique(sorted((_index(index), _name(name)) for index, name in named)))
+
+
+def _is_index(value: Any) -> bool:
+    digits = re.fullmatch(r"[0-9]{1,9}", str(value).strip())
+    return digits is not None and not isinstance(value, bool)
+
+
+def _index(value: Any) -> int:
+    if not _is_index(value):
+        raise ValueError(f"{value!r:.40} is no index of a class")
+    return int(value)
 
 
 def _name(value: Any) -> str:
     # ["n01440764", "tench"], as Keras has it.
-    return str(value[-1]) if isinstance(value, list) else str(value)
+    name = value[-1] if isinstance(value, list | tuple) and value else value
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise ValueError(f"{value!r:.40} is no name of a class")
+    return str(name)
 
 
-def _reversed(path: str, value: Any) -> dict[int, str]:
-    """``label2id``: names to indices."""
-    try:
-        return {int(index): str(name) for name, index in value.items()}
-    except (ValueError, AttributeError, TypeError):
-        message = "labels are a list, or an object of index to name"
-        raise InputError(path, "malformed", message) from None
+def _unique(pairs: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    seen: set[int] = set()
+    for index, name in pairs:
+        if index in seen:
+            raise ValueError(f"class {index} has two names")
+        seen.add(index)
+        yield index, name
 
 
-_NUMBERED = re.compile(r"(\d+)\s*[:,\t]\s*(.+)")
-_SYNSET = re.compile(r"n\d{8}[\s,]+(.+)")
+_NUMBERED = re.compile(r"([0-9]{1,9})\s*[:;,\t]\s*(.+)")
+#: With a space alone, as in `0 tench`: a name may begin with a number, so all have to be in order.
+_SPACED = re.compile(r"([0-9]{1,9})\s+(?:-\s+)?(.+)")
+_SYNSET = re.compile(r"n[0-9]{8}[\s,]+(.+)")
 
 
 def _from_lines(text: str) -> Iterator[tuple[int, str]]:
-    lines = text.splitlines()
-    while lines and not lines[-1].strip():
-        lines.pop()
-    numbered = [_NUMBERED.fullmatch(line.strip()) for line in lines if line.strip()]
-    if numbered and all(numbered):
-        yield from ((int(m[1]), _plain(m[2])) for m in numbered if m)
-        return
-    yield from ((index, _plain(line)) for index, line in enumerate(lines))
+    """Raises ValueError for an index with two names."""
+    lines = text.rstrip().split("\n")
+    filled = [line.strip() for line in lines if line.strip()]
+    # A table may have a heading, which is no number.
+    headed = bool(filled) and not filled[0][0].isdigit()
+    for rows in (filled, filled[headed:]):
+        numbered = [_NUMBERED.fullmatch(row) for row in rows]
+        if numbered and all(numbered):
+            return _unique((int(m[1]), _plain(m[2])) for m in numbered if m)
+    spaced = [m for m in map(_SPACED.fullmatch, filled) if m]
+    if [int(m[1]) for m in spaced] == list(range(len(filled))):
+        return ((int(m[1]), _plain(m[2])) for m in spaced)
+    return ((index, _plain(line)) for index, line in enumerate(lines) if filled)
 
 
 def _plain(name: str) -> str:
     synset = _SYNSET.fullmatch(name.strip())
-    return (synset[1] if synset else name).strip().strip("'\"")
+    found = (synset[1] if synset else name).strip()
+    quoted = re.fullmatch(r"'([^']*)',?|\"([^\"]*)\",?", found)
+    return next(part for part in quoted.groups() if part is not None) if quoted else found
 
 
 def parse_target(text: str, labels: Labels | None, classes: int) -> int | Ranked:
@@ -132,20 +194,30 @@ def parse_target(text: str, labels: Labels | None, classes: int) -> int | Ranked
     then a part that only one label has. Raises UsageError for what names no class, or several.
     """
     text = text.strip()
-    ranked = re.fullmatch(r"top-?(\d+)", text)
+    if not text:
+        raise UsageError("--target is empty; give an index, top1, or a label")
+    ranked = re.fullmatch(r"top-?([0-9]+)", text, re.IGNORECASE)
     if ranked:
-        if not 1 <= int(ranked[1]) <= classes:
+        count = _within(ranked[1], classes + 1)
+        if not count:
             raise UsageError(f"--target {text}: the model has {classes} classes")
-        return Ranked(int(ranked[1]))
-    if re.fullmatch(r"-?\d+", text):
-        if not 0 <= int(text) < classes:
+        return Ranked(count)
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        index = None if text.startswith("-") else _within(text.removeprefix("+"), classes)
+        if index is None:
             raise UsageError(f"--target {text}: classes go from 0 to {classes - 1}")
-        return int(text)
+        return index
     if labels is None:
         raise UsageError(
             f"--target {text}: the classes have no names; give an index, top1, or --labels FILE"
         )
     return _named(text, {i: n for i, n in labels.items() if 0 <= i < classes})
+
+
+def _within(digits: str, end: int) -> int | None:
+    """The number if it is below ``end``; Python refuses to read thousands of digits."""
+    digits = digits.lstrip("0") or "0"
+    return int(digits) if len(digits) <= len(str(end)) and int(digits) < end else None
 
 
 def _named(text: str, labels: Labels) -> int:
@@ -164,6 +236,7 @@ def _named(text: str, labels: Labels) -> int:
             listed = ", ".join(f"{index} ({labels[index]})" for index in found[:8])
             more = f" and {len(found) - 8} more" if len(found) > 8 else ""
             raise UsageError(f"--target {text}: several classes fit, give an index: {listed}{more}")
-    close = get_close_matches(text, labels.values(), n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    by_case = {name.casefold(): f"{name} ({index})" for index, name in labels.items()}
+    close = [by_case[name] for name in get_close_matches(wanted, by_case, n=3, cutoff=0.5)]
+    hint = f"; did you mean {' or '.join(close)}?" if close else "; give an index"
     raise UsageError(f"--target {text}: no class has this name{hint}")

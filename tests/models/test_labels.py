@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradscope.errors import InputError, UsageError
-from gradscope.models.labels import Ranked, beside, imagenet, parse_target, read_labels
+from gradscope.models.labels import Ranked, beside, imagenet, of_model, parse_target, read_labels
 
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "crane", 3: "Egyptian cat", 4: "crane"}
 
@@ -36,6 +40,16 @@ def test_imagenets_names_are_torchvisions() -> None:
         '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}',
         '{"id2label": {"0": "tench", "1": "goldfish"}, "label2id": {}}',
         '{"tench": 0, "goldfish": 1}',
+        "0 tench\n1 goldfish\n",
+        "0 - tench\n1 - goldfish\n",
+        "index,label\n0,tench\n1,goldfish\n",
+        "n01440764\ttench\nn01443537\tgoldfish\n",
+        "'tench',\n'goldfish'\n",
+        "{0: 'tench',\n 1: \"goldfish\"}",
+        '[["n01440764", "tench"], ["n01443537", "goldfish"]]',
+        '{"id2label": ["tench", "goldfish"]}',
+        '{"1": "goldfish", "0": "tench"}',
+        '\ufeff["tench", "goldfish"]',
     ],
 )
 def test_every_common_form_is_read(tmp_path: Path, text: str) -> None:
@@ -48,13 +62,104 @@ def test_every_common_form_is_read(tmp_path: Path, text: str) -> None:
     assert len(found) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"a": {}}', b"\xff\xfe\x00\x01"])
-def test_what_holds_no_labels_is_malformed(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no labels"),
+        (b"\n \n", "holds no labels"),
+        (b"{", "begins like JSON"),
+        (b'["tench", "goldfish"', "begins like JSON"),
+        (b"[" * 99999, "begins like JSON"),
+        (b"[]", "holds no labels"),
+        (b'{"a": {}}', "{} is no index"),
+        (b'{"a": 1.5}', "1.5 is no index"),
+        (b'{"a": true}', "True is no index"),
+        (b'{"a": 1e400}', "inf is no index"),
+        (b'{"-1": "a"}', "'a' is no index"),
+        (b'{"0": null}', "None is no name"),
+        (b'{"0": []}', r"\[\] is no name"),
+        (b'{"0": "a", "00": "b"}', "class 0 has two names"),
+        (b"0: a\n1: b\n0: c", "class 0 has two names"),
+        (b'{"id2label": null}', "it holds None"),
+        (b"{'a', 'b'}", "it holds {"),
+        (b"\xff\xfe\x00\x01", "UTF-8"),
+    ],
+)
+def test_what_holds_no_labels_is_malformed(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "labels"
     path.write_bytes(content)
 
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=said) as error:
         read_labels(str(path))
+    assert error.value.kind == "malformed"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("7up\n10 downing street", ["7up", "10 downing street"]),
+        ("0\n1\n2\n", ["0", "1", "2"]),
+        ("1" * 5000 + ": a", ["1" * 5000 + ": a"]),
+        ("[CLS]\n[SEP]\n", ["[CLS]", "[SEP]"]),
+        ("cat\n\ndog", ["cat", "", "dog"]),
+        ("d'or\n'a' or 'b'", ["d'or", "'a' or 'b'"]),
+        ("a\u2028b\nc", ["a\u2028b", "c"]),
+        ("0:\n1: b", ["0:", "1: b"]),
+        ("{0: 'a\\d', 1: 'b'}", ["a\\d", "b"]),
+    ],
+)
+def test_a_name_may_look_like_something_else(tmp_path: Path, text: str, wanted: list[str]) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(text, encoding="utf-8")
+
+    assert read_labels(str(path)) == dict(enumerate(wanted))
+
+
+NAME = st.text(st.characters(categories=("L",)), min_size=1)
+
+
+@given(st.lists(NAME, min_size=1, max_size=8))
+def test_the_same_names_are_read_from_every_form(names: list[str]) -> None:
+    by_index = dict(enumerate(names))
+    forms = (
+        json.dumps(names),
+        json.dumps(by_index),
+        json.dumps({"id2label": by_index}),
+        repr(by_index),
+        "\n".join(names),
+        "\n".join(f"{i}: {n}" for i, n in reversed(by_index.items())),
+        "\n".join(f"{i} {n}" for i, n in by_index.items()),
+        "\n".join(f"n{i:08} {n}" for i, n in by_index.items()),
+    )
+    with TemporaryDirectory() as folder:
+        for form in forms:
+            path = Path(folder) / "labels"
+            path.write_text(form, encoding="utf-8")
+            assert read_labels(str(path)) == by_index
+
+
+@pytest.mark.parametrize("name", ["none.txt", "a\0b", "", "a" * 5000])
+def test_names_that_cannot_be_read_are_missing(name: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_labels(name)
+    assert error.value.kind == "missing"
+
+
+@pytest.mark.parametrize("content", ["{", '{"id2label": null}', '{"id2label": {}}', "[]", "{}"])
+def test_a_configuration_without_names_says_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+
+    assert beside(str(tmp_path / "m.pt")) is None
+
+
+def test_a_models_own_names_come_before_imagenets() -> None:
+    def module(names: object) -> object:
+        return SimpleNamespace(config=SimpleNamespace(id2label=names))
+
+    assert of_model(module({0: "cat", "1": "dog"}), 2) == {0: "cat", 1: "dog"}
+    assert of_model(module({"a": "b"}), 2) is None
+    assert of_model(module(None), 1000) is imagenet()
+    assert of_model(object(), 999) is None
 
 
 def test_names_beside_the_model_are_found(tmp_path: Path) -> None:
@@ -75,6 +180,9 @@ def test_names_beside_the_model_are_found(tmp_path: Path) -> None:
         ("egyptian CAT", 3),
         ("tinca tinca", 0),
         ("gold", 1),
+        (" 003 ", 3),
+        ("+3", 3),
+        ("TOP2", Ranked(2)),
     ],
 )
 def test_a_target_is_an_index_a_rank_or_a_name(text: str, wanted: object) -> None:
@@ -88,7 +196,12 @@ def test_a_target_is_an_index_a_rank_or_a_name(text: str, wanted: object) -> Non
         ("-1", "from 0 to 4"),
         ("top9", "has 5 classes"),
         ("crane", r"several classes fit.*2 \(crane\), 4 \(crane\)"),
-        ("goldfisch", "did you mean goldfish"),
+        ("Goldfisch", r"did you mean goldfish \(1\)"),
+        ("", "is empty"),
+        ("top0", "has 5 classes"),
+        ("9" * 5000, "from 0 to 4"),
+        ("top" + "9" * 5000, "has 5 classes"),
+        ("\u0663", "no class has this name; give an index"),
         ("zebra", "no class has this name"),
     ],
 )

@@ -53,7 +53,7 @@ def by_torchvision(given: Picture, resize: int, crop: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(300, 451), (451, 300), (256, 256), (100, 999), (17, 23)])
-@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (40, 64)])
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 224), (40, 64), (41, 64)])
 def test_inputs_are_torchvisions(size: tuple[int, int], resize: int, crop: int) -> None:
     given = picture(*size)
     steps = Preprocessing(resize, (crop, crop), IMAGENET.mean, IMAGENET.std)
@@ -267,6 +267,16 @@ def test_what_was_written_keeps_its_resize_where_the_models_size_fits_in_it(
     found = fitted(written, (size, size), 3)
 
     assert (found.resize, found.crop) == (wanted, (size, size))
+
+
+@pytest.mark.parametrize(
+    ("size", "resize"),
+    [((224, 224), 256), ((384, 384), 439), ((28, 28), 32), ((32, 48), (32, 48))],
+)
+def test_a_guess_keeps_imagenets_ratio(size: tuple[int, int], resize: Any) -> None:
+    found = fitted(replace(IMAGENET, assumed=True), size, 3)
+
+    assert (found.resize, found.crop, found.assumed) == (resize, size, True)
 
 
 def test_one_number_stands_for_three_channels() -> None:
