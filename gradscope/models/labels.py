@@ -131,8 +131,7 @@ def _from_literal(value: Any) -> dict[int, str]:
 
 
 def _is_index(value: Any) -> bool:
-    digits = re.fullmatch(r"[0-9]{1,9}", str(value).strip())
-    return digits is not None and not isinstance(value, bool)
+    return re.fullmatch(r"[0-9]{1,9}", str(value).strip()) is not None
 
 
 def _index(value: Any) -> int:

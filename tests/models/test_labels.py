@@ -77,6 +77,7 @@ def test_every_common_form_is_read(tmp_path: Path, text: str) -> None:
         (b'{"a": 1e400}', "inf is no index"),
         (b'{"-1": "a"}', "'a' is no index"),
         (b'{"0": null}', "None is no name"),
+        (b'{"0": true}', "True is no name"),
         (b'{"0": []}', r"\[\] is no name"),
         (b'{"0": "a", "00": "b"}', "class 0 has two names"),
         (b"0: a\n1: b\n0: c", "class 0 has two names"),
@@ -208,6 +209,14 @@ def test_a_target_is_an_index_a_rank_or_a_name(text: str, wanted: object) -> Non
 def test_what_names_no_class_says_which_there_are(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse_target(text, NAMES, 5)
+
+
+def test_a_whole_name_comes_before_part_of_another() -> None:
+    names = {0: "a, b, c", 1: "a, b", 2: "A, b, d"}
+
+    assert parse_target("a, b", names, 3) == 1
+    assert parse_target("A, B", names, 3) == 1
+    assert parse_target("C", names, 3) == 0
 
 
 def test_a_name_needs_names() -> None:
