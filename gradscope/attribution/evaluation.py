@@ -18,7 +18,7 @@ from gradscope.attribution.blur import gaussian_blur
 from gradscope.attribution.result import Control, Randomised
 from gradscope.attribution.subject import Subject
 
-_STEPS = 24
+_STEPS = 16
 #: Random orders of equal pixels, and random places of the control.
 _TIES, _PLACES = 3, 5
 _POINTS = 6
@@ -76,7 +76,8 @@ def areas(subject: Subject, values: Tensor, seed: int) -> tuple[float, float, fl
     """Insertion and deletion areas of a map [H, W]; their spreads over orders of equal pixels."""
     generator = torch.Generator().manual_seed(seed)
     flat = values.detach().float().cpu()
-    orders = _TIES if flat.unique().numel() < flat.numel() else 1
+    # A few equal pixels move a curve by less than a step does.
+    orders = _TIES if flat.unique().numel() < 0.99 * flat.numel() else 1
     curves = [insertion_deletion(subject, ordered(flat, generator)) for _ in range(orders)]
     insertion, deletion = (np.array([area(c[i]) for c in curves]) for i in (0, 1))
     return insertion.mean(), deletion.mean(), insertion.std(), deletion.std()

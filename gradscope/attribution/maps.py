@@ -33,10 +33,20 @@ class Map:
         return self.found.upsampled[0]
 
     def again(self, inputs: Tensor) -> Tensor:
-        """The map of other inputs [1, C, H, W] for the same target and layer."""
+        """The map of other inputs [1, C, H, W] for the same target and layer, not refined."""
         layer = self.found.layer or self.subject.layer
         subject = replace(self._quiet, inputs=inputs, shared={}, layer=layer)
-        return attributed(subject, self.method, self.options).upsampled[0]
+        return attributed(subject, self.method, self._unrefined).upsampled[0]
+
+    @property
+    def _unrefined(self) -> dict[str, Any]:
+        """The options without a tolerance, which would be met anew a dozen times."""
+        return {k: 0.0 if k == "tolerance" else v for k, v in self.options.items()}
+
+    def _again_unmoved(self, values: Tensor) -> Tensor:
+        """What other maps are compared with: this one, made as they are."""
+        refined = self._unrefined != dict(self.options)
+        return self.again(self.subject.inputs) if refined else values
 
     @property
     def _quiet(self) -> Subject:
@@ -68,14 +78,18 @@ class Map:
 
     def _randomised(self, subject: Subject, values: Tensor) -> dict[str, Any]:
         found = evaluation.randomisation(
-            subject.model.module, lambda: self.again(subject.inputs), values, subject.seed
+            subject.model.module,
+            lambda: self.again(subject.inputs),
+            self._again_unmoved(values),
+            subject.seed,
         )
         return {"randomisation": found or None}
 
     def _sensitive(self, subject: Subject, values: Tensor) -> dict[str, Any]:
         width = torch.ones(1) if subject.std is None else subject.std
         radius = (evaluation.RADIUS / width).view(-1, 1, 1).to(subject.inputs)
-        found = evaluation.sensitivity(self.again, subject.inputs, values, radius, subject.seed)
+        original = self._again_unmoved(values)
+        found = evaluation.sensitivity(self.again, subject.inputs, original, radius, subject.seed)
         return {"sensitivity": found}
 
     def explanation(self, picture: Picture, files: Files, known: Diagnostics) -> Explanation:
