@@ -23,6 +23,7 @@ _STEPS = 16
 _TIES, _PLACES = 3, 5
 _POINTS = 6
 _SAMPLES = 6
+_STATISTICS = ("running_mean", "running_var")
 #: Of the image's range 0..1.
 RADIUS = 0.02
 
@@ -134,8 +135,8 @@ def randomisation(
     """How like ``original`` the map stays while layers are drawn anew, from the output down.
 
     Each layer's parameters become Gaussian with the mean and spread that they have, running
-    statistics 0 and 1. All is put back bit by bit, after an exception too. Empty for a module
-    without parameters, such as a frozen TorchScript program.
+    statistics 0 and 1; other buffers stay. All is put back bit by bit, after an exception too.
+    Empty for a module without parameters, such as a frozen TorchScript program.
     """
     layers = _layers(module)
     wanted = set(np.unique(np.linspace(0, len(layers) - 1, _POINTS).round().astype(int)).tolist())
@@ -151,13 +152,15 @@ def randomisation(
 
 
 def _layers(module: nn.Module) -> list[tuple[str, dict[str, Tensor]]]:
-    """Parameters and buffers by the module that owns them, the last defined first."""
+    """Parameters and running statistics by the module that owns them, the last defined first."""
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    # Other buffers are no weights: a mask of -inf drawn anew would make every map NaN.
+    statistics = ((n, t) for n, t in module.named_buffers() if n.endswith(_STATISTICS))
+    for name, tensor in (*module.named_parameters(), *statistics):
         owner, _, role = name.rpartition(".")
         if tensor.is_floating_point():
             found.setdefault(owner, {})[role] = tensor
-    return [pair for pair in reversed(found.items()) if pair[1]]
+    return list(reversed(found.items()))
 
 
 def _redraw(role: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -199,18 +202,19 @@ def sensitivity(
 ) -> float | None:
     """The greatest |phi(x + e) - phi(x)| / |phi(x)| (L2) for e uniform within ``radius`` [C, 1, 1].
 
-    None where the map is all zeros.
+    None where the map is all zeros, or a map is not finite.
     """
     size = float(torch.linalg.vector_norm(original.double()))
     if size == 0:
         return None
     generator = torch.Generator().manual_seed(seed + 2)
-    worst = 0.0
+    worst = original.new_zeros((), dtype=torch.float64)
     for _ in range(_SAMPLES):
         noise = (2 * torch.rand(inputs.shape, generator=generator) - 1).to(inputs) * radius
         change = attribute(inputs + noise).double() - original.double()
-        worst = max(worst, float(torch.linalg.vector_norm(change)) / size)
-    return worst
+        # Python's max() would pass over NaN and call the map perfectly still.
+        worst = torch.maximum(worst, torch.linalg.vector_norm(change) / size)
+    return float(worst) if torch.isfinite(worst) else None
 
 
 # --- one map, several maps ------------------------------------------------------------------------

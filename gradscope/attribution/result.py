@@ -40,7 +40,7 @@ class Files(Record):
 
 
 class Control(Record):
-    """Means and spreads (standard deviations) of the same curves for random rankings."""
+    """Means and spreads (standard deviations) of the same curves for the map at random places."""
 
     insertion_auc: Number
     deletion_auc: Number

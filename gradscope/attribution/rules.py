@@ -48,11 +48,12 @@ def incomplete_attribution(
 
 
 @rule("E102", "degenerate-map", Severity.MEDIUM, needs="maps")
-def degenerate_map(result: ExplainResult) -> Iterator[Observation]:
+def degenerate_map(result: ExplainResult, *, rounding: float = 1e-6) -> Iterator[Observation]:
     """A map says nothing: it is not finite (critical), zero, constant, or nowhere positive.
 
     A map without a positive value is a result, "nothing at this layer speaks for the target", but
-    its picture is empty.
+    its picture is empty. A range below ``rounding`` of the greatest magnitude is constant: bilinear
+    upsampling in float32 leaves as much of a constant map.
     """
     for e in result.explanations:
         low, high, total = e.map.min, e.map.max, e.map.sum
@@ -65,7 +66,7 @@ def degenerate_map(result: ExplainResult) -> Iterator[Observation]:
                 facts,
                 severity=Severity.CRITICAL,
             )
-        elif low == high:
+        elif high - low <= rounding * max(abs(low), abs(high)):
             what = "zero everywhere" if high == 0 else f"{high:.3g} everywhere"
             yield Observation(subject_of(e), f"the map is {what}", _elsewhere(e), facts)
         elif high <= 0 and e.sign == "positive":

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from gradscope.attribution.result import (
     Control,
@@ -115,6 +116,21 @@ def test_a_map_that_says_nothing_is_degenerate(
     assert found(result(values=values)).get("degenerate-map") == severity
 
 
+@pytest.mark.parametrize("side", [2, 3, 4, 7])
+def test_a_constant_map_is_degenerate_after_upsampling_too(side: int) -> None:
+    small = torch.full((1, 1, side, side), 1.7)
+    large = torch.nn.functional.interpolate(small, size=224, mode="bilinear", align_corners=False)
+
+    seen = found(result(values=(float(large.min()), float(large.max()))))
+
+    assert seen.get("degenerate-map") == "medium"
+
+
+def test_a_small_but_real_range_is_not_degenerate() -> None:
+    assert "degenerate-map" not in found(result(values=(1.0, 1.0001)))
+    assert "degenerate-map" not in found(result(values=(0.0, 1e-30)))
+
+
 def test_a_signed_map_may_be_negative_everywhere() -> None:
     assert "degenerate-map" not in found(result(values=(-3.0, -1.0), sign="signed"))
 
@@ -139,6 +155,34 @@ def test_a_map_that_outlives_its_parameters_fails_the_sanity_check() -> None:
     assert found(result(diagnostics=GOOD | {"randomisation": alike})) == {
         "sanity-check-failed": "medium"
     }
+
+
+@pytest.mark.parametrize(
+    ("cascade", "fails"),
+    [((0.1, 0.1, 0.9, 0.9), True), ((0.9, 0.9, 0.9, 0.1), False), ((0.9, 0.9, 0.1, 0.9), False)],
+)
+def test_the_least_of_the_cascades_last_half_counts(
+    cascade: tuple[float, ...], fails: bool
+) -> None:
+    points = tuple(
+        Randomised(layer=str(i), correlation=0.0, magnitude_correlation=c)
+        for i, c in enumerate(cascade)
+    )
+
+    seen = found(result(diagnostics=GOOD | {"randomisation": points}))
+
+    assert ("sanity-check-failed" in seen) == fails
+
+
+def test_a_map_without_measurements_is_unknown_to_the_rules_that_need_them() -> None:
+    rules = [r for r in load_rules().values() if r.code in {"E103", "E104"}]
+
+    seen = list(evaluate(rules, result(diagnostics={}), frozenset({"evaluation"})))
+
+    assert [n.rule for n in seen if isinstance(n, NotEvaluated)] == [
+        "unfaithful",
+        "sanity-check-failed",
+    ]
 
 
 def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
