@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradscope import __version__
 from gradscope.attribution import evaluation
 from gradscope.attribution.attribute import Attribution, attributed
 from gradscope.attribution.drawing.colour import COLORMAPS
@@ -42,6 +41,7 @@ from gradscope.report.gate import gate
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, NotEvaluated, Severity
 from gradscope.report.rules import Rule, evaluate, load_rules
 from gradscope.report.rules import select as selection
+from gradscope.version import __version__
 
 #: Classes that the report lists of each picture.
 _PREDICTIONS = 5

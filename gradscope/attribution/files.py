@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gradscope import __version__
 from gradscope.attribution.drawing.colour import Pixels, default
 from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay, save_png, write_whole
 from gradscope.attribution.drawing.sheet import Panel, sheet
@@ -19,6 +18,7 @@ from gradscope.attribution.result import Diagnostics, Files
 from gradscope.errors import UsageError
 from gradscope.models.images import Picture
 from gradscope.models.preprocessing import Geometry
+from gradscope.version import __version__
 
 _MOST_PIXELS = 1 << 24
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope import __version__
 from gradscope.attribution.drawing.overlay import save_png, write_whole
 from gradscope.attribution.files import output_folder
 from gradscope.attribution.result import (
@@ -32,6 +31,7 @@ from gradscope.models.probe import held, run
 from gradscope.models.vision import Vision, open_vision
 from gradscope.report.gate import gate
 from gradscope.report.model import Coverage, Input, InputFailure
+from gradscope.version import __version__
 
 Score = Callable[[Tensor], Tensor]
 

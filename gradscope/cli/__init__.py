@@ -8,9 +8,9 @@ import gc
 
 import typer
 
-from gradscope import __version__
 from gradscope.cli import explain, flow, layers, methods, rules, schema, visualize, weights
 from gradscope.cli.terminal import end_process, guarded
+from gradscope.version import __version__
 
 app = typer.Typer(
     name="gradscope",

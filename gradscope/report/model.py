@@ -9,8 +9,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 
-from gradscope import __version__
 from gradscope.report.severity import Severity as Severity
+from gradscope.version import __version__
 
 SCHEMA_VERSION = "1.0"
 

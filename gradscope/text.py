@@ -1,0 +1,45 @@
+"""Words and numbers in messages: one spelling of each, for every part of the program.
+
+Names come from strangers' files. Whatever goes into a message or a table passes through
+``escaped`` or ``quoted`` once; both leave text that is already escaped as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+
+def escaped(text: str, longest: int | None = None) -> str:
+    """Text on one line: control and direction characters escaped, cut after ``longest``."""
+    short = text if longest is None or len(text) <= longest else text[:longest] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
+
+
+def quoted(name: str, longest: int = 200) -> str:
+    """A name in quotation marks, with its length where it was cut."""
+    size = "" if len(name) <= longest else f" ({len(name):,} characters)"
+    return f"'{escaped(name, longest)}'{size}"
+
+
+def listed(items: Iterable[object], total: int, most: int = 3) -> str:
+    """The first few of ``total`` things, and how many more there are: ``a, b and 3 more``."""
+    shown = [str(item) for item in islice(items, most)]
+    more = f" and {total - len(shown):,} more" if total > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def size(count: float) -> str:
+    """A number of bytes in decimal units: ``512 bytes``, ``1.2 GB``."""
+    if count < 1000:
+        return plural(int(count), "byte")
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:,.1f} PB"
