@@ -25,7 +25,7 @@ ALLOWED = {
 
 
 #: What everything stands on.
-FLOOR = {"errors", "text", "version"}
+FLOOR = {"docstrings", "errors", "plugins", "text", "version"}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -57,6 +57,16 @@ def test_only_the_command_line_prints_reads_the_environment_or_exits() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if (isinstance(node, ast.Call) and getattr(node.func, "id", "") in forbidden)
         or (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "_exit"))
+    ]
+
+    assert wrong == []
+
+
+def test_nothing_but_the_command_line_imports_the_root_package() -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in ROOT.rglob("*.py")
+        if path.parent != ROOT and "gradscope" in imports(path)
     ]
 
     assert wrong == []

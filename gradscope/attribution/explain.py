@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,8 @@ from gradscope.models.labels import Labels, Ranked, parse_target
 from gradscope.models.preprocessing import Prepared, Preprocessing
 from gradscope.models.probe import held
 from gradscope.models.vision import Vision, open_vision
-from gradscope.report.gate import gate
-from gradscope.report.model import Coverage, Finding, Input, InputFailure, NotEvaluated, Severity
-from gradscope.report.rules import Rule, evaluate, load_rules
-from gradscope.report.rules import select as selection
+from gradscope.report.model import Coverage, Input, InputFailure
+from gradscope.report.request import Failures, Request, failure, requested
 from gradscope.version import __version__
 
 #: Classes that the report lists of each picture.
@@ -89,9 +87,9 @@ def explain(
     Files that cannot be read are entries of ``errors``, never exceptions. Raises UsageError for
     everything else that is wrong with the request.
     """
-    if fail_on not in (*Severity, "never"):
-        raise UsageError(f"fail_on is {fail_on!r}; it is one of {', '.join(Severity)} or never")
-    rules = selection([r for r in load_rules().values() if r.code[0] == "E"], select, ignore)
+    wanted = requested(
+        ExplainResult, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+    )
     asked = _asked(method, options)
     if colormap is not None and colormap not in COLORMAPS:
         raise UsageError(f"no colormap is called {colormap!r}; there are {', '.join(COLORMAPS)}")
@@ -103,17 +101,16 @@ def explain(
         )  # fmt: skip
         request = _request(vision, asked, target, versus, layer, seed, chunk, evaluated, folder)
     except InputError as error:
-        return _report(None, None, [_failure(error)], rules, fail_on, allow_empty)
-    paths, failures = _found([images] if isinstance(images, str | Path) else list(images))
+        return _report(wanted, [failure(error)])
+    failures = Failures()
+    paths = _found([images] if isinstance(images, str | Path) else images, failures)
     run = _Run()
     shown = _Progress(progress, len(paths) * request.maps)
     with held(vision.model.module):
         for path in paths:
-            try:
+            with failures.caught():
                 _explain_one(run, request, path, shown)
-            except InputError as error:
-                failures.append(_failure(error))
-    return _report(run, _result(run, request), failures, rules, fail_on, allow_empty)
+    return _report(wanted, failures, run.inputs, _result(run, request))
 
 
 # --- what was asked for ---------------------------------------------------------------------------
@@ -199,19 +196,13 @@ def _with_reference_image(options: dict[str, Any], steps: Preprocessing) -> dict
     return options | {"reference": steps(open_image(wanted)).inputs}
 
 
-def _found(given: Sequence[str | Path]) -> tuple[list[str], list[InputFailure]]:
+def _found(given: Iterable[str | Path], failures: Failures) -> list[str]:
+    """The pictures, each once, of files and folders."""
     paths: list[str] = []
-    failures = []
     for one in given:
-        try:
+        with failures.caught():
             paths.extend(find_images([str(one)]))
-        except InputError as error:
-            failures.append(_failure(error))
-    return list(dict.fromkeys(paths)), failures
-
-
-def _failure(error: InputError) -> InputFailure:
-    return InputFailure(input=error.path, kind=error.kind, message=error.message)
+    return list(dict.fromkeys(paths))
 
 
 @dataclass(eq=False, slots=True)
@@ -428,40 +419,18 @@ def _notes(run: _Run) -> Iterator[str]:
 
 
 def _report(
-    run: _Run | None,
-    result: ExplainResult | None,
+    wanted: Request,
     failures: Sequence[InputFailure],
-    rules: Sequence[Rule],
-    fail_on: str,
-    allow_empty: bool,
+    inputs: Sequence[Input] = (),
+    result: ExplainResult | None = None,
 ) -> ExplainReport:
-    inputs = () if run is None else tuple(run.inputs)
-    found = [] if result is None else list(evaluate(rules, result, _measured(result)))
-    findings = tuple(
-        sorted((f for f in found if isinstance(f, Finding)), key=lambda f: -f.severity.rank)
-    )
     coverage = Coverage(
         analyzed=len(inputs),
         total=len(inputs) + len(failures),
         unit="images",
         bytes=sum(i.bytes for i in inputs),
-        not_evaluated=tuple(dict.fromkeys(f for f in found if isinstance(f, NotEvaluated))),
     )
-    return ExplainReport(
-        command="explain",
-        inputs=inputs,
-        coverage=coverage,
-        findings=findings,
-        result=result,
-        gate=gate(findings, failures, coverage, fail_on=fail_on, allow_empty=allow_empty),
-        errors=tuple(failures),
+    judged = [] if result is None else [wanted.judged(result, result.model.path)]
+    return wanted.report(
+        ExplainReport, result, inputs=inputs, coverage=coverage, judged=judged, errors=failures
     )
-
-
-def _measured(result: ExplainResult) -> frozenset[str]:
-    facts = {"maps"} if result.explanations else set()
-    if any(e.diagnostics.completeness_delta is not None for e in result.explanations):
-        facts.add("completeness")
-    if result.evaluated:
-        facts.add("evaluation")
-    return frozenset(facts)

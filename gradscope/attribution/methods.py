@@ -7,14 +7,14 @@ Third parties' methods are found through the entry point group ``gradscope.metho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from gradscope.errors import UsageError
+from gradscope.plugins import loaded
 
 #: What the values are: "gradient" [N, C, H, W] of the input; "activation" [N, h, w] of a layer;
 #: "perturbation" [N, H, W] of the input; "attention" [N, h, w] of the patch tokens.
@@ -197,15 +197,9 @@ _BUILT_IN = (
 
 def methods() -> Mapping[str, Method]:
     """Every method by name, ours first. Raises UsageError for a plugin that cannot be loaded."""
-    return {method.name: method for method in (*_BUILT_IN, *_plugins())}
-
-
-def _plugins() -> Iterator[Method]:
-    for point in sorted(entry_points(group="gradscope.methods"), key=lambda point: point.name):
-        try:
-            yield point.load()
-        except Exception as error:
-            raise UsageError(f"the method plugin {point.value} failed to load: {error}") from error
+    return {
+        method.name: method for method in (*_BUILT_IN, *(found for _, found in loaded("methods")))
+    }
 
 
 def method_named(name: str) -> Method:

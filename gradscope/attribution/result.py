@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
 
 from gradscope.report.model import Number, Record, Report
 
@@ -100,6 +101,19 @@ class Explanation(Record):
     files: Files
     diagnostics: Diagnostics
 
+    @property
+    def input(self) -> str:
+        """The picture, as findings name their input."""
+        return self.image
+
+    @property
+    def subject(self) -> str:
+        """What findings about it name: ``cat.png: gradcam → 281 tabby``."""
+        named = f"{self.target.index} {self.target.label or ''}".rstrip()
+        if self.target.versus is not None:
+            named += f" rather than {self.target.versus_label or self.target.versus}"
+        return f"{self.image}: {self.method} → {named}"
+
 
 class Prediction(Record):
     """A class that the model gives an image."""
@@ -155,8 +169,19 @@ class Environment(Record):
     versions: Mapping[str, str]
 
 
+class Need(StrEnum):
+    """The kinds of facts that a rule about explanations can need."""
+
+    MAPS = "maps"
+    COMPLETENESS = "completeness"
+    EVALUATION = "evaluation"
+
+
 class ExplainResult(Record):
     """Everything that ``gradscope explain`` found."""
+
+    command: ClassVar[str] = "explain"
+    Needs: ClassVar[type[StrEnum]] = Need
 
     explanations: tuple[Explanation, ...]
     images: tuple[ImageFacts, ...]
@@ -165,6 +190,16 @@ class ExplainResult(Record):
     environment: Environment
     evaluated: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> frozenset[Need]:
+        """The kinds of facts that are there."""
+        facts = {Need.MAPS} if self.explanations else set()
+        if any(e.diagnostics.completeness_delta is not None for e in self.explanations):
+            facts.add(Need.COMPLETENESS)
+        if self.evaluated:
+            facts.add(Need.EVALUATION)
+        return frozenset(facts)
 
 
 ExplainReport = Report[ExplainResult]

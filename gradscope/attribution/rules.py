@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gradscope.attribution.result import Control, ExplainResult, Explanation
+from gradscope.attribution.result import Control, ExplainResult, Explanation, Need
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 
 
-def subject_of(explanation: Explanation) -> str:
-    """What a finding is about: ``cat.png: gradcam → 281 tabby``."""
-    target = explanation.target
-    named = f"{target.index} {target.label}" if target.label else str(target.index)
-    if target.versus is not None:
-        named += f" rather than {target.versus_label or target.versus}"
-    return f"{explanation.image}: {explanation.method} → {named}"
-
-
-@rule("E101", "incomplete-attribution", Severity.MEDIUM, needs="completeness")
+@rule(
+    "E101", "incomplete-attribution", Severity.MEDIUM, reads=ExplainResult, needs=Need.COMPLETENESS
+)
 def incomplete_attribution(
     result: ExplainResult, *, tolerance: float = 0.05, gross: float = 0.2
 ) -> Iterator[Observation | Unknown]:
@@ -34,10 +27,10 @@ def incomplete_attribution(
         if delta is None:
             continue
         if share is None:
-            yield Unknown(f"{subject_of(e)}: the score does not change from the reference")
+            yield Unknown(f"{e.subject}: the score does not change from the reference")
         elif not share <= tolerance:
             yield Observation(
-                subject_of(e),
+                e.subject,
                 f"the attribution's sum misses the change of the score by {share:.1%} "
                 f"({delta:+.3g})",
                 "refine: --steps 256, or --tolerance 0.01, which doubles the steps until it is met",
@@ -47,7 +40,7 @@ def incomplete_attribution(
             )
 
 
-@rule("E102", "degenerate-map", Severity.MEDIUM, needs="maps")
+@rule("E102", "degenerate-map", Severity.MEDIUM, reads=ExplainResult, needs=Need.MAPS)
 def degenerate_map(result: ExplainResult, *, rounding: float = 1e-6) -> Iterator[Observation]:
     """A map says nothing: it is not finite (critical), zero, constant, or nowhere positive.
 
@@ -60,7 +53,7 @@ def degenerate_map(result: ExplainResult, *, rounding: float = 1e-6) -> Iterator
         facts = {"min": low, "max": high}
         if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(total)):
             yield Observation(
-                subject_of(e),
+                e.subject,
                 "the map holds NaN or infinity",
                 "look for NaN in the weights (gradscope weights), or run the model in float32",
                 facts,
@@ -68,10 +61,10 @@ def degenerate_map(result: ExplainResult, *, rounding: float = 1e-6) -> Iterator
             )
         elif high - low <= rounding * max(abs(low), abs(high)):
             what = "zero everywhere" if high == 0 else f"{high:.3g} everywhere"
-            yield Observation(subject_of(e), f"the map is {what}", _elsewhere(e), facts)
+            yield Observation(e.subject, f"the map is {what}", _elsewhere(e), facts)
         elif high <= 0 and e.sign == "positive":
             yield Observation(
-                subject_of(e),
+                e.subject,
                 f"nothing speaks for the target: the map's greatest value is {high:.3g}",
                 _elsewhere(e),
                 facts,
@@ -88,7 +81,7 @@ def _elsewhere(e: Explanation) -> str:
     return "try another --target, or a CAM method; a saturated or dead model gives such maps, too"
 
 
-@rule("E103", "unfaithful", Severity.MEDIUM, needs="evaluation")
+@rule("E103", "unfaithful", Severity.MEDIUM, reads=ExplainResult, needs=Need.EVALUATION)
 def unfaithful(result: ExplainResult, *, spreads: float = 2.0) -> Iterator[Observation | Unknown]:
     """A map ranks pixels no better than the same map at random places.
 
@@ -100,13 +93,13 @@ def unfaithful(result: ExplainResult, *, spreads: float = 2.0) -> Iterator[Obser
         control = e.diagnostics.random_control
         insertion, deletion = e.diagnostics.insertion_auc, e.diagnostics.deletion_auc
         if control is None or insertion is None or deletion is None:
-            yield Unknown(f"{subject_of(e)}: insertion and deletion were not measured")
+            yield Unknown(f"{e.subject}: insertion and deletion were not measured")
             continue
         gain, loss = _gains(insertion, deletion, control)
         if max(gain, loss) > 0:
             continue
         yield Observation(
-            subject_of(e),
+            e.subject,
             f"insertion {insertion:.3f} (at random places {control.insertion_auc:.3f}), deletion "
             f"{deletion:.3f} ({control.deletion_auc:.3f}): the map finds nothing that matters",
             "do not rely on it; compare with integrated-gradients or rise, and look at the target",
@@ -129,7 +122,7 @@ def _gains(insertion: float, deletion: float, control: Control) -> tuple[float, 
     )
 
 
-@rule("E104", "sanity-check-failed", Severity.MEDIUM, needs="evaluation")
+@rule("E104", "sanity-check-failed", Severity.MEDIUM, reads=ExplainResult, needs=Need.EVALUATION)
 def sanity_check_failed(
     result: ExplainResult, *, correlation: float = 0.5
 ) -> Iterator[Observation | Unknown]:
@@ -142,12 +135,12 @@ def sanity_check_failed(
     for e in result.explanations:
         cascade = e.diagnostics.randomisation
         if not cascade:
-            yield Unknown(f"{subject_of(e)}: the model has no parameters that can be drawn anew")
+            yield Unknown(f"{e.subject}: the model has no parameters that can be drawn anew")
             continue
         least = min(point.magnitude_correlation for point in cascade[len(cascade) // 2 :])
         if least >= correlation:
             yield Observation(
-                subject_of(e),
+                e.subject,
                 f"with random parameters the map stays alike (rank correlation {least:.2f})",
                 "it shows the image's edges rather than the model's reasons; take gradcam or "
                 "integrated-gradients",
@@ -156,7 +149,7 @@ def sanity_check_failed(
             )
 
 
-@rule("E105", "low-confidence", Severity.LOW, needs="maps")
+@rule("E105", "low-confidence", Severity.LOW, reads=ExplainResult, needs=Need.MAPS)
 def low_confidence(result: ExplainResult, *, likely: float = 0.1) -> Iterator[Observation]:
     """The model does not believe in the class that is explained.
 
@@ -167,7 +160,7 @@ def low_confidence(result: ExplainResult, *, likely: float = 0.1) -> Iterator[Ob
         probability = e.target.probability
         if probability < likely:
             yield Observation(
-                subject_of(e),
+                e.subject,
                 f"the model gives the target a probability of {probability:.2g}",
                 "look at the predictions in the report: is it the class you meant, and are the "
                 "preprocessing and the labels those of the model?",
@@ -176,7 +169,7 @@ def low_confidence(result: ExplainResult, *, likely: float = 0.1) -> Iterator[Ob
             )
 
 
-@rule("E106", "assumed-preprocessing", Severity.LOW, needs="maps")
+@rule("E106", "assumed-preprocessing", Severity.LOW, reads=ExplainResult, needs=Need.MAPS)
 def assumed_preprocessing(result: ExplainResult) -> Iterator[Observation]:
     """Nothing said how images become inputs, so ImageNet's normalisation was taken.
 

@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +28,8 @@ from gradscope.models.load import Loaded
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held, run
 from gradscope.models.vision import Vision, open_vision
-from gradscope.report.gate import gate
 from gradscope.report.model import Coverage, Input, InputFailure
+from gradscope.report.request import Request, failure
 from gradscope.version import __version__
 
 Score = Callable[[Tensor], Tensor]
@@ -70,8 +69,7 @@ def visualize(
             device=device,
         )  # fmt: skip
     except InputError as error:
-        failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
-        return _report(None, None, (failure,))
+        return _report(None, None, [failure(error)])
     loaded, size = vision.loaded, vision.size
     with held(vision.model.module):
         goal = _Goal(vision, target, layer, channel)
@@ -97,7 +95,7 @@ def visualize(
         ),
         notes=loaded.notes,
     )  # fmt: skip
-    return _report(loaded, result, ())
+    return _report(loaded, result, [])
 
 
 class _Goal:
@@ -186,21 +184,16 @@ def _written(folder: Path, goal: _Goal, image: Tensor, objective: Sequence[float
 
 
 def _report(
-    loaded: Loaded | None, result: VisualizeResult | None, failures: tuple[InputFailure, ...]
+    loaded: Loaded | None, result: VisualizeResult | None, failures: Sequence[InputFailure]
 ) -> VisualizeReport:
-    made = int(result is not None)
-    path = None if loaded is None else Path(loaded.path)
-    size = path.stat().st_size if path is not None and path.is_file() else 0
-    inputs: tuple[Any, ...] = ()
+    inputs = []
     if loaded is not None:
-        inputs = (Input(path=loaded.path, format=loaded.format, bytes=size),)
-    coverage = Coverage(analyzed=made, total=1, unit="images", bytes=size)
-    return VisualizeReport(
-        command="visualize",
-        inputs=inputs,
-        coverage=coverage,
-        findings=(),
-        result=result,
-        gate=gate((), failures, coverage),
-        errors=failures,
+        path = Path(loaded.path)
+        size = path.stat().st_size if path.is_file() else 0
+        inputs = [Input(path=loaded.path, format=loaded.format, bytes=size)]
+    coverage = Coverage(
+        analyzed=int(result is not None), total=1, unit="images", bytes=sum(i.bytes for i in inputs)
+    )
+    return Request("visualize").report(
+        VisualizeReport, result, inputs=inputs, coverage=coverage, errors=failures
     )

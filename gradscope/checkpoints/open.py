@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-#: Entry points of this group: a format's name, and a callable from path to Checkpoint or None.
-GROUP = "gradscope.checkpoints"
+from gradscope.plugins import loaded
 
 _Reader = Callable[[str, str | None], Checkpoint]
 
@@ -91,26 +85,12 @@ _SETS: Mapping[str, _Reader] = {"safetensors-index": _read_index, "folder": _rea
 
 
 def _third_party(path: str, refusal: InputError) -> Checkpoint:
-    """Ask installed readers in the order of their names; the refusal stands when none takes it."""
-    for entry in _entry_points():
-        checkpoint = _loaded(entry)(path)
+    """Ask plugins, callables from path to Checkpoint or None, in the order of their names.
+
+    The refusal stands when none takes it.
+    """
+    for _, read in loaded("checkpoints"):
+        checkpoint: Checkpoint | None = read(path)
         if checkpoint is not None:
             return checkpoint
     raise refusal
-
-
-def _entry_points() -> Iterator[EntryPoint]:
-    from importlib.metadata import entry_points
-
-    yield from sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
-
-
-def _loaded(entry: EntryPoint) -> Callable[[str], Checkpoint | None]:
-    try:
-        reader: Callable[[str], Checkpoint | None] = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"the checkpoint reader '{entry.name}' ({entry.value}) cannot be loaded: {error}; "
-            "repair or uninstall the package that registers it"
-        ) from None
-    return reader

@@ -9,7 +9,9 @@ import gc
 import typer
 
 from gradscope.cli import explain, flow, layers, methods, rules, schema, visualize, weights
-from gradscope.cli.terminal import end_process, guarded
+from gradscope.cli.terminal import end_process, hold_streams, say
+from gradscope.docstrings import docstring
+from gradscope.errors import OutputError
 from gradscope.version import __version__
 
 app = typer.Typer(
@@ -26,14 +28,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("weights")(guarded(weights.weights))
-app.command("flow")(guarded(flow.flow))
-app.command("explain")(guarded(explain.explain))
-app.command("visualize")(guarded(visualize.visualize))
-app.command("layers")(guarded(layers.layers))
-app.command("methods")(guarded(methods.methods))
-app.command("rules")(guarded(rules.rules))
-app.command("schema")(guarded(schema.schema))
+for run in (
+    weights.weights,
+    flow.flow,
+    explain.explain,
+    visualize.visualize,
+    layers.layers,
+    methods.methods,
+    rules.rules,
+    schema.schema,
+):
+    said = docstring(run)
+    app.command(run.__name__, help=said, short_help=said.split("\n", 1)[0])(run)
 
 
 def _version(asked: bool) -> None:
@@ -55,9 +61,13 @@ def main() -> None:
     """Run the program and exit with the codes of contract.md §2."""
     # A short run makes little cyclic garbage, and looking for it costs a fifth of a second.
     gc.disable()
+    hold_streams()
     code = 0
     try:
         app()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except OSError as error:  # what typer prints itself, such as --help on a full disk
+        say(f"error: stdout cannot be written: {error.strerror or error}")
+        code = OutputError.exit_code
     end_process(code)

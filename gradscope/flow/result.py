@@ -7,7 +7,8 @@ a number rests on: "exact" gradients, "sketch" (unbiased estimates from count-sk
 
 from __future__ import annotations
 
-from typing import Literal
+from enum import StrEnum
+from typing import ClassVar, Literal
 
 from gradscope.report.model import Number, Record, Report
 
@@ -66,6 +67,11 @@ class LayerFlow(Record):
     noise_scale: float | None
     records: int
     missing: int
+
+    @property
+    def subject(self) -> str:
+        """What findings about it name."""
+        return self.layer_name
 
 
 class TemporalFlow(Record):
@@ -331,8 +337,23 @@ class Convergence(Record):
     loss_fell: bool | None
 
 
+class Need(StrEnum):
+    """The kinds of facts that a rule about a history can need."""
+
+    NORMS = "norms"
+    RECORDS = "8 records"
+    COMPARABLE = "comparable layers"
+    DIRECTIONS = "directions"
+    UPDATES = "update norms"
+    TOPOLOGY = "a recorded topology"
+    ZEROS = "zero fractions"
+
+
 class FlowResult(Record):
     """The result of one run."""
+
+    command: ClassVar[str] = "flow"
+    Needs: ClassVar[type[StrEnum]] = Need
 
     layers: tuple[LayerFlow, ...]
     temporal: tuple[TemporalFlow, ...]
@@ -357,7 +378,7 @@ class FlowResult(Record):
     missing: tuple[Missing, ...] = ()
     convergence: Convergence | None = None
     #: Kinds of facts the history has: what a rule may need.
-    measured: tuple[str, ...] = ()
+    measured: tuple[Need, ...] = ()
     #: (layer, record) rows that the series leave out: all but the most recent ones.
     rows_omitted: int = 0
     notes: tuple[str, ...] = ()

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from gradscope.flow.result import CriticalPath, FlowResult, LayerFlow
 from gradscope.report.formats import Display
-from gradscope.report.formats.table_ import clean, facts, number, section, table
+from gradscope.report.formats.cells import facts, number, table
+from gradscope.text import escaped, shortened
 
 _SHOWN = 40
 _PATHS = 3
@@ -21,11 +22,10 @@ _SHADES = " ░▒▓█"
 _ASCII_SHADES = " .:*#"
 
 
-@section("flow")
-def parts(result: FlowResult, display: Display) -> Iterator[RenderableType]:
+def flow(result: FlowResult, display: Display) -> Iterator[RenderableType]:
     """Notes, the network, its layers, layers over time, the critical paths."""
     for note in result.notes:
-        yield Text.assemble(("note ", "dim"), clean(note, None))
+        yield Text.assemble(("note ", "dim"), escaped(note))
     if result.steps:
         yield Text("")
         yield _network(result)
@@ -62,7 +62,7 @@ def _layers(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderabl
         ("norm over time (log)", "left"),
     )  # fmt: skip
     for flow in shown:
-        name = clean(flow.layer_name) or "(root)"
+        name = shortened(flow.layer_name) or "(root)"
         if not wide and len(name) > _NARROW_NAME:
             name = "…" + name[1 - _NARROW_NAME :]
         made.add_row(
@@ -140,7 +140,7 @@ def _heatmap(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderab
     low, high = min(finite), max(finite)
     yield Text("\nRMS gradient, layers from input (top) to loss × time", style="bold")
     for name, logs in rows:
-        shown = clean(name) or "(root)"
+        shown = shortened(name) or "(root)"
         label = shown if len(shown) <= _NARROW_NAME else "…" + shown[1 - _NARROW_NAME :]
         line = Text(f"{label:<{_NARROW_NAME}}  ")
         for value in logs:
@@ -183,12 +183,12 @@ def _paths(paths: Sequence[CriticalPath], display: Display) -> Iterator[Renderab
     if shown:
         yield Text("\nWidest ways from the loss", style="bold")
     for path in shown:
-        names = [clean(name) for name in path.layers]
+        names = [shortened(name) for name in path.layers]
         way = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
         weak = (
             ""
             if path.weakest_link is None
-            else f"weakest link {' → '.join(map(clean, path.weakest_link))}, "
+            else f"weakest link {' → '.join(map(shortened, path.weakest_link))}, "
         )
         yield Text.assemble(
             f"  {' ← '.join(way)}",

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from typing import Any
 
 from gradscope.checkpoints.files import stamp
@@ -15,9 +14,8 @@ from gradscope.errors import InputError, UsageError
 from gradscope.histories.arrays import As, are_records, read_arrays, read_records
 from gradscope.histories.history import History
 from gradscope.histories.native import by_number, is_native, read_native, read_shards
+from gradscope.plugins import loaded
 
-#: Entry points of this group: a callable from path to History, or None for what it does not read.
-GROUP = "gradscope.histories"
 _JSON_CAP = 1 << 30
 _READS = (
     "gradscope.grads (npz), npz, safetensors and .pt of norms or gradients, CSV, JSON "
@@ -179,17 +177,18 @@ _READERS: tuple[tuple[Recogniser, Reader], ...] = (
 
 
 def _third_party(path: str) -> History:
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    """Ask plugins, callables from path to History or None, in the order of their names."""
+    for name, read in loaded("histories"):
         try:
-            found = point.load()(path)
+            found = read(path)
         except (InputError, UsageError):
             raise
         except Exception as error:
-            raise UsageError(f"the histories plugin {point.value} failed: {error}") from error
+            raise UsageError(f"the histories plugin {name!r} failed: {error}") from error
         if isinstance(found, History):
             if found.l2.shape != found.shape or found.status.shape != found.shape:
                 raise UsageError(
-                    f"the histories plugin {point.value} failed: arrays of {found.l2.shape} for "
+                    f"the histories plugin {name!r} failed: arrays of {found.l2.shape} for "
                     f"{found.shape} records and layers"
                 )
             return found

@@ -22,7 +22,7 @@ from gradscope.attribution.result import (
     Target,
 )
 from gradscope.report.model import Finding, NotEvaluated
-from gradscope.report.rules import evaluate, load_rules
+from gradscope.report.rules import evaluate, load_rules, select_for
 
 GOOD: dict[str, Any] = {
     "insertion_auc": 0.8,
@@ -79,8 +79,7 @@ def result(
 
 
 def found(made: ExplainResult) -> dict[str, str]:
-    rules = [r for r in load_rules().values() if r.code[0] == "E"]
-    seen = evaluate(rules, made, frozenset({"maps", "completeness", "evaluation"}))
+    seen = evaluate(select_for(ExplainResult), made, "m.pt")
     return {f.name: str(f.severity) for f in seen if isinstance(f, Finding)}
 
 
@@ -177,7 +176,7 @@ def test_the_least_of_the_cascades_last_half_counts(
 def test_a_map_without_measurements_is_unknown_to_the_rules_that_need_them() -> None:
     rules = [r for r in load_rules().values() if r.code in {"E103", "E104"}]
 
-    seen = list(evaluate(rules, result(diagnostics={}), frozenset({"evaluation"})))
+    seen = list(evaluate(rules, result(diagnostics={}), "m.pt"))
 
     assert [n.rule for n in seen if isinstance(n, NotEvaluated)] == [
         "unfaithful",
@@ -193,9 +192,9 @@ def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
 
 
 def test_what_was_not_measured_is_not_evaluated_rather_than_passed() -> None:
-    rules = [r for r in load_rules().values() if r.code[0] == "E"]
+    made = result(diagnostics={}).model_copy(update={"evaluated": False})
 
-    seen = list(evaluate(rules, result(diagnostics={}), frozenset({"maps"})))
+    seen = list(evaluate(select_for(ExplainResult), made, "m.pt"))
 
     unasked = {n.rule for n in seen if isinstance(n, NotEvaluated)}
     assert unasked == {"incomplete-attribution", "unfaithful", "sanity-check-failed"}

@@ -467,7 +467,7 @@ def gguf(tmp_path: Path) -> str:
 
 def register(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
     entries = [Entry(answer) for answer in answers]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_group: entries)
+    monkeypatch.setattr("gradscope.plugins.entry_points", lambda **_group: entries)
 
 
 def test_installed_readers_are_asked_before_a_format_is_refused(

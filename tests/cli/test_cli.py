@@ -184,7 +184,7 @@ def test_reports_are_written_beside_stdout_and_said_on_stderr(tmp_path: Path) ->
     )
 
     assert json.loads(target.read_text())["command"] == "weights"
-    assert (tmp_path / "r.json.csv").read_text().startswith("name,file,dtype")
+    assert (tmp_path / "r.json.csv").read_text().startswith("name,input,file,dtype")
     assert "PASSED" in done.stdout
     assert f"wrote {target}" in done.stderr
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gradscope.cli.schemas import report_schema
+from gradscope.cli.schema import report_schema
 
 PREPROCESS = ("--preprocess", "image_mean=0.5/0.5/0.5,image_std=0.25/0.25/0.25,size=16x16")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from gradscope.errors import InputError, UsageError
-from gradscope.histories import open as opening
 from gradscope.histories.history import History, Status
 from gradscope.histories.open import open_history
 from gradscope.histories.schema import write
@@ -139,9 +138,9 @@ def readable(path: str) -> History | None:
 def test_readers_of_others_are_asked_last(
     reader: Callable[[str], Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point = EntryPoint("mine", f"{__name__}:{reader.__name__}", opening.GROUP)
+    point = EntryPoint("mine", f"{__name__}:{reader.__name__}", "gradscope.histories")
     monkeypatch.setattr(EntryPoint, "load", lambda _: reader)
-    monkeypatch.setattr(opening, "entry_points", lambda **_: [point])
+    monkeypatch.setattr("gradscope.plugins.entry_points", lambda **_: [point])
     (tmp_path / "x.mine").write_bytes(b"\x01\x02 my own format")
 
     if said is None:

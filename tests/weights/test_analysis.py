@@ -61,7 +61,8 @@ def sharded(tmp_path: Path) -> Path:
 
 def finding(severity: Severity, share: float | None = None) -> Finding:
     return Finding(
-        rule="W999", name="made-up", severity=severity, subject="w", message="", threshold=None,
+        rule="W999", name="made-up", severity=severity, subject="w", input="m.pt",
+        message="", threshold=None,
         evidence={} if share is None else {"affected_fraction": share},
         recommendation="", fingerprint="",
     )  # fmt: skip

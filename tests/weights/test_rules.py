@@ -14,7 +14,8 @@ import scipy.stats
 
 import gradscope
 from gradscope.report.model import Finding
-from gradscope.report.rules import load_rules
+from gradscope.report.rules import select_for
+from gradscope.weights.result import Examined
 
 from .checkpoints import (
     Array,
@@ -33,7 +34,7 @@ from .checkpoints import (
 
 Plant = Callable[[Path], Path]
 
-RULES = {code: rule for code, rule in load_rules().items() if code[0] in "CW"}
+RULES = {rule.code: rule for rule in select_for(Examined)}
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBED = "model.embed_tokens.weight"
 SHARD = "model-00003-of-00003.safetensors"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradscope.flow.result import DeadZone, FlowResult, Missing
+from gradscope.flow.result import DeadZone, FlowResult, Missing, Need
 from gradscope.flow.rules.say import place, plural, some, span
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 
 
-@rule("F105", "dead-zone", Severity.HIGH, needs="norms")
+@rule("F105", "dead-zone", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def dead_zone(result: FlowResult) -> Iterator[Observation]:
     """Adjacent layers get a gradient of zero, or none at all, for five records and more.
 
@@ -58,7 +58,7 @@ def _revive(zone: DeadZone) -> str:
     )
 
 
-@rule("F108", "bottleneck", Severity.MEDIUM, needs="norms")
+@rule("F108", "bottleneck", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
 def bottleneck(
     result: FlowResult, *, decades: float = 2.0, criticality: float = 0.5
 ) -> Iterator[Observation | Unknown]:
@@ -121,7 +121,7 @@ def bottleneck(
             )
 
 
-@rule("F110", "missing-gradient", Severity.MEDIUM, needs="norms")
+@rule("F110", "missing-gradient", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
 def missing_gradient(result: FlowResult) -> Iterator[Observation]:
     """A layer that requires a gradient never gets one, or the file leaves records of it out.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradscope.flow.result import FlowResult, LearningRateAdvice, Oscillation
+from gradscope.flow.result import FlowResult, LearningRateAdvice, Need, Oscillation
 from gradscope.flow.rules.say import plural, since, some
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 
 
-@rule("F106", "oscillation", Severity.MEDIUM, needs="8 records")
+@rule("F106", "oscillation", Severity.MEDIUM, reads=FlowResult, needs=Need.RECORDS)
 def oscillation(
     result: FlowResult, *, opposed: float = -0.5, most: float = 0.5
 ) -> Iterator[Observation | Unknown]:
@@ -23,7 +23,7 @@ def oscillation(
     medium when they do not grow, low otherwise; a cosine slightly below zero is what sampling
     without replacement gives a network near its optimum.
     """
-    if "directions" not in result.measured and not result.oscillation:
+    if Need.DIRECTIONS not in result.measured and not result.oscillation:
         yield Unknown("needs directions (sketches or cosines); norms alone show only gross swings")
     if result.oscillation:
         worst = max(result.oscillation, key=lambda o: _order(o, opposed, most))
@@ -76,7 +76,7 @@ def _lower(advice: LearningRateAdvice | None) -> str:
     return f"divide the learning rate by {advice.divide_by:.3g}{to}: {advice.why}"
 
 
-@rule("F107", "stagnation", Severity.MEDIUM, needs="8 records")
+@rule("F107", "stagnation", Severity.MEDIUM, reads=FlowResult, needs=Need.RECORDS)
 def stagnation(result: FlowResult, *, still: float = 1e-6) -> Iterator[Observation | Unknown]:
     """The network no longer moves at the end of the history.
 
@@ -84,7 +84,7 @@ def stagnation(result: FlowResult, *, still: float = 1e-6) -> Iterator[Observati
     that repeat to the bit, for eight records. When its gradients fell with its loss it converged,
     which is information.
     """
-    if "update norms" not in result.measured and result.stagnation is None:
+    if Need.UPDATES not in result.measured and result.stagnation is None:
         yield Unknown("needs update norms; without them only gradients that repeat are seen")
     found = result.stagnation
     if found is None or _explained(result):
@@ -121,7 +121,7 @@ def _move(reason: str) -> str:
     return "raise the learning rate, or look at the schedule: is it at zero?"
 
 
-@rule("F109", "update-ratio", Severity.LOW, needs="update norms")
+@rule("F109", "update-ratio", Severity.LOW, reads=FlowResult, needs=Need.UPDATES)
 def update_ratio(
     result: FlowResult, *, high: float = 0.1, wild: float = 0.5
 ) -> Iterator[Observation]:

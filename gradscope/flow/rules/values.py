@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from gradscope.flow.result import LEVELS, FlowResult, NonFinite, Region, Spike
+from gradscope.flow.result import LEVELS, FlowResult, Need, NonFinite, Region, Spike
 from gradscope.flow.rules.say import place, plural, severity, since, some, span
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 
 
-@rule("F101", "non-finite-gradient", Severity.CRITICAL, needs="norms")
+@rule("F101", "non-finite-gradient", Severity.CRITICAL, reads=FlowResult, needs=Need.NORMS)
 def non_finite_gradient(result: FlowResult) -> Iterator[Observation]:
     """A gradient has NaN or Inf elements on a step that was not skipped.
 
@@ -81,7 +81,7 @@ def _where_to_look(first: NonFinite) -> str:
     )
 
 
-@rule("F102", "vanishing-gradient", Severity.HIGH, needs="norms")
+@rule("F102", "vanishing-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def vanishing_gradient(result: FlowResult) -> Iterator[Observation | Unknown]:
     """Layers get so little gradient that they do not learn, measured without any absolute norm.
 
@@ -91,7 +91,7 @@ def vanishing_gradient(result: FlowResult) -> Iterator[Observation | Unknown]:
     layer is one finding. Small gradients of layers that still learn are at most medium, and a
     network whose gradients fall together with its loss converges, which is none.
     """
-    if "comparable layers" not in result.measured and not result.vanishing_regions:
+    if Need.COMPARABLE not in result.measured and not result.vanishing_regions:
         yield Unknown("needs two layers of one kind to compare with each other")
     systemic = [r for r in result.vanishing_regions if r.systemic]
     if systemic:
@@ -136,7 +136,7 @@ def _vanishing(regions: Sequence[Region]) -> Observation:
     )
 
 
-@rule("F103", "exploding-gradient", Severity.HIGH, needs="norms")
+@rule("F103", "exploding-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def exploding_gradient(result: FlowResult) -> Iterator[Observation]:
     """Gradients or steps grow out of their range and stay there, measured without absolute norms.
 
@@ -163,7 +163,7 @@ def exploding_gradient(result: FlowResult) -> Iterator[Observation]:
         )
 
 
-@rule("F104", "gradient-spike", Severity.LOW, needs="8 records")
+@rule("F104", "gradient-spike", Severity.LOW, reads=FlowResult, needs=Need.RECORDS)
 def gradient_spike(result: FlowResult, *, tall: float = 50.0) -> Iterator[Observation]:
     """A gradient jumps far above the records before it and comes back.
 

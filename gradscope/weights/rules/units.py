@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
-from gradscope.weights.result import Examined
+from gradscope.text import listed
+from gradscope.weights.result import Examined, Need
 from gradscope.weights.roles import MATRICES, TABLES
-from gradscope.weights.rules.select import listed, with_units
+from gradscope.weights.rules.tensors import with_units
 
 
-@rule("W105", "dead-units", Severity.HIGH)
+@rule("W105", "dead-units", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def dead_units(
     examined: Examined, *, high: float = 0.30, medium: float = 0.10
 ) -> Iterator[Observation]:
@@ -43,7 +44,7 @@ def dead_units(
         )
 
 
-@rule("W106", "duplicate-units", Severity.MEDIUM)
+@rule("W106", "duplicate-units", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def duplicate_units(
     examined: Examined, *, medium: float = 0.10, least_numel: int = 8
 ) -> Iterator[Observation]:
@@ -72,7 +73,7 @@ def duplicate_units(
         )
 
 
-@rule("W114", "undertrained-rows", Severity.MEDIUM)
+@rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
     """Rows of an embedding that training hardly touched: nearly zero, or equal to another.
 

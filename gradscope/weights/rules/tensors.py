@@ -1,9 +1,8 @@
-"""Which tensors a rule looks at, and how it names several."""
+"""Which tensors a rule looks at."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from gradscope.statistics.dtypes import is_float
 from gradscope.statistics.records import Numerics, Statistics, Units
@@ -40,23 +39,6 @@ def with_units(examined: Examined, roles: Iterable[Role]) -> Iterator[tuple[Tens
     for tensor, statistics in measured(examined, roles):
         if tensor.units is not None and statistics.zero_count < statistics.count:
             yield tensor, tensor.units
-
-
-def listed(items: Sequence[object], total: int) -> str:
-    """The first of ``total`` things, and how many more there are."""
-    more = f" and {total - len(items):,} more" if total > len(items) else ""
-    return ", ".join(map(str, items)) + more
-
-
-def pattern(name: str) -> str:
-    """A name with its layer numbers taken out: what the layers of a stack share."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def common_pattern(tensors: Sequence[TensorResult]) -> str:
-    """One name for several tensors."""
-    patterns = dict.fromkeys(pattern(t.name) for t in tensors)
-    return next(iter(patterns)) + (f" (+{len(patterns) - 1} more)" if len(patterns) > 1 else "")
 
 
 def with_numerics(
