@@ -5,6 +5,8 @@ or exits. This module imports typer and nothing heavier, so that ``--help`` cost
 from __future__ import annotations
 
 import gc
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import typer
 
@@ -45,12 +47,25 @@ for run in (
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"gradscope {__version__}")
+        if other := _other_distribution():
+            typer.echo(
+                f"(from gradscope-diagnostics, in {Path(__file__).parents[1]}; the distribution "
+                f"gradscope {other} is installed too, and either may own the command)"
+            )
         raise typer.Exit
+
+
+def _other_distribution() -> str | None:
+    """The version of PyPI's gradscope, another project with a command of the same name."""
+    try:
+        return version("gradscope")
+    except PackageNotFoundError:
+        return None
 
 
 @app.callback()
 def gradscope(
-    version: bool = typer.Option(
+    _: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
