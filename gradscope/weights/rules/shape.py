@@ -112,7 +112,7 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
             yield Observation(
                 f"{stack}[{kind} {index}]",
                 f"{kind} {index} of {length} holds outliers in {len(names)} tensors: "
-                f"{listed(names[:4], len(names))}",
+                f"{listed(names, len(names), 4)}",
                 "a feature of many trained models; keep this dimension in high precision when "
                 "quantising",
                 {kind: index, "tensors": len(names)},

@@ -30,7 +30,7 @@ def dead_units(
         yield Observation(
             tensor.name,
             f"{units.dead_rows:,} of {units.rows:,} rows are dead ({share:.1%}): "
-            f"{listed(units.dead, units.dead_rows)}",
+            f"{listed(units.dead, units.dead_rows, len(units.dead))}",
             "prune them, or if the model is still to be trained: lower the learning rate, check "
             "the initialisation, use an activation that does not saturate at zero",
             {
@@ -89,7 +89,7 @@ def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[O
         yield Observation(
             tensor.name,
             f"{found:,} of {units.rows:,} rows look untrained ({share:.1%}; {units.dead_rows:,} "
-            f"nearly zero, {units.duplicate_rows:,} equal to another): {listed(rows, found)}",
+            f"nearly zero, {units.duplicate_rows:,} equal to another): {listed(rows, found, len(rows))}",
             "keep these token ids out of prompts and of the tokenizer's special tokens",
             {
                 "dead_rows": units.dead_rows,
