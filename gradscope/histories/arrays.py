@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import WHOLE
@@ -46,7 +47,7 @@ _MARKS = ("/", ":")
 def read_arrays(path: str, as_: As | None = None) -> History:
     """A history from a file of arrays. Raises InputError, and UsageError when ``as_`` is needed."""
     torch_file = sniff(path) in ("zip-torch", "torch-legacy")
-    checkpoint = open_checkpoint(path, WHOLE if torch_file else None)
+    checkpoint = verified(open_checkpoint(path, WHOLE if torch_file else None))
     refs = {ref.name: ref for ref in checkpoint.tensors}
     rest = {n: r for n, r in refs.items() if n not in _STEPS and n not in _BY_RECORD}
     if not rest:
@@ -90,10 +91,11 @@ def read_records(path: str, files: Sequence[str]) -> History:
     for file in files:
         found = _STEP.match(os.path.splitext(os.path.basename(file))[0])
         try:
-            checkpoint = open_checkpoint(file)
+            checkpoint = verified(open_checkpoint(file))
         except InputError as error:
             failures.append(error)
             continue
+        failures.extend(InputError(file, f.kind, f.message) for f in checkpoint.failures)
         if found:
             table[int(found[1])] = {ref.name: Slice.whole(ref) for ref in checkpoint.tensors}
     if not table:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.tensors import Failure
+from gradscope.containers.files import stamp
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import (

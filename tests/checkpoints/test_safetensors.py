@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gradscope.checkpoints.safetensors import human_size, read_safetensors
+from gradscope.checkpoints.safetensors import read_safetensors
 from gradscope.errors import GradscopeError, InputError
 
 if TYPE_CHECKING:
@@ -430,12 +430,3 @@ def test_arbitrary_headers_never_crash_the_reader(
     checkpoint = answers(path)
     for tensor in checkpoint.tensors if checkpoint else ():
         assert tensor.offset + tensor.nbytes <= Path(path).stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (999_999, "1.0 MB"),
-     (1_234_567_890, "1.2 GB"), (5 * 10**15, "5.0 PB")],
-)  # fmt: skip
-def test_sizes_are_written_as_people_write_them(count: int, text: str) -> None:
-    assert human_size(count) == text

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradscope.errors import InputError, UsageError
-from gradscope.models.archives import check_program, is_size
 from gradscope.models.load import load_model
 from gradscope.models.probe import held, run
+from gradscope.models.program_check import check_program, is_size
 from gradscope.models.sizes import image_size
 
 SOURCE = """
@@ -472,7 +472,7 @@ def test_an_export_with_code_planted_is_refused(
 def test_an_export_with_a_member_that_would_be_run_is_refused(
     planted: Callable[..., Path], member: str
 ) -> None:
-    with pytest.raises(InputError, match="no data that") as error:
+    with pytest.raises(InputError, match="not data that") as error:
         load_model(str(planted({}, (member, b"code"))))
     assert error.value.kind == "unsafe"
 
