@@ -221,7 +221,7 @@ def _values(path: str, notes: list[str]) -> Iterator[tuple[int, str, float | _Hi
 
 
 def _records(path: str, notes: list[str]) -> Iterator[bytes]:
-    from gradscope.histories.crc import crc32c
+    from gradscope.containers.crc import crc32c
 
     size = stamp(path)[0]
     with open(path, "rb") as file:
