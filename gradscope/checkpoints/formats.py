@@ -84,6 +84,11 @@ class Format:
         return reader
 
 
+def recognised(file: File) -> Format | None:
+    """The row of a file, by its content; None for a file in no format of the table."""
+    return next((row for row in FORMATS if row.recognises(file)), None)
+
+
 def find(name: str) -> Format:
     """The row of a name that ``sniff`` returned."""
     return next(row for row in FORMATS if row.name == name)

@@ -6,7 +6,7 @@ import os
 
 from gradscope.checkpoints.folder import holds_checkpoints, names_in
 from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder
-from gradscope.checkpoints.formats import FORMATS, File
+from gradscope.checkpoints.formats import File, recognised
 
 #: What ``sniff`` says of a folder; every other name is one of the table of formats.
 FOLDER = "folder"
@@ -22,10 +22,10 @@ def sniff(path: str) -> str:
         return _sniff_folder(path)
     file = File(path)
     refuse_empty(file)
-    for row in FORMATS:
-        if row.recognises(file):
-            return row.name
-    raise refusal(file)
+    row = recognised(file)
+    if row is None:
+        raise refusal(file)
+    return row.name
 
 
 def _sniff_folder(path: str) -> str:

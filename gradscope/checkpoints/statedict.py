@@ -9,7 +9,7 @@ from gradscope.checkpoints.tensors import Skipped
 from gradscope.checkpoints.torch_pickle import TensorRecord
 from gradscope.containers.pickle_machine import Instance
 from gradscope.errors import UsageError
-from gradscope.text import escaped, listed, plural
+from gradscope.text import escaped, listed, plural, quoted
 
 #: What wraps a state dict at any depth, most telling first.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
@@ -297,7 +297,7 @@ def _without_shared_prefix(tensors: NamedTensors, walk: _Walk) -> NamedTensors:
     prefix = shared_prefix([name for name, _ in tensors])
     if not prefix:
         return tensors
-    walk.notes.append(f"stripped the prefix {prefix!r}, which all tensor names shared")
+    walk.notes.append(f"stripped the prefix {quoted(prefix)}, which all tensor names shared")
     return [(name.removeprefix(prefix), record) for name, record in tensors]
 
 

@@ -104,7 +104,7 @@ def _payload(
     meta = payload["tensor_meta"]
     dtype = _EXPORT_DTYPES.get(meta["dtype"])
     if dtype is None:
-        return Skipped(name, f"dtype code {meta['dtype']!r} is not supported")
+        return Skipped(name, f"dtype code {escaped(repr(meta['dtype']), 120)} is not supported")
     if not all("as_int" in extent for extent in (*meta["sizes"], *meta["strides"])):
         return Skipped(name, "its shape is symbolic")
     sizes, strides = (tuple(_whole(n) for n in meta[part]) for part in ("sizes", "strides"))

@@ -1,5 +1,6 @@
 """NumPy's .npy files: the header that says how an array's bytes are to be read.
 
+NumPy is imported when a header is parsed: telling formats apart needs its magic number alone.
 Pickled objects are never loaded: a header that asks for them is marked by ``is_pickled``.
 """
 
@@ -10,14 +11,14 @@ import math
 import struct
 import warnings
 from dataclasses import dataclass
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.lib import format as npy
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gradscope.text import escaped
 
-MAGIC: bytes = npy.MAGIC_PREFIX
+if TYPE_CHECKING:
+    import numpy as np
+
+MAGIC = b"\x93NUMPY"
 #: A header is at most 10,000 characters to NumPy; this leaves room for its magic and padding.
 HEADER_ROOM = 32 << 10
 
@@ -92,6 +93,8 @@ def elements(header: Header, data: bytes) -> np.ndarray[Any, Any]:
     if header.size != len(data):
         said = f"{list(header.shape)} of {header.dtype}"
         raise HeaderError(f"{said} do not fill the {len(data) - header.length:,} bytes it has")
+    import numpy as np
+
     count = math.prod(header.shape)
     raw = memoryview(data)[header.length :]
     flat = np.frombuffer(raw, header.dtype) if count else np.empty(0, header.dtype)
@@ -100,6 +103,8 @@ def elements(header: Header, data: bytes) -> np.ndarray[Any, Any]:
 
 
 def _parsed(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    from numpy.lib import format as npy
+
     version = npy.read_magic(stream)
     if version == (1, 0):
         return npy.read_array_header_1_0(stream)

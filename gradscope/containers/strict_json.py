@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from gradscope.text import quoted
+
 #: Deeper documents are refused: the parser of the safetensors library stops here too.
 MAX_DEPTH = 128
 
@@ -54,7 +56,7 @@ def parse_once(data: bytes, what: str, *, non_finite: bool = False) -> object:
     for container in _containers(value):
         if isinstance(container, Repeated):
             key = container.repeated()[0]
-            raise MalformedError(f"{what} has the key {key!r} twice in one object")
+            raise MalformedError(f"{what} has the key {quoted(key)} twice in one object")
     return value
 
 
