@@ -84,7 +84,7 @@ def _check_names(path: str, archive: Archive) -> None:
 
 def _document(path: str, name: str, archive: Archive, file: BinaryIO) -> Any:
     try:
-        # torch before 2.6 wrote a constant of -Infinity as Python spells it.
+        # Older versions of torch wrote infinite constants as Python spells them.
         return parse_once(archive.read(file, name, _LONGEST), escaped(name), non_finite=True)
     except MalformedError as error:
         raise InputError(path, "malformed", f"{error}; export it again") from None

@@ -493,6 +493,27 @@ def test_an_export_with_a_second_member_of_a_name_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+def document(folder: Path) -> bytes:
+    with zipfile.ZipFile(folder / "fixed.pt2") as archive:
+        return archive.read("fixed/models/model.json")
+
+
+def test_an_export_with_a_key_given_twice_is_refused(
+    planted: Callable[..., Path], folder: Path
+) -> None:
+    twice = b'{"graph_module": {},' + document(folder).lstrip()[1:]
+    with pytest.raises(InputError, match="'graph_module' twice") as error:
+        check_program(str(planted({"models/model.json": twice})))
+    assert error.value.kind == "malformed"
+
+
+def test_an_export_may_spell_infinity_as_python_does(
+    planted: Callable[..., Path], folder: Path
+) -> None:
+    constant = b'{"more": -Infinity,' + document(folder).lstrip()[1:]
+    check_program(str(planted({"models/model.json": constant})))
+
+
 def test_guards_that_an_export_brings_along_are_never_compiled(
     planted: Callable[..., Path], tmp_path: Path
 ) -> None:
