@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.tensors import Failure
+from gradscope.containers.files import stamp
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import (
@@ -221,7 +221,7 @@ def _values(path: str, notes: list[str]) -> Iterator[tuple[int, str, float | _Hi
 
 
 def _records(path: str, notes: list[str]) -> Iterator[bytes]:
-    from gradscope.histories.crc import crc32c
+    from gradscope.containers.crc import crc32c
 
     size = stamp(path)[0]
     with open(path, "rb") as file:

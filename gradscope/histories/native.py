@@ -15,9 +15,9 @@ import numpy as np
 from numpy.lib import format as npy
 from pydantic import ValidationError
 
-from gradscope.checkpoints.archive import DEFLATED, STORED, Member, read_archive
-from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.tensors import Failure
+from gradscope.containers.files import stamp
+from gradscope.containers.zip import DEFLATED, STORED, Member, read_archive
 from gradscope.errors import InputError
 from gradscope.histories.history import KINDS, Exact, History, Layer, Sketches, Status, Topology
 from gradscope.histories.schema import FORMAT, KEYS, VERSION, Meta, fault

@@ -8,8 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from gradscope.checkpoints.files import stamp
 from gradscope.checkpoints.sniff import sniff
+from gradscope.containers.files import stamp
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.arrays import As, are_records, read_arrays, read_records
 from gradscope.histories.history import History

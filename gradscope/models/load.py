@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import KNOWN_NAMES
@@ -20,8 +21,8 @@ from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.tiles import tiles
 from gradscope.errors import GradscopeError, InputError, UsageError
 from gradscope.models.architecture import build, importable
-from gradscope.models.archives import check_program
 from gradscope.models.model import Model, as_model
+from gradscope.models.program_check import check_program
 from gradscope.statistics.device import resolve
 
 #: ``--trust``: formats that may run code of their own while they are loaded.
@@ -179,7 +180,7 @@ def _first_line(error: BaseException) -> str:
 
 def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     try:
-        checkpoint = open_checkpoint(path, key)
+        checkpoint = verified(open_checkpoint(path, key))
     except InputError as error:
         if error.kind != "unsafe":
             raise

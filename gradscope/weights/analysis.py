@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradscope.checkpoints.files import check_unchanged
+from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
@@ -157,6 +157,7 @@ def _measured(
 ) -> _Examination:
     from gradscope.statistics.profile import profile
 
+    checkpoint = verified(checkpoint, engine)
     names = roles(checkpoint.tensors)
 
     def measure(refs: Sequence[TensorRef]) -> Profile:

@@ -173,10 +173,18 @@ def test_an_unreadable_shard_is_a_failure_that_names_it(
     assert failure.message.startswith(f"{B}: ")
 
 
-def test_an_index_is_no_shard(model: Path) -> None:
+def test_an_index_is_not_a_shard(model: Path) -> None:
     write_index(model, {}, name=B)
     (failure,) = open_checkpoint(str(model)).failures
     assert failure.kind == "unsupported"
+
+
+def test_a_folder_is_not_a_shard(model: Path) -> None:
+    (model / B).unlink()
+    (model / B).mkdir()
+    (failure,) = open_checkpoint(str(model / INDEX)).failures
+    assert failure.kind == "unsupported"
+    assert "this is a folder" in failure.message
 
 
 # Index and shards that say different things.

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradscope.containers.crc import crc32c
 from gradscope.errors import InputError, UsageError
-from gradscope.histories.crc import crc32c
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 
@@ -31,23 +31,6 @@ def tensor_event(step: int, tag: str, values: np.ndarray) -> bytes:
     tensor = varint(1 << 3) + varint(code) + message(4, values.tobytes())
     summary = message(1, message(1, tag.encode()) + message(8, tensor))
     return varint(2 << 3) + varint(step) + message(5, summary)
-
-
-@pytest.mark.parametrize(
-    ("data", "crc"), [(b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"", 0)]
-)
-def test_the_compiled_checksum_is_that_of_the_standard(data: bytes, crc: int) -> None:
-    assert crc32c(data) == crc
-
-
-@given(st.binary(max_size=100))
-def test_the_compiled_checksum_is_the_definition_bit_by_bit(data: bytes) -> None:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 * (crc & 1))
-    assert crc32c(data) == crc ^ 0xFFFFFFFF
 
 
 def test_one_series_in_two_folders_is_of_two_runs_and_they_are_named(tmp_path: Path) -> None:

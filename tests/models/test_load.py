@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradscope.errors import InputError, UsageError
-from gradscope.models.archives import check_program, is_size
 from gradscope.models.load import load_model
 from gradscope.models.probe import held, run
+from gradscope.models.program_check import check_program, is_size
 from gradscope.models.sizes import image_size
 
 SOURCE = """
@@ -472,7 +472,7 @@ def test_an_export_with_code_planted_is_refused(
 def test_an_export_with_a_member_that_would_be_run_is_refused(
     planted: Callable[..., Path], member: str
 ) -> None:
-    with pytest.raises(InputError, match="no data that") as error:
+    with pytest.raises(InputError, match="not data that") as error:
         load_model(str(planted({}, (member, b"code"))))
     assert error.value.kind == "unsafe"
 
@@ -491,6 +491,27 @@ def test_an_export_with_a_second_member_of_a_name_is_refused(
     with pytest.raises(InputError, match=r"two members named|differ in case"):
         load_model(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+def document(folder: Path) -> bytes:
+    with zipfile.ZipFile(folder / "fixed.pt2") as archive:
+        return archive.read("fixed/models/model.json")
+
+
+def test_an_export_with_a_key_given_twice_is_refused(
+    planted: Callable[..., Path], folder: Path
+) -> None:
+    twice = b'{"graph_module": {},' + document(folder).lstrip()[1:]
+    with pytest.raises(InputError, match="'graph_module' twice") as error:
+        check_program(str(planted({"models/model.json": twice})))
+    assert error.value.kind == "malformed"
+
+
+def test_an_export_may_spell_infinity_as_python_does(
+    planted: Callable[..., Path], folder: Path
+) -> None:
+    constant = b'{"more": -Infinity,' + document(folder).lstrip()[1:]
+    check_program(str(planted({"models/model.json": constant})))
 
 
 def test_guards_that_an_export_brings_along_are_never_compiled(

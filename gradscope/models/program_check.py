@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +18,10 @@ from typing import Any, BinaryIO
 
 import torch
 
-from gradscope.checkpoints.archive import Archive, read_archive
-from gradscope.checkpoints.unpickle import printable
+from gradscope.containers.strict_json import MalformedError, parse_once
+from gradscope.containers.zip import Archive, read_archive
 from gradscope.errors import InputError
+from gradscope.text import escaped, quoted
 
 _LONGEST = 256 << 20
 _LONGEST_TEXT = 1 << 20
@@ -46,8 +46,8 @@ _TABLE = re.compile(r"data/.*_config\.json")
 def check_program(path: str) -> None:
     """Raise InputError (``unsafe``) for an exported program that is more than data and operators.
 
-    ``malformed`` and ``truncated`` are raised for what is no such archive, also when two members
-    bear one name: readers would disagree about which is meant.
+    ``malformed`` and ``truncated`` are raised for what is not such an archive, and for one in which
+    two members or two keys of an object have the same name: readers would disagree which is meant.
     """
     with open(path, "rb") as file:
         archive = read_archive(file, path, 0, os.fstat(file.fileno()).st_size)
@@ -75,19 +75,19 @@ def _check_names(path: str, archive: Archive) -> None:
     for name in archive.members:
         inner = _below_root(name)
         if "_obj_" in inner or (_INTERPRETED.search(inner) and not _KNOWN.fullmatch(inner)):
-            raise _unsafe(path, name, "is no data that torch.export.save writes")
+            raise _unsafe(path, name, "is not data that torch.export.save writes")
         other = seen.setdefault(name.casefold(), name)
         if other is not name:
-            message = f"members {printable(other)} and {printable(name)} differ in case only"
+            message = f"members {quoted(other)} and {quoted(name)} differ in case only"
             raise InputError(path, "malformed", f"{message}; export it again")
 
 
 def _document(path: str, name: str, archive: Archive, file: BinaryIO) -> Any:
     try:
-        return json.loads(archive.read(file, name, _LONGEST))
-    except (ValueError, RecursionError) as error:
-        message = f"{printable(name)} in it is no JSON ({error}); export it again"
-        raise InputError(path, "malformed", message) from None
+        # Older versions of torch wrote infinite constants as Python spells them.
+        return parse_once(archive.read(file, name, _LONGEST), escaped(name), non_finite=True)
+    except MalformedError as error:
+        raise InputError(path, "malformed", f"{error}; export it again") from None
 
 
 def _pickled(table: Any, archive: Archive) -> Iterator[str]:
@@ -114,8 +114,8 @@ _Rule = Callable[[str], bool]
 def _check(path: str, member: str, value: Any, rules: Mapping[str, _Rule]) -> None:
     for key, text in _texts(value):
         if not rules.get(key, _is_quotable)(text):
-            place = f" as {printable(key)}" if key else ""
-            what = f"has {printable(text, 80)!r}{place}, no plain name or expression"
+            place = f" as {quoted(key)}" if key else ""
+            what = f"has {quoted(text, 80)}{place}, which is not a plain name or expression"
             raise _unsafe(path, member, what)
 
 
@@ -137,7 +137,7 @@ def _unsafe(path: str, member: str, what: str) -> InputError:
     return InputError(
         path,
         "unsafe",
-        f"{printable(member)} in it {what}: loading it could run code from the file. If you trust "
+        f"{quoted(member)} in it {what}: loading it could run code from the file. If you trust "
         "where it comes from, say --trust pickle; else export the model again, without custom "
         "objects, or save its state dict",
     )
@@ -195,8 +195,8 @@ def _is_tree(text: str) -> bool:
     if not text:
         return True
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_once(text.encode("utf-8", "surrogatepass"), "a tree")
+    except MalformedError:
         return False
     return all(_is_part_of_tree(key, part) for key, part in _texts(found))
 

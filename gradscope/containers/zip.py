@@ -1,4 +1,4 @@
-"""Listing zip archives that strangers made: where each stored member's bytes lie, and nothing else.
+"""Zip archives that strangers made: where each member's bytes lie, and reading them checked.
 
 Every member's local header must agree with the central directory and no two members may share
 bytes; tricks with either make readers disagree about what a file holds.
@@ -7,17 +7,24 @@ bytes; tricks with either make readers disagree about what a file holds.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from gradscope.checkpoints.unpickle import printable
+from gradscope.containers.files import read_at
 from gradscope.errors import InputError
+from gradscope.text import quoted, size
 
 STORED = 0
 DEFLATED = 8
 MAX_MEMBERS = 1_000_000
+
+_PIECE = 1 << 20
+#: Deflate reaches about 1000:1 on zeros; neither a ratio nor a size alone makes a bomb.
+_BOMB_RATIO = 200
+_BOMB_BYTES = 1 << 30
 
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR64 = struct.Struct("<4sLQL")
@@ -31,6 +38,14 @@ _SIZES_FOLLOW = 1 << 3
 _UTF8 = 1 << 11
 
 
+class DamagedMemberError(InputError):
+    """The bytes of one member are not those that its archive's directory describes."""
+
+    def __init__(self, path: str | Path, name: str, reason: str) -> None:
+        message = f"member {quoted(name)} is damaged: {reason}. Copy or save the file again"
+        super().__init__(path, "malformed", message)
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One file of an archive; ``offset`` is the absolute position of its (packed) bytes."""
@@ -40,7 +55,13 @@ class Member:
     packed_size: int
     size: int
     method: int
-    crc: int
+    #: The CRC-32 of the unpacked bytes; None where none was recorded.
+    crc: int | None
+
+    @property
+    def is_bomb(self) -> bool:
+        """Whether it would inflate to far more than honest data do."""
+        return self.size > _BOMB_BYTES and self.size > _BOMB_RATIO * self.packed_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +75,81 @@ class Archive:
         """A member whose bytes can be read in place; InputError when missing or compressed."""
         member = self.members.get(name)
         if member is None:
-            raise InputError(self.path, "malformed", f"the archive has no member {printable(name)}")
+            raise InputError(self.path, "malformed", f"the archive has no member {quoted(name)}")
         if member.method != STORED:
             raise InputError(
                 self.path,
                 "unsupported",
-                f"member {printable(name)} is compressed, which torch never does to tensors. "
+                f"member {quoted(name)} is compressed, so that it cannot be read in place. "
                 "Unpack the archive and pack it again without compression (zip -0)",
             )
         return member
 
     def read(self, file: BinaryIO, name: str, longest: int) -> bytes:
-        """The bytes of a small stored member."""
+        """The bytes of a small stored member. Raises InputError, also for a wrong checksum."""
         member = self.stored(name)
         if member.size > longest:
             message = (
-                f"member {printable(name)} has {member.size} bytes; at most {longest} are read"
+                f"member {quoted(name)} has {size(member.size)}; at most {size(longest)} are read"
             )
             raise InputError(self.path, "malformed", message)
-        return _read_at(file, member.offset, member.size)
+        return self.content(file, member)
+
+    def content(self, file: BinaryIO, member: Member) -> bytes:
+        """All bytes of a member, unpacked and checked. Raises InputError."""
+        return b"".join(self.pieces(file, member))
+
+    def pieces(self, file: BinaryIO, member: Member) -> Iterator[bytes]:
+        """The bytes of a member, unpacked; never more than the archive declares.
+
+        Raises DamagedMemberError after the last piece when they are not what the archive
+        describes, and InputError (``unsupported``) for a compression other than deflate.
+        """
+        if member.method not in _UNPACKERS:
+            message = (
+                f"member {quoted(member.name)} is compressed by method {member.method}, "
+                "which is not supported"
+            )
+            raise InputError(self.path, "unsupported", message)
+        total, crc = 0, 0
+        try:
+            for piece in _UNPACKERS[member.method](file, member):
+                total, crc = total + len(piece), zlib.crc32(piece, crc)
+                if total > member.size:
+                    break
+                yield piece
+        except zlib.error as error:
+            raise DamagedMemberError(self.path, member.name, str(error)) from None
+        if total != member.size:
+            reason = f"it does not have the declared {member.size:,} bytes"
+            raise DamagedMemberError(self.path, member.name, reason)
+        if member.crc is not None and crc != member.crc:
+            raise DamagedMemberError(self.path, member.name, WRONG_CHECKSUM)
+
+
+#: What a member is told to have whose bytes changed after they were written.
+WRONG_CHECKSUM = "its checksum is wrong"
+
+
+def _stored(file: BinaryIO, member: Member) -> Iterator[bytes]:
+    for at in range(0, member.packed_size, _PIECE):
+        yield read_at(file, member.offset + at, min(_PIECE, member.packed_size - at))
+
+
+def _inflated(file: BinaryIO, member: Member) -> Iterator[bytes]:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    for packed in _stored(file, member):
+        while packed and not inflater.eof:
+            yield inflater.decompress(packed, _PIECE)
+            packed = inflater.unconsumed_tail
+    while not inflater.eof:
+        held_back = inflater.decompress(b"", _PIECE)
+        if not held_back:
+            raise zlib.error("its compressed bytes end too early")
+        yield held_back
+
+
+_UNPACKERS = {STORED: _stored, DEFLATED: _inflated}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +178,14 @@ class _Extent:
     def read(self, offset: int, count: int) -> bytes:
         """Bytes at an offset into the archive; fewer than asked at its end."""
         count = min(count, self.size - offset)
-        return _read_at(self.file, self.start + offset, count) if offset >= 0 < count else b""
+        return read_at(self.file, self.start + offset, count) if offset >= 0 < count else b""
 
     def fail(self, message: str) -> NoReturn:
-        raise InputError(self.path, "malformed", f"damaged zip archive: {message}")
+        raise InputError(
+            self.path,
+            "malformed",
+            f"a damaged zip archive: {message}. Copy or save the file again",
+        )
 
 
 def read_archive(file: BinaryIO, path: str | Path, start: int, size: int) -> Archive:
@@ -114,17 +195,29 @@ def read_archive(file: BinaryIO, path: str | Path, start: int, size: int) -> Arc
     headers disagree, members overlap, repeat a name or lie outside, ``unsupported`` when encrypted.
     """
     extent = _Extent(str(path), file, start, size)
+    directory, entries = _directory(extent)
     try:
-        count, length, directory = _find_directory(extent)
-        entries = _central_entries(extent, count, length, directory)
         return Archive(str(path), _checked_members(extent, entries, directory))
-    except (struct.error, UnicodeDecodeError) as error:
+    except struct.error as error:
         extent.fail(str(error))
 
 
-def _read_at(file: BinaryIO, offset: int, count: int) -> bytes:
-    file.seek(offset)
-    return file.read(count)
+def member_names(file: BinaryIO, path: str | Path, size: int) -> list[str]:
+    """The names of an archive's members, from its directory alone: what tells archives apart.
+
+    Raises InputError: ``truncated`` or ``malformed``.
+    """
+    _, entries = _directory(_Extent(str(path), file, 0, size))
+    return [entry.name for entry in entries]
+
+
+def _directory(extent: _Extent) -> tuple[int, list[_Entry]]:
+    """The offset of the central directory, and its entries."""
+    try:
+        count, length, offset = _find_directory(extent)
+        return offset, _central_entries(extent, count, length, offset)
+    except (struct.error, UnicodeDecodeError) as error:
+        extent.fail(str(error))
 
 
 def _find_directory(extent: _Extent) -> tuple[int, int, int]:
@@ -136,8 +229,9 @@ def _find_directory(extent: _Extent) -> tuple[int, int, int]:
         raise InputError(
             extent.path,
             "truncated",
-            f"the archive's directory is missing from the end of its {extent.size} bytes: the file "
-            "is incomplete. Copy or download it again, or save it again",
+            f"a zip archive without the directory that belongs at the end of its {extent.size:,} "
+            "bytes: the download or copy did not finish. Copy or download the file again, or save "
+            "it again",
         )
     _, disk, first_disk, _, count, length, offset, comment = _END.unpack_from(tail, found)
     end = at + found
@@ -149,7 +243,7 @@ def _find_directory(extent: _Extent) -> tuple[int, int, int]:
     if offset + length != end:
         extent.fail("its directory does not lie where its end record says")
     if count > MAX_MEMBERS:
-        extent.fail(f"it declares {count} members; at most {MAX_MEMBERS} are read")
+        extent.fail(f"it declares {count:,} members; at most {MAX_MEMBERS:,} are read")
     return count, length, offset
 
 
@@ -164,7 +258,7 @@ def _find_directory64(extent: _Extent, locator: bytes) -> tuple[int, int, int, i
 
 def _central_entries(extent: _Extent, count: int, length: int, offset: int) -> list[_Entry]:
     if count * _CENTRAL.size > length:
-        extent.fail(f"its directory of {length} bytes cannot hold {count} members")
+        extent.fail(f"its directory of {length:,} bytes cannot hold {count:,} members")
     directory = extent.read(offset, length)
     entries = []
     at = 0
@@ -185,7 +279,7 @@ def _central_entry(extent: _Extent, directory: bytes, at: int) -> tuple[_Entry, 
     extra = directory[at + names : at + names + extras]
     end = at + names + extras + comments
     if magic != b"PK\1\2" or end > len(directory):
-        extent.fail("its directory is not one")
+        extent.fail("its directory is not a valid one")
     size, packed, header = _widened(extra, (size, packed, header))
     name = raw.decode("utf-8" if flags & _UTF8 else "cp437")
     return _Entry(raw, name, flags, method, crc, packed, size, header), end
@@ -214,7 +308,7 @@ def _checked_members(extent: _Extent, entries: list[_Entry], directory: int) -> 
     members: dict[str, Member] = {}
     free = 0
     for entry in sorted(entries, key=lambda entry: entry.header):
-        shown = printable(entry.name)
+        shown = quoted(entry.name)
         if entry.header < free:
             extent.fail(f"member {shown} overlaps another one")
         if entry.name in members:
@@ -229,7 +323,7 @@ def _checked_members(extent: _Extent, entries: list[_Entry], directory: int) -> 
 
 def _checked_member(extent: _Extent, entry: _Entry) -> Member:
     """The member with its data offset, after its local header was compared with the directory."""
-    shown = printable(entry.name)
+    shown = quoted(entry.name)
     if entry.flags & _ENCRYPTED:
         raise InputError(
             extent.path, "unsupported", f"member {shown} is encrypted; decrypt it first"
@@ -249,4 +343,14 @@ def _checked_member(extent: _Extent, entry: _Entry) -> Member:
     if method == STORED and entry.size != entry.packed_size:
         extent.fail(f"member {shown} is stored, but its two sizes differ")
     offset = extent.start + at + names + extras
-    return Member(entry.name, offset, entry.packed_size, entry.size, method, entry.crc)
+    return Member(entry.name, offset, entry.packed_size, entry.size, method, _recorded(entry))
+
+
+def _recorded(entry: _Entry) -> int | None:
+    """The CRC of an entry, or None where its writer left it out, writing 0.
+
+    torch leaves it out of every member under ``torch.serialization.set_crc32_options(False)``, and
+    of the storages under ``torch.serialization.skip_data``, which are filled in later; its own
+    reader compares no CRC. A true CRC of 0 is not compared either: one in four billion.
+    """
+    return entry.crc or None

@@ -1,10 +1,11 @@
-"""Opening files that strangers made: regular files only, and noticed when they change."""
+"""Opening files that strangers made: regular files only, stamped to notice when they change."""
 
 from __future__ import annotations
 
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from gradscope.errors import InputError
 
@@ -30,15 +31,24 @@ def stamp(path: str | Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def check_unchanged(path: str | Path, before: Stamp) -> None:
-    """Raise InputError when a file is no longer the one whose headers were read."""
-    if stamp(path) != before:
-        raise InputError(
-            path,
-            "changed",
-            "changed while it was being read; the statistics would mix two versions. "
-            "Wait for the writer to finish and run again",
-        )
+def read_start(path: str | Path, count: int) -> bytes:
+    """The first bytes of a file, as many as there are up to ``count``."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def read_at(file: BinaryIO, offset: int, count: int) -> bytes:
+    """Up to ``count`` bytes at an absolute position."""
+    file.seek(offset)
+    return file.read(count)
+
+
+def unreadable(path: str | Path, error: OSError) -> InputError:
+    """What to raise when the system refuses to read a file."""
+    return InputError(path, "missing", f"cannot be read: {error.strerror or error}")
 
 
 def _kind_of(mode: int) -> str:
