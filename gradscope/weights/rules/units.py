@@ -86,10 +86,11 @@ def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[O
             continue
         share = found / units.rows
         rows = sorted({*units.dead, *(second for _, second in units.duplicates)})[:10]
+        named = listed(rows, found, len(rows))
         yield Observation(
             tensor.name,
             f"{found:,} of {units.rows:,} rows look untrained ({share:.1%}; {units.dead_rows:,} "
-            f"nearly zero, {units.duplicate_rows:,} equal to another): {listed(rows, found, len(rows))}",
+            f"nearly zero, {units.duplicate_rows:,} equal to another): {named}",
             "keep these token ids out of prompts and of the tokenizer's special tokens",
             {
                 "dead_rows": units.dead_rows,
