@@ -17,15 +17,15 @@ ALLOWED = {
     "report": set(),
     "weights": {"checkpoints", "statistics", "report"},
     "histories": {"checkpoints", "statistics"},
-    "flow": {"histories", "statistics", "report"},
+    "flow": {"histories", "report"},
     "recording": {"histories"},
-    "models": {"checkpoints", "statistics"},
+    "models": {"checkpoints"},
     "attribution": {"models", "report"},
 }
 
 
 #: What everything stands on.
-FLOOR = {"docstrings", "errors", "plugins", "text", "version"}
+FLOOR = {"compiled", "device", "docstrings", "errors", "plugins", "text", "version"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradscope.statistics.kernels import kernel
+from gradscope.compiled import kernel
 
 _POLYNOMIAL = 0x82F63B78
 

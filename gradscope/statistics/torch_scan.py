@@ -23,9 +23,9 @@ from torch import Tensor
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE
+from gradscope.device import AUTO, CPU, has_float64, resolve
 from gradscope.errors import UsageError
 from gradscope.statistics import codings, kernels
-from gradscope.statistics.device import AUTO, CPU, has_float64, resolve
 from gradscope.statistics.kernels import BLOCK
 from gradscope.statistics.scan import scan as cpu_scan
 from gradscope.statistics.scan import scan_integers
