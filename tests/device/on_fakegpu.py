@@ -21,8 +21,7 @@ from test_torch_scan import DTYPES, SHAPES, assert_profiles_agree, stored_tensor
 from gradscope.checkpoints.tiles import PIECE  # noqa: E402
 from gradscope.device import resolve  # noqa: E402
 from gradscope.errors import UsageError  # noqa: E402
-from gradscope.statistics import codings  # noqa: E402
-from gradscope.statistics.profile import profile, threads  # noqa: E402
+from gradscope.statistics import codings, profile, threads  # noqa: E402
 from gradscope.statistics.torch_scan import TorchScan, scan_on  # noqa: E402
 
 
