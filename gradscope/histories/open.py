@@ -13,7 +13,8 @@ from gradscope.checkpoints.sniff import sniff
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.arrays import As, are_records, read_arrays, read_records
 from gradscope.histories.history import History
-from gradscope.histories.native import by_number, is_native, read_native, read_shards
+from gradscope.histories.joined import by_number, read_native, read_shards
+from gradscope.histories.native import is_native
 from gradscope.plugins import loaded
 
 _JSON_CAP = 1 << 30

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gradscope.errors import UsageError
-from gradscope.histories.schema import write
+from gradscope.histories.format import write
 
 #: Statistics of every cell and of every record, by their keys in the file. ``nonzero`` is counted;
 #: the file has the share of zeros.

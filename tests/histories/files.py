@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gradscope.histories.schema import write
+from gradscope.histories.format import write
 
 
 def crc32c(data: bytes) -> int:

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import InputError
+from gradscope.histories.format import KEYS, write
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
-from gradscope.histories.schema import KEYS, write
 
 from .files import native
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from gradscope.errors import InputError, UsageError
+from gradscope.histories.format import write
 from gradscope.histories.history import History, Status
 from gradscope.histories.open import open_history
-from gradscope.histories.schema import write
 
 from .files import event, native, tfrecords
 

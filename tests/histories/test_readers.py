@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import InputError, UsageError
+from gradscope.histories.format import KEYS, meta_schema, write
 from gradscope.histories.history import History, Status
 from gradscope.histories.open import open_history
-from gradscope.histories.schema import KEYS, meta_schema, write
 from gradscope.histories.sketching import hashed, sketch
 from gradscope.histories.steps import ordered
 
