@@ -54,7 +54,7 @@ def test_one_series_in_two_folders_is_of_two_runs_and_they_are_named(tmp_path: P
     run(tmp_path / "first", event(1, "grad/a", 1.0))
     run(tmp_path / "second", event(1, "grad/a", 9.0), number=2)
 
-    with pytest.raises(UsageError, match="several runs: a is in first and in second"):
+    with pytest.raises(UsageError, match="several runs: 'a' is in 'first' and in 'second'"):
         open_history(str(tmp_path))
     assert open_history(str(tmp_path / "second")).l2.tolist() == [[9.0]]
 

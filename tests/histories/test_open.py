@@ -97,7 +97,7 @@ def test_a_glob_may_match_event_files(tmp_path: Path) -> None:
         (b"<!doctype html><html>, sign in</html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "git lfs pull"),
         (b"\x1f\x8b\x08\x00" + bytes(40), "gzip"),
-        (b"just a few words\n", "no history that is known here"),
+        (b"just a few words\n", "is not a known history"),
         (b"", "empty"),
     ],
 )

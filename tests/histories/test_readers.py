@@ -184,7 +184,7 @@ def test_a_long_table_is_read_whatever_its_container(tmp_path: Path) -> None:
         from pyarrow import Table, parquet
     except ImportError:
         (tmp_path / "l.parquet").write_bytes(b"PAR1" + bytes(100))
-        with pytest.raises(UsageError, match=r"gradscope\[parquet\]"):
+        with pytest.raises(UsageError, match="pip install pyarrow"):
             open_history(str(tmp_path / "l.parquet"))
     else:
         parquet.write_table(Table.from_pylist(rows), tmp_path / "l.parquet")
@@ -432,10 +432,10 @@ def test_a_damaged_file_gives_a_history_or_an_error_a_person_can_read(
     [
         ("layer,norm\na,1\n", "no step"),
         ("step,loss\n1,2\n", "no column of gradient norms"),
-        ("step,layer,value\n1,a,fast\n", "row 2, column value: 'fast' is no number"),
+        ("step,layer,value\n1,a,fast\n", "row 2, column 'value': 'fast' is not a number"),
         ("step,layer,value\nnan,a,1\n", "row 2: step is 'nan'"),
         ("step,layer,value\n", "no rows"),
-        ("step,layer,value\n1,a,1,9\n", "more cells than the heading"),
+        ("step,layer,value\n1,a,1,9\n", "more cells than the header"),
     ],
 )
 def test_a_table_that_cannot_be_read_says_which_row(text: str, said: str, tmp_path: Path) -> None:
