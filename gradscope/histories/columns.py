@@ -266,8 +266,8 @@ class Table:
     def _wide_order(self) -> tuple[_Integers, _Integers]:
         """The kept steps, and the place of each record among them (-1: superseded)."""
         steps = np.frombuffer(self.steps, np.int64) if self.steps else np.empty(0, np.int64)
-        chosen, notes = ordered(steps)
-        self.notes += [note for note in notes if "repeat" not in note]
+        chosen, notes = ordered(steps, note_repeats=False)
+        self.notes += notes
         return steps[chosen], _places(steps, steps[chosen])
 
     def _long_order(self) -> tuple[_Integers, _Integers]:

@@ -72,9 +72,9 @@ def test_numbers_of_any_width_and_byte_order_come_in_one_that_analyzers_take(
 
 
 IMPOSSIBLE = {
-    "a norm below zero": ({"grad/l2": np.full((6, 3), -1.0)}, "below zero for l0.weight"),
+    "a norm below zero": ({"grad/l2": np.full((6, 3), -1.0)}, "of 'l0.weight' is below zero"),
     "a step no counter reaches": (
-        {"steps": np.array([1, 2, 3, 4, 5, 2**63 + 5], np.uint64)}, "no counter reaches"),
+        {"steps": np.array([1, 2, 3, 4, 5, 2**63 + 5], np.uint64)}, "beyond 64-bit integers"),
     "two sketches of one record": (
         {"grad/sketch": np.ones((2, 3, 4), "f4"), "grad/sketch_index": np.array([1, 1])},
         "entry 1 has 1 after 1"),
@@ -82,7 +82,8 @@ IMPOSSIBLE = {
         {"unit/offset": np.array([0, 1, 2, 9]), "unit/last_nonzero": np.zeros(4, int)},
         "from 0 to 4"),
     "a name of no characters": (
-        {"layer/name": np.array([0x7FFFFFFF, 65, 66], np.uint32).view("<U1")}, "layer/name is no"),
+        {"layer/name": np.array([0x7FFFFFFF, 65, 66], np.uint32).view("<U1")},
+        "layer/name is not a readable"),
 }  # fmt: skip
 
 

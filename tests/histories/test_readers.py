@@ -323,10 +323,10 @@ def test_a_damaged_shard_costs_its_records_only_and_is_reported(tmp_path: Path) 
 FAULTS = {
     "no steps": ({"steps": None}, "has no steps"),
     "steps that fall": ({"steps": np.array([0, 1, 2, 2, 3, 4])}, "record 3 has 2 after 2"),
-    "norms of the wrong shape": ({"grad/l2": np.zeros((6, 4), np.float32)}, "L is 3 elsewhere"),
+    "norms of the wrong shape": ({"grad/l2": np.zeros((6, 4), np.float32)}, "elsewhere L is 3"),
     "norms of the wrong type": ({"grad/l2": np.zeros((6, 3), int)}, "dtype"),
     "an edge to nowhere": ({"graph/edges": np.array([[0, 9]])}, "outside -1 to 3"),
-    "a name twice": ({"layer/name": np.array(["a", "a", "b"])}, "a name twice"),
+    "a name twice": ({"layer/name": np.array(["a", "a", "b"])}, "repeats a name"),
 }
 
 

@@ -303,7 +303,7 @@ def test_a_device_without_float64_is_refused_by_name_and_passed_over_by_auto(
     monkeypatch.setattr(torch_scan, "resolve", lambda _: torch.device("mps"))
     monkeypatch.setattr(torch_scan, "has_float64", lambda _: False)
     assert scan_on("auto") is cpu_scan
-    with pytest.raises(UsageError, match="no float64"):
+    with pytest.raises(UsageError, match="does not support float64"):
         scan_on("mps")
 
 
