@@ -131,6 +131,16 @@ def test_the_rates_of_all_groups_are_columns(tmp_path: Path) -> None:
     assert history.lr.tolist() == [[0.5, 0.25]]
 
 
+def test_a_step_below_zero_is_the_twos_complement_that_protobuf_writes(tmp_path: Path) -> None:
+    steps = [-(2**63), -1, 0, 2**63 - 1]
+
+    history = open_history(
+        str(run(tmp_path, *(event(step % 2**64, "grad/a", 1.0) for step in steps)))
+    )
+
+    assert history.steps.tolist() == steps
+
+
 @given(body=st.binary(max_size=60), wrapped=st.integers(0, 3))
 @settings(
     max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

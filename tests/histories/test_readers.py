@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import InputError, UsageError
-from gradscope.histories.format import KEYS, meta_schema, write
+from gradscope.histories.format import KEYS, meta_schema
 from gradscope.histories.history import History, Status
 from gradscope.histories.open import open_history
 from gradscope.histories.sketching import hashed, sketch
@@ -279,45 +279,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_the_same_data_are_the_same_bytes(tmp_path: Path) -> None:
     assert native(tmp_path / "a.npz").read_bytes() == native(tmp_path / "b.npz").read_bytes()
-
-
-@given(cut=st.integers(1, 9), later=st.integers(0, 2))
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_shards_cut_anywhere_are_the_whole(cut: int, later: int, tmp_path: Path) -> None:
-    whole = open_history(str(native(tmp_path / "whole.npz", 10)))
-    folder = tmp_path / f"{cut}-{later}"
-    folder.mkdir(exist_ok=True)
-    names = np.array([f"l{i}.weight" for i in range(3)])
-    # The second shard may have its rows in another order.
-    order = np.roll(np.arange(3), later)
-    for number, (records, rows) in enumerate(
-        ((slice(0, cut), np.arange(3)), (slice(cut, 10), order))
-    ):
-        arrays = {
-            "steps": whole.steps[records],
-            "layer/name": names[rows],
-            "grad/l2": whole.l2[records][:, rows],
-        }
-        write(folder / f"{number:05d}.npz", arrays, {})
-
-    joined = open_history(str(folder))
-
-    np.testing.assert_array_equal(joined.l2, whole.l2)
-    assert joined.steps.tolist() == whole.steps.tolist()
-
-
-def test_a_damaged_shard_costs_its_records_only_and_is_reported(tmp_path: Path) -> None:
-    native(tmp_path / "00000.npz")
-    bad = native(tmp_path / "00001.npz", first=6)
-    bad.write_bytes(bad.read_bytes()[:300])
-
-    history = open_history(str(tmp_path))
-
-    assert history.steps.tolist() == list(range(6))
-    assert history.failures[0].kind == "truncated"
-    assert "00001.npz" in history.failures[0].message
 
 
 FAULTS = {
