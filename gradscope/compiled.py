@@ -1,4 +1,4 @@
-"""Compiled loops: the one place that knows numba."""
+"""Compiled loops: numba with the options that every kernel here shares."""
 
 from __future__ import annotations
 

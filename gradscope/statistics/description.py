@@ -101,10 +101,12 @@ def _statistics(whole: Tally, moments: Moments, distribution: Distribution | Non
     )
     if whole.ref.dtype in codings.INTEGERS:
         return basic
-    return described(basic, distribution, moments)
+    return _described(basic, distribution, moments)
 
 
-def described(basic: Statistics, distribution: Distribution | None, moments: Moments) -> Statistics:
+def _described(
+    basic: Statistics, distribution: Distribution | None, moments: Moments
+) -> Statistics:
     """``basic`` with what the shape of the distribution gives."""
     if distribution is None or distribution.n == 0:
         return basic
@@ -294,7 +296,7 @@ class Pool:
             rms=moments.rms,
             l2_norm=moments.l2_norm,
         )
-        return described(basic, self._distribution(basic), moments)
+        return _described(basic, self._distribution(basic), moments)
 
     def _distribution(self, basic: Statistics) -> Distribution | None:
         buckets = np.flatnonzero(self._table)
