@@ -122,6 +122,16 @@ def test_histograms_of_tensorflow_2_give_a_norm_that_is_said_to_be_approximate(
     assert history.approximate == {"l2": "from histogram bins"}
 
 
+def test_a_histogram_of_no_elements_is_a_gradient_of_none(tmp_path: Path) -> None:
+    bins = np.array([[-1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+
+    history = open_history(str(run(tmp_path, tensor_event(3, "fc.weight/grad", bins))))
+
+    assert (history.l2[0, 0], history.layers[0].numel) == (0.0, 0)
+    assert history.max_abs is not None
+    assert history.max_abs[0, 0] == 0.0
+
+
 def test_the_rates_of_all_groups_are_columns(tmp_path: Path) -> None:
     rates = [event(1, f"lr-Adam/pg{group}", 0.5 / group) for group in (1, 2)]
 
