@@ -16,7 +16,7 @@ from gradscope.histories.crc import crc32c
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 
-from .files import event, message, tfrecords, varint
+from .files import double, event, message, tfrecords, varint
 
 
 def run(folder: Path, *events: bytes, number: int = 1) -> Path:
@@ -139,6 +139,16 @@ def test_the_rates_of_all_groups_are_columns(tmp_path: Path) -> None:
 
     assert history.lr is not None
     assert history.lr.tolist() == [[0.5, 0.25]]
+
+
+def test_the_parts_of_an_event_that_are_not_a_summary_are_passed_over(tmp_path: Path) -> None:
+    """Every writer begins with the version; graphs and logged text are bytes too."""
+    version = double(1, 1.7e9) + message(3, b"brain.Event:2")
+    graph = varint(2 << 3) + varint(7) + message(4, b"\x0a\x03abc")
+
+    history = open_history(str(run(tmp_path, version, graph, event(1, "grad/a", 2.0))))
+
+    assert (history.steps.tolist(), history.l2.tolist()) == ([1], [[2.0]])
 
 
 def test_a_step_below_zero_is_the_twos_complement_that_protobuf_writes(tmp_path: Path) -> None:
