@@ -47,7 +47,7 @@ def report_schema() -> dict[str, Any]:
 
 
 def _history() -> dict[str, Any]:
-    from gradscope.histories.schema import meta_schema
+    from gradscope.histories.format import meta_schema
 
     return meta_schema()
 

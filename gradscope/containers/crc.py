@@ -43,7 +43,7 @@ def _tables() -> np.ndarray[tuple[int, int], np.dtype[np.uint32]]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    from gradscope.statistics.kernels import kernel
+    from gradscope.compiled import kernel
 
     compiled: Callable[..., Any] = kernel()(_eight_at_a_time)
     return compiled

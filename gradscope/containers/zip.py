@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -61,7 +61,15 @@ class Member:
     @property
     def is_bomb(self) -> bool:
         """Whether it would inflate to far more than honest data do."""
-        return self.size > _BOMB_BYTES and self.size > _BOMB_RATIO * self.packed_size
+        return is_bomb([self])
+
+
+def is_bomb(members: Iterable[Member]) -> bool:
+    """Whether members together would inflate to far more than honest data do."""
+    packed = unpacked = 0
+    for member in members:
+        packed, unpacked = packed + member.packed_size, unpacked + member.size
+    return unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +234,8 @@ def _find_directory(extent: _Extent) -> tuple[int, int, int]:
     tail = extent.read(at, extent.size)
     found = tail.rfind(b"PK\5\6")
     if found < 0 or found + _END.size > len(tail):
+        if tail.find(b"PK\5\6") < found:
+            extent.fail("its comment holds the mark of an end record")
         raise InputError(
             extent.path,
             "truncated",

@@ -13,7 +13,8 @@ from gradscope.containers.files import stamp
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.arrays import As, are_records, read_arrays, read_records
 from gradscope.histories.history import History
-from gradscope.histories.native import by_number, is_native, read_native, read_shards
+from gradscope.histories.joined import by_number, read_native, read_shards
+from gradscope.histories.native import is_native
 from gradscope.plugins import loaded
 
 _JSON_CAP = 1 << 30
@@ -71,8 +72,8 @@ def _folder(path: str) -> History:
     raise InputError(
         path,
         "missing",
-        "holds neither shards (00000.npz, …), event files, trainer_state.json nor a file of "
-        "gradients for each step (step_10.pt, …)",
+        "has no shards (00000.npz, …), event files, trainer_state.json or files of gradients "
+        "named by step (step_10.pt, …)",
     )
 
 
@@ -99,7 +100,7 @@ def _parquet(path: str, as_: As | None) -> History:
 
 
 def _is_events(path: str, start: bytes) -> bool:
-    from gradscope.histories.events import is_events
+    from gradscope.histories.tfrecords import is_events
 
     return is_events(start)
 
@@ -196,12 +197,12 @@ def _third_party(path: str) -> History:
 
 
 def _what(path: str) -> str:
-    """What a file is that is no history: a page, a pointer, an archive; and what to do."""
+    """What a file is that is not a history (a web page, a pointer, an archive), and a remedy."""
     try:
         found = sniff(path)
     except InputError as error:
         if "gradscope reads" not in error.message:
             return error.message
         found = ""
-    what = f"is a {found}, which holds" if found else "is"
-    return f"{what} no history that is known here; gradscope reads {_READS}"
+    what = f"is a {found} file, which is not a history" if found else "is not a known history"
+    return f"{what}; gradscope reads {_READS}"

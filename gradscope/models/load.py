@@ -19,11 +19,11 @@ from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import KNOWN_NAMES
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.tiles import tiles
+from gradscope.device import resolve
 from gradscope.errors import GradscopeError, InputError, UsageError
 from gradscope.models.architecture import build, importable
 from gradscope.models.model import Model, as_model
 from gradscope.models.program_check import check_program
-from gradscope.statistics.device import resolve
 
 #: ``--trust``: formats that may run code of their own while they are loaded.
 Trust = frozenset[str]

@@ -29,8 +29,7 @@ from gradscope.weights.result import (
 from gradscope.weights.roles import AUXILIARY, Role, roles
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
-    from gradscope.statistics.profile import Engine, Pool, Profile
-    from gradscope.statistics.tally import Scan
+    from gradscope.statistics import Engine, Pool, Profile, Scan
 
 Progress = Callable[[int, int], None]
 
@@ -82,7 +81,7 @@ def scan_for(device: str) -> Scan:
         from gradscope.statistics.scan import scan
 
         return scan
-    from gradscope.statistics.torch_scan import scan_on
+    from gradscope.statistics import scan_on
 
     return scan_on(device)
 
@@ -142,7 +141,7 @@ def _measure_all(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> list[_Examination]:
-    from gradscope.statistics.profile import threads
+    from gradscope.statistics import threads
 
     scan = scan_for(device)
     return [_measured(c, scan, threads(jobs), meter, keep_going) for c in opened]
@@ -155,7 +154,7 @@ def _measured(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> _Examination:
-    from gradscope.statistics.profile import profile
+    from gradscope.statistics import profile
 
     checkpoint = verified(checkpoint, engine)
     names = roles(checkpoint.tensors)

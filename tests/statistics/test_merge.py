@@ -27,8 +27,9 @@ from oracle import (
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import tiles
+from gradscope.statistics import Pool, profile, threads
+from gradscope.statistics.description import Finished, finish
 from gradscope.statistics.moments import Moments
-from gradscope.statistics.profile import Finished, Pool, finish, profile, threads
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.statistics.scan import scan
 from gradscope.statistics.tally import merged, tally

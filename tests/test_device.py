@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gradscope.device import CPU, has_float64, resolve
 from gradscope.errors import UsageError
-from gradscope.statistics import device as devices
-from gradscope.statistics import torch_scan
-from gradscope.statistics.device import has_float64, resolve
-from gradscope.statistics.scan import scan as cpu_scan
-from gradscope.statistics.torch_scan import TorchScan, scan_on
 
 
 @pytest.fixture
@@ -20,14 +16,13 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("name", ["cpu", "auto"])
-def test_without_an_accelerator_the_compiled_kernels_do_the_work(name: str) -> None:
+def test_without_an_accelerator_the_cpu_does_the_work(name: str) -> None:
     assert resolve(name) == torch.device("cpu")
-    assert scan_on(name) is cpu_scan
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "", "tpu:0", "cpu cuda"])
 def test_a_name_that_torch_does_not_know(name: str) -> None:
-    with pytest.raises(UsageError, match="no device of that name") as caught:
+    with pytest.raises(UsageError, match="torch does not know that name") as caught:
         resolve(name)
     assert repr(name) in str(caught.value)
     assert "Available here: cpu" in str(caught.value)
@@ -35,9 +30,8 @@ def test_a_name_that_torch_does_not_know(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda:99", "meta", "hpu"])
 def test_an_absent_device_is_never_replaced(name: str) -> None:
-    for function in (resolve, scan_on):
-        with pytest.raises(UsageError, match="Available here: cpu"):
-            function(name)
+    with pytest.raises(UsageError, match="Available here: cpu"):
+        resolve(name)
 
 
 def refuse(error: type[Exception], text: str) -> object:
@@ -75,23 +69,7 @@ def test_a_device_number_too_high_says_how_many_there_are(monkeypatch: pytest.Mo
         resolve("cuda:7")
 
 
-def test_a_device_without_float64_is_refused_by_name_and_passed_over_by_auto(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch_scan, "resolve", lambda _: torch.device("mps"))
-    monkeypatch.setattr(torch_scan, "has_float64", lambda _: False)
-    assert scan_on("auto") is cpu_scan
-    with pytest.raises(UsageError, match="no float64"):
-        scan_on("mps")
-
-
-def test_any_other_device_gets_the_torch_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_scan, "resolve", lambda _: torch.device("xpu:1"))
-    monkeypatch.setattr(torch_scan, "has_float64", lambda _: True)
-    assert scan_on("xpu:1") == TorchScan(torch.device("xpu:1"))
-
-
 def test_float64_is_asked_of_the_device_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert has_float64(torch.device(devices.CPU))
+    assert has_float64(torch.device(CPU))
     monkeypatch.setattr(torch, "zeros", refuse(TypeError, "MPS has no float64"))
-    assert not has_float64(torch.device(devices.CPU))
+    assert not has_float64(torch.device(CPU))

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.lib import format as npy
 from pydantic import BaseModel, ConfigDict, Field
 
+from gradscope.text import quoted
+
 FORMAT = "gradscope.grads"
 VERSION = (1, 0)
 
@@ -113,7 +115,7 @@ def fault(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
     """What is wrong with the arrays of a file, by kind, shape and order; None when nothing is."""
     for name, key in KEYS.items():
         if key.required and name not in arrays:
-            return f"has no {name}, which every {FORMAT} file needs"
+            return f"has no {name}, which every {FORMAT} file must have"
     sizes = {"2": 2, "L": len(arrays["layer/name"]) if arrays["layer/name"].ndim else 0}
     for name, array in arrays.items():
         if name in KEYS and (reason := _misfit(KEYS[name], array, sizes)):
@@ -123,13 +125,13 @@ def fault(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
 
 def _misfit(key: Key, array: np.ndarray[Any, Any], sizes: dict[str, int]) -> str | None:
     if array.dtype.kind not in key.kinds:
-        return f"has dtype {array.dtype}, which is not what it holds ({key.note})"
+        return f"has dtype {array.dtype}, which does not fit what it holds ({key.note})"
     if array.ndim != len(key.shape):
         return f"has {array.ndim} dimensions instead of {len(key.shape)} ({', '.join(key.shape)})"
     for size, name in zip(array.shape, key.shape, strict=True):
         wanted = sizes["L"] + 1 if name == "L+1" else sizes.setdefault(name, size)
         if size != wanted:
-            return f"has shape {list(array.shape)}, where {name} is {wanted} elsewhere"
+            return f"has shape {list(array.shape)}, but elsewhere {name} is {wanted}"
     return None
 
 
@@ -151,13 +153,13 @@ def _broken_reference(
         ):
             return f"{name} has values outside {low} to {high}"
     if len(set(arrays["layer/name"].tolist())) != layers:
-        return "layer/name has a name twice"
+        return "layer/name repeats a name"
     if ("grad/sketch" in arrays) != ("grad/sketch_index" in arrays):
-        return "grad/sketch and grad/sketch_index belong together"
+        return "grad/sketch and grad/sketch_index must come together"
     return None
 
 
-#: What must rise from entry to entry, and by at least how much.
+#: What must increase from entry to entry, and by at least how much.
 _RISING = {"steps": 1, "grad/sketch_index": 1, "unit/offset": 0}
 
 
@@ -165,27 +167,29 @@ def _disorder(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
     for name, least in _RISING.items():
         found = arrays.get(name, np.empty(0, np.int64))
         if found.size and int(found.max()) > np.iinfo(np.int64).max:
-            return f"{name} has {found.max()}, which no counter reaches"
+            return f"{name} has {found.max()}, which is beyond 64-bit integers"
         found = found.astype(np.int64)
         falls = np.flatnonzero(found[1:] < found[:-1] + least)
         if len(falls):
             at = int(falls[0]) + 1
             place = "record" if name == "steps" else "entry"
-            return f"{name} must increase; {place} {at} has {found[at]} after {found[at - 1]}"
+            return f"{name} must increase, but {place} {at} has {found[at]} after {found[at - 1]}"
     return None
 
 
 def _impossible(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
-    """Norms below zero; and units that are not those of the layers."""
+    """Norms below zero, and units that do not fit the layers."""
     for name in ("grad/l2", "grad/max_abs", "param/l2", "update/l2"):
         if name in arrays and bool(np.any(arrays[name] < 0)):
             at = np.argwhere(arrays[name] < 0)[0]
-            return f"{name} is below zero for {arrays['layer/name'][at[1]]} in record {at[0]}"
+            return (
+                f"{name} of {quoted(arrays['layer/name'][at[1]])} is below zero in record {at[0]}"
+            )
     offsets, units = arrays.get("unit/offset"), arrays.get("unit/last_nonzero")
     if (offsets is None) != (units is None):
-        return "unit/offset and unit/last_nonzero belong together"
+        return "unit/offset and unit/last_nonzero must come together"
     if offsets is not None and units is not None and (offsets[0], offsets[-1]) != (0, len(units)):
-        return f"unit/offset must lead from 0 to {len(units)}, the number of units"
+        return f"unit/offset must run from 0 to {len(units)}, the number of units"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which device the work runs on: the one place where the words of ``--device`` are understood."""
+"""Which device the work runs on: the one place where the value of ``--device`` is understood."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from gradscope.errors import UsageError
+from gradscope.text import plural, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -17,10 +18,10 @@ _INSTALL = "builds of torch for each accelerator: https://pytorch.org/get-starte
 
 
 def resolve(device: str) -> torch.device:
-    """The torch device that ``--device`` names, seen to hold and return a value.
+    """The torch device that ``--device`` names, tested by a value sent there and back.
 
     ``auto`` is this machine's accelerator if it has one, else the CPU. Any other name is that
-    device or a UsageError: work asked of a GPU never moves to the CPU unnoticed.
+    device or a UsageError: work meant for a GPU never moves to the CPU unnoticed.
     """
     import torch
 
@@ -30,7 +31,7 @@ def resolve(device: str) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(
-            f"device {device!r}: torch knows no device of that name. {_available()}"
+            f"device {quoted(device, 40)}: torch does not know that name. {_available()}"
         ) from None
     if found.type != CPU:
         _try(found, device)
@@ -64,19 +65,21 @@ def _try(device: torch.device, name: str) -> None:
     try:
         torch.ones(1, device=device).cpu()
     except Exception as error:  # torch raises nearly every type here, AssertionError included
-        raise UsageError(f"device {name!r}: {_why_absent(device, error)}. {_available()}") from None
+        raise UsageError(
+            f"device {quoted(name, 40)}: {_why_absent(device, error)}. {_available()}"
+        ) from None
 
 
 def _why_absent(device: torch.device, error: Exception) -> str:
     import torch
 
     if device.type == "meta":
-        return "it computes shapes and holds no values"
+        return "it computes shapes only and holds no values"
     if device.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
         return f"this torch build ({torch.__version__}) has no CUDA; {_INSTALL}"
     accelerator = _accelerator()
     if accelerator is not None and accelerator.type == device.type:
-        return f"there are {torch.accelerator.device_count()} of this kind here"
+        return f"this machine has {plural(torch.accelerator.device_count(), 'device')} of that type"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     if device.type == "cuda":
         return f"{reason}; `nvidia-smi` shows whether the driver sees a GPU"
