@@ -26,7 +26,19 @@ ALLOWED = {
 
 
 #: What everything stands on.
-FLOOR = {"compiled", "device", "docstrings", "errors", "plugins", "text", "version"}
+FLOOR = {
+    *(
+        "compiled",
+        "device",
+        "docstrings",
+        "errors",
+        "files",
+        "formats",
+        "plugins",
+        "text",
+        "version",
+    )
+}
 
 
 def imports(path: Path) -> Iterator[str]:

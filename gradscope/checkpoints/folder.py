@@ -8,16 +8,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from gradscope.checkpoints.formats import suffixes_by_family
 from gradscope.checkpoints.index import INDEX_SUFFIX
 from gradscope.checkpoints.numbering import NUMBERED
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.containers.files import read_start, stamp
 from gradscope.containers.strict_json import MalformedError, parse
 from gradscope.errors import InputError, UsageError
+from gradscope.formats import Kind, families, suffixes
 from gradscope.text import escaped, listed, quoted, size
 
 _CONFIG_CAP = 10_000_000
+#: What may be a checkpoint by itself in a folder; content decides once it is opened.
+_FILE: tuple[Kind, ...] = ("tensors", "program")
 _WELL_KNOWN = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -51,7 +53,7 @@ def names_in(folder: str, folders: bool = False) -> list[str]:
 
 def holds_checkpoints(names: Iterable[str]) -> bool:
     """Whether any of the names is that of a checkpoint or an index."""
-    return any(name.endswith((INDEX_SUFFIX, *sum(suffixes_by_family(), ()))) for name in names)
+    return any(name.endswith((INDEX_SUFFIX, *suffixes(*_FILE))) for name in names)
 
 
 def choose(path: str) -> CheckpointFiles:
@@ -64,8 +66,8 @@ def choose(path: str) -> CheckpointFiles:
     for name in _ranked(names):
         if name in present:
             return CheckpointFiles((name,), tuple(_not_used(name, names)))
-    for suffixes in suffixes_by_family():
-        found = [name for name in _candidates(names) if name.endswith(suffixes)]
+    for ends in families(*_FILE).values():
+        found = [name for name in _candidates(names) if name.endswith(ends)]
         if found:
             return _only(path, found, names)
     raise InputError(path, "missing", _nothing_in(path))
@@ -88,9 +90,7 @@ def _index_rank(name: str) -> tuple[bool, bool, int, str]:
 
 def _candidates(names: Iterable[str]) -> list[str]:
     return [
-        name
-        for name in names
-        if name.endswith(sum(suffixes_by_family(), ())) and not _BESIDE.fullmatch(name)
+        name for name in names if name.endswith(suffixes(*_FILE)) and not _BESIDE.fullmatch(name)
     ]
 
 
@@ -121,8 +121,8 @@ def _only(path: str, found: list[str], names: list[str]) -> CheckpointFiles:
 
 
 def _nothing_in(path: str) -> str:
-    suffixes = ", ".join(f"*{suffix}" for suffix in sum(suffixes_by_family(), ()))
-    message = f"no checkpoint in the folder; looked for an index (*.index.json), {suffixes}"
+    ends = ", ".join(f"*{suffix}" for suffix in suffixes(*_FILE))
+    message = f"no checkpoint in the folder; looked for an index (*.index.json), {ends}"
     inside = list(islice(_subfolders_with_checkpoints(path), 6))
     if not inside:
         return message

@@ -10,9 +10,10 @@ import os
 import re
 from collections.abc import Callable
 
-from gradscope.checkpoints.formats import File, is_plain_text, supported
 from gradscope.checkpoints.safetensors import FETCH_AGAIN
+from gradscope.containers.beginning import Beginning, is_plain_text
 from gradscope.errors import InputError, InputKind
+from gradscope.formats import CHECKPOINT, supported
 from gradscope.text import listed, quoted, size
 
 _CONVERT = "load it where it was made and save the weights with safetensors"
@@ -20,10 +21,10 @@ _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
 _DCP_REMEDY = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} out.pt"
 
 #: Raises where a file is something that cannot be read.
-_Recogniser = Callable[[File], None]
+_Recogniser = Callable[[Beginning], None]
 
 
-def refuse_empty(file: File) -> None:
+def refuse_empty(file: Beginning) -> None:
     """Raise InputError (``truncated``) for a file that has no content, yet."""
     if file.size == 0:
         raise InputError(file.path, "truncated", f"is empty (0 bytes); {FETCH_AGAIN}")
@@ -37,41 +38,41 @@ def refuse_empty(file: File) -> None:
         raise InputError(file.path, "truncated", message)
 
 
-def refusal(file: File) -> InputError:
+def refusal(file: Beginning) -> InputError:
     """The error that says what a file is that is in no format of the table."""
     for recognise in _RECOGNISERS:
         recognise(file)
     return _unsupported(
         file,
         f"not recognised: it begins with the bytes {file.start[:8].hex(' ')}",
-        f"gradscope reads {supported()}",
+        f"gradscope reads {supported(*CHECKPOINT)}",
     )
 
 
-def _too_short(file: File) -> None:
+def _too_short(file: Beginning) -> None:
     if file.size < 8:
         message = f"is {size(file.size)}, too short for any checkpoint; {FETCH_AGAIN}"
         raise InputError(file.path, "truncated", message)
 
 
-def _unsupported(file: File, what: str, remedy: str) -> InputError:
+def _unsupported(file: Beginning, what: str, remedy: str) -> InputError:
     return InputError(file.path, "unsupported", f"{what}; {remedy}")
 
 
 # Zip archives.
 
 
-def _empty_zip(file: File) -> None:
+def _empty_zip(file: Beginning) -> None:
     if file.start.startswith(b"PK\x05\x06"):
         raise _unsupported(file, "an empty zip archive", FETCH_AGAIN)
 
 
-def _zip(file: File) -> None:
+def _zip(file: Beginning) -> None:
     if file.members is not None:
         raise _unsupported(file, *_foreign_zip(file, file.members))
 
 
-def _foreign_zip(file: File, names: list[str]) -> tuple[str, str]:
+def _foreign_zip(file: Beginning, names: list[str]) -> tuple[str, str]:
     if file.has("model.weights.h5"):
         return "a Keras 3 model (.keras)", f"Keras is not read: {_CONVERT}"
     manifest = file.has("MANIFEST.json")
@@ -83,14 +84,14 @@ def _foreign_zip(file: File, names: list[str]) -> tuple[str, str]:
         return f"a zip archive with {found} inside", "unzip it and give that file"
     return (
         f"a zip archive without a checkpoint (members: {listed(map(quoted, names), len(names))})",
-        f"gradscope reads {supported()}",
+        f"gradscope reads {supported(*CHECKPOINT)}",
     )
 
 
 # Text: what a failed download leaves.
 
 
-def _lfs(file: File) -> None:
+def _lfs(file: Beginning) -> None:
     if not file.start.startswith(b"version https://git-lfs"):
         return
     oid, promised = (
@@ -110,7 +111,7 @@ def _after(data: bytes, pattern: bytes) -> str:
     return match.group(1).decode("ascii", "replace")[:64] if match else ""
 
 
-def _markup(file: File) -> None:
+def _markup(file: Beginning) -> None:
     text = file.start.removeprefix(b"\xef\xbb\xbf").lstrip()
     head = text[:512].lower()
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in head:
@@ -131,7 +132,7 @@ def _printable(data: bytes) -> str:
     return "".join(char if char.isprintable() else "�" for char in text)
 
 
-def _json(file: File) -> None:
+def _json(file: Beginning) -> None:
     if not file.json:
         return
     error = _after(file.start, rb'"(?:error|message)"\s*:\s*"([^"]{1,64})').strip()
@@ -145,12 +146,14 @@ def _json(file: File) -> None:
     )
 
 
-def _text(file: File) -> None:
+def _text(file: Beginning) -> None:
     if not is_plain_text(file.start):
         return
     beginning = quoted(_printable(file.start[:200])[:60])
     raise _unsupported(
-        file, f"a text file that begins with {beginning}", f"gradscope reads {supported()}"
+        file,
+        f"a text file that begins with {beginning}",
+        f"gradscope reads {supported(*CHECKPOINT)}",
     )
 
 
@@ -172,28 +175,28 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"BZh", "a bzip2 file", _PACKED),
     (b"\x04\x22\x4d\x18", "an LZ4 file", _PACKED),
     (b"Rar!\x1a\x07", "a RAR archive", _PACKED),
-    (b"PAR1", "a Parquet file", f"gradscope reads {supported()}"),
-    (b"\x89PNG\r\n", "a PNG image", f"gradscope reads {supported()}"),
-    (b"\xff\xd8\xff", "a JPEG image", f"gradscope reads {supported()}"),
-    (b"%PDF-", "a PDF document", f"gradscope reads {supported()}"),
-    (b"\x7fELF", "a program or compiled library", f"gradscope reads {supported()}"),
+    (b"PAR1", "a Parquet file", f"gradscope reads {supported(*CHECKPOINT)}"),
+    (b"\x89PNG\r\n", "a PNG image", f"gradscope reads {supported(*CHECKPOINT)}"),
+    (b"\xff\xd8\xff", "a JPEG image", f"gradscope reads {supported(*CHECKPOINT)}"),
+    (b"%PDF-", "a PDF document", f"gradscope reads {supported(*CHECKPOINT)}"),
+    (b"\x7fELF", "a program or compiled library", f"gradscope reads {supported(*CHECKPOINT)}"),
 )  # fmt: skip
 
 
-def _magic(file: File) -> None:
+def _magic(file: Beginning) -> None:
     for magic, what, remedy in _MAGICS:
         if file.start.startswith(magic):
             raise _unsupported(file, what, remedy)
 
 
-def _hdf5(file: File) -> None:
+def _hdf5(file: Beginning) -> None:
     signature = b"\x89HDF\r\n\x1a\n"
     if any(file.start.startswith(signature, at) for at in (0, 512, 1024, 2048)):
         keras = b"keras_version" in file.start or b"model_weights" in file.start
         raise _unsupported(file, "a Keras model in HDF5" if keras else "an HDF5 file", _H5)
 
 
-def _tar(file: File) -> None:
+def _tar(file: Beginning) -> None:
     if file.start[257:262] != b"ustar" and not _is_old_torch_tar(file.start):
         return
     if _is_old_torch_tar(file.start):
@@ -210,7 +213,7 @@ def _is_old_torch_tar(start: bytes) -> bool:
     )
 
 
-def _pickle(file: File) -> None:
+def _pickle(file: Beginning) -> None:
     protocol = file.start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
     if not (protocol or _is_text_pickle(file.start) or _is_zlib_pickle(file.start)):
         return
@@ -241,7 +244,7 @@ def _is_zlib_pickle(start: bytes) -> bool:
         return False
 
 
-def _protobuf(file: File) -> None:
+def _protobuf(file: Beginning) -> None:
     """Heuristics on the first fields of ONNX' ModelProto, TensorFlow's SavedModel and GraphDef."""
     start = file.start
     if start[:3] == b"\x08\x01\x12" and (b"serve" in start or b"saver" in start):
@@ -252,7 +255,7 @@ def _protobuf(file: File) -> None:
         raise _unsupported(file, "a TensorFlow graph", f"TensorFlow is not read: {_CONVERT}")
 
 
-def _tensorflow_table(file: File) -> None:
+def _tensorflow_table(file: Beginning) -> None:
     """The index of a TensorFlow checkpoint is a table that ends in a number of its own."""
     if file.size < 48 or _end(file) != _TABLE_MAGIC:
         return
@@ -260,7 +263,7 @@ def _tensorflow_table(file: File) -> None:
     raise _unsupported(file, what, f"TensorFlow is not read: {_CONVERT}")
 
 
-def _end(file: File) -> bytes:
+def _end(file: Beginning) -> bytes:
     try:
         with open(file.path, "rb") as stream:
             stream.seek(-8, os.SEEK_END)
@@ -269,7 +272,7 @@ def _end(file: File) -> bytes:
         return b""
 
 
-def _msgpack(file: File) -> None:
+def _msgpack(file: Beginning) -> None:
     """Flax writes a map whose first key is a short string, usually ``params``."""
     head = file.start
     at = {0xDE: 3, 0xDF: 5}.get(head[0], 1 if 0x81 <= head[0] <= 0x8F else 0)

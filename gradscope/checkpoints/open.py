@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from gradscope.checkpoints.formats import Format, find
 from gradscope.checkpoints.sharded import read_folder
 from gradscope.checkpoints.sniff import FOLDER, sniff
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.errors import InputError, UsageError
+from gradscope.formats import Format, find
 from gradscope.plugins import loaded
 
 
@@ -43,9 +43,9 @@ def _read_set(row: Format, path: str, key: str | None) -> Checkpoint:
 
 
 def _read_file(row: Format, path: str, key: str | None) -> Checkpoint:
-    if key is not None and not row.has_keys:
+    if key is not None and row.takes != "key":
         raise UsageError(f"--key {key}: {row.family} files hold tensors only, no nested dicts")
-    checkpoint: Checkpoint = row.load()(path, key) if row.has_keys else row.load()(path)
+    checkpoint: Checkpoint = row.load()(path, key) if row.takes == "key" else row.load()(path)
     return checkpoint
 
 

@@ -6,7 +6,8 @@ import os
 
 from gradscope.checkpoints.folder import holds_checkpoints, names_in
 from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder
-from gradscope.checkpoints.formats import File, recognised
+from gradscope.containers.beginning import Beginning
+from gradscope.formats import CHECKPOINT, recognised
 
 #: What ``sniff`` says of a folder; every other name is one of the table of formats.
 FOLDER = "folder"
@@ -20,9 +21,9 @@ def sniff(path: str) -> str:
     """
     if os.path.isdir(path):
         return _sniff_folder(path)
-    file = File(path)
+    file = Beginning(path)
     refuse_empty(file)
-    row = recognised(file)
+    row = recognised(file, *CHECKPOINT)
     if row is None:
         raise refusal(file)
     return row.name

@@ -21,6 +21,7 @@ from gradscope.cli.options import Gate, Output, split_commas
 from gradscope.cli.terminal import emit, leave, say, screen
 from gradscope.errors import GradscopeError, OutputError, UsageError
 from gradscope.files import write_whole
+from gradscope.formats import suffixes
 from gradscope.report.formats import Display, renderer
 
 ISSUES = "https://github.com/gradscope/gradscope/issues"
@@ -125,7 +126,8 @@ def analysis(body: Callable[..., Reported]) -> Callable[..., None]:
 
 #: Files that hold what gradscope reads; no report is written over one.
 _DATA = (
-    *(".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".jit", ".npz", ".npy"),
+    *suffixes("tensors", "program"),
+    ".jit",
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
 )
 

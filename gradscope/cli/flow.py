@@ -9,6 +9,7 @@ import typer
 
 from gradscope.cli.command import Reported, analysis
 from gradscope.cli.options import Gate, Output
+from gradscope.formats import supported
 
 
 class By(StrEnum):
@@ -38,8 +39,7 @@ def flow(
         str,
         typer.Argument(
             metavar="HISTORY",
-            help="A recording (.npz or its folder), arrays of norms or gradients (.npz, "
-            ".safetensors, .pt), CSV, JSON lines, Parquet, TensorBoard events, trainer_state.json.",
+            help=f"{supported('history')}, or a folder of them; recognised by content.",
             show_default=False,
         ),
     ],

@@ -8,6 +8,7 @@ import typer
 
 from gradscope.cli.command import Reported, analysis
 from gradscope.cli.options import Device, Gate, Jobs, Output
+from gradscope.formats import CHECKPOINT, supported
 
 
 @analysis
@@ -16,7 +17,7 @@ def weights(
         list[str],
         typer.Argument(
             metavar="CKPT",
-            help="A .safetensors, .pt, .pth, .bin, .ckpt, .pt2, .npz, an index or a folder.",
+            help=f"{supported(*CHECKPOINT)}, or a folder of them; recognised by content.",
             show_default=False,
         ),
     ],

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.checkpoints.formats import find
 from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import WHOLE
 from gradscope.checkpoints.tensors import Checkpoint, Failure, TensorRef
+from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
+from gradscope.formats import find
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import guessed_kind
 from gradscope.histories.steps import ordered
@@ -46,9 +47,19 @@ _BY_RECORD = {
 _MARKS = ("/", ":")
 
 
+def recognises(file: Beginning) -> bool:
+    """A checkpoint of tensors alone. Raises InputError for one that is damaged."""
+    try:
+        return find(sniff(file.path)).kind == "tensors"
+    except InputError as error:
+        if error.kind == "unsupported" or file.start[:4096].isascii():
+            return False
+        raise
+
+
 def read_arrays(path: str, as_: As | None = None) -> History:
     """A history from a file of arrays. Raises InputError, and UsageError when ``as_`` is needed."""
-    torch_file = find(sniff(path)).has_keys
+    torch_file = find(sniff(path)).takes == "key"
     checkpoint = verified(open_checkpoint(path, WHOLE if torch_file else None))
     refs = {ref.name: ref for ref in checkpoint.tensors}
     rest = {n: r for n, r in refs.items() if n not in _STEPS and n not in _BY_RECORD}

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.checkpoints.tensors import Failure
+from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import (
@@ -22,7 +23,7 @@ from gradscope.histories.names import (
     is_rate,
     is_total,
 )
-from gradscope.histories.tfrecords import Histogram, logged_values
+from gradscope.histories.tfrecords import Histogram, is_events, logged_values
 from gradscope.text import quoted
 
 
@@ -40,6 +41,16 @@ def event_files(folder: str) -> list[str]:
 def _began(path: str) -> float:
     match = re.search(r"tfevents\.(\d+)", path)
     return float(match[1]) if match else 0.0
+
+
+def recognises(file: Beginning) -> bool:
+    """A TFRecord that holds an Event."""
+    return is_events(file.start)
+
+
+def read_event_file(path: str) -> History:
+    """A history from one event file, as ``read_events``."""
+    return read_events(path, [path])
 
 
 def read_events(path: str, files: Sequence[str]) -> History:

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gradscope.containers import npy, strict_json
+from gradscope.containers.beginning import Beginning
 from gradscope.containers.files import stamp
 from gradscope.containers.zip import is_bomb, read_archive
 from gradscope.errors import InputError
@@ -32,6 +33,11 @@ class Shard:
     arrays: Arrays
     meta: dict[str, Any]
     unknown: tuple[str, ...]
+
+
+def recognises(file: Beginning) -> bool:
+    """An archive of this format."""
+    return file.start.startswith(b"PK") and is_native(file.path)
 
 
 def is_native(path: str) -> bool:

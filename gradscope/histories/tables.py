@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.columns import STEP, Row, Table, is_known, named
 from gradscope.histories.history import History
 
+#: A greater file is read line by line without asking whether it is one value.
+_JSON_CAP = 1 << 30
+
 #: Rows of a Parquet file that are Python objects at one time.
 _BATCH = 4096
+
+
+def is_parquet(file: Beginning) -> bool:
+    """Parquet's magic number."""
+    return file.start.startswith(b"PAR1")
+
+
+def is_json(file: Beginning) -> bool:
+    """An object or a list; JSON lines begin like the former."""
+    return file.start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
+
+
+def is_csv(file: Beginning) -> bool:
+    """Text whose first line has a separator and does not look like markup."""
+    first = file.start.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
+    return b"\0" not in file.start and first[:1] != b"<" and any(m in first for m in b",;\t")
 
 
 def read_csv(path: str) -> History:
@@ -28,6 +49,25 @@ def read_csv(path: str) -> History:
         raise InputError(path, "malformed", f"is not UTF-8 text: {error.reason}") from None
     except csv.Error as error:
         raise InputError(path, "malformed", f"is not a CSV table: {error}") from None
+
+
+def read_any_json(path: str) -> History:
+    """One JSON value (trainer_state.json, a list of rows), else JSON lines."""
+    if os.path.getsize(path) > _JSON_CAP:
+        return read_jsonl(path)
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        text = file.read()
+    try:
+        whole: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return read_jsonl(path)
+    if isinstance(whole, dict) and isinstance(whole.get("log_history"), list):
+        logged = (row for row in whole["log_history"] if isinstance(row, dict))
+        rows = [row for row in logged if "grad_norm" in row or "loss" in row]
+        return read_json(path, rows, "trainer_state")
+    if is_columns(whole):
+        return read_columns(path, whole)
+    return read_json(path, whole) if isinstance(whole, list) else read_jsonl(path)
 
 
 def read_jsonl(path: str) -> History:

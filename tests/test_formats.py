@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradscope.checkpoints import Checkpoint, TensorRef, formats, open_checkpoint
-from gradscope.checkpoints.formats import FORMATS, Format, find, supported
+from gradscope import formats
+from gradscope.checkpoints import Checkpoint, TensorRef, open_checkpoint
 from gradscope.checkpoints.sniff import sniff
+from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError
+from gradscope.formats import CHECKPOINT, FORMATS, Format, find, function, supported
+
+
+def is_toy(file: Beginning) -> bool:
+    return file.start.startswith(b"TOY!")
 
 
 def read_toy(path: str) -> Checkpoint:
@@ -22,7 +28,7 @@ TOY = Format(
     family="Toys",
     suffixes=(".toy",),
     kind="tensors",
-    recognises=lambda file: file.start.startswith(b"TOY!"),
+    recognises=f"{__name__}:is_toy",
     reader=f"{__name__}:read_toy",
 )
 
@@ -38,8 +44,11 @@ def write(path: Path) -> str:
 
 
 @pytest.mark.parametrize("row", FORMATS, ids=lambda row: row.name)
-def test_every_row_has_a_reader(row: Format) -> None:
+def test_every_row_has_a_reader_and_a_recogniser(row: Format) -> None:
     assert callable(row.load())
+    assert callable(function(row.recognises))
+    assert row.model is None or callable(function(row.model))
+    assert (row.model is not None) == (row.kind == "program")
     assert find(row.name) is row
 
 
@@ -48,7 +57,7 @@ def test_names_are_unique() -> None:
 
 
 def test_families_are_listed_with_their_suffixes() -> None:
-    assert supported() == (
+    assert supported(*CHECKPOINT) == (
         "safetensors (.safetensors, .index.json), PyTorch (.pt2, .pt, .pth, .bin, .ckpt), "
         "NumPy (.npz, .npy)"
     )
@@ -60,7 +69,7 @@ def test_a_row_is_all_that_a_reader_needs(tmp_path: Path) -> None:
     assert sniff(path) == "toy"
     assert open_checkpoint(path).tensors[0].name == "w"
     assert open_checkpoint(str(tmp_path)).tensors[0].name == "w"
-    assert "Toys (.toy)" in supported()
+    assert "Toys (.toy)" in supported(*CHECKPOINT)
 
 
 @pytest.mark.usefixtures("toy")
