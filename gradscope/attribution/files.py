@@ -16,8 +16,8 @@ from gradscope.attribution.drawing.sheet import Panel, sheet
 from gradscope.attribution.maps import Map
 from gradscope.attribution.result import Diagnostics, Files
 from gradscope.errors import UsageError
+from gradscope.models.geometry import Geometry
 from gradscope.models.images import Picture
-from gradscope.models.preprocessing import Geometry
 from gradscope.version import __version__
 
 _MOST_PIXELS = 1 << 24

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gradscope.errors import UsageError
 from gradscope.models import labels as names
-from gradscope.models import preprocessing as pre
+from gradscope.models import processors
 from gradscope.models.labels import Labels
 from gradscope.models.layers import Choice, Layer, choose, survey
 from gradscope.models.load import Loaded, load_model
 from gradscope.models.model import Model, as_model
-from gradscope.models.preprocessing import Preprocessing
+from gradscope.models.preprocessing import IMAGENET, Preprocessing, fitted
 from gradscope.models.probe import held
 from gradscope.models.sizes import image_size
 
@@ -105,13 +105,13 @@ def _preprocessing(loaded: Loaded, given: str | Preprocessing | None) -> Preproc
     depth, height, width = loaded.model.size
     found = given if isinstance(given, Preprocessing) else None
     if isinstance(given, str):
-        found = pre.parse(given)
+        found = processors.parse(given)
     found = found or _written_down(loaded)
     if found is None:
-        found = replace(pre.IMAGENET, source="assumed", assumed=True)
+        found = replace(IMAGENET, source="assumed", assumed=True)
     if found.size is None or found.assumed:
         depth, height, width = image_size(loaded.model, depth)
-    found = pre.fitted(found, (height, width), depth)
+    found = fitted(found, (height, width), depth)
     if depth not in (None, found.channels):
         raise UsageError(
             f"the model takes images of {depth} channels, the preprocessing gives {found.channels}"
@@ -121,11 +121,11 @@ def _preprocessing(loaded: Loaded, given: str | Preprocessing | None) -> Preproc
 
 def _written_down(loaded: Loaded) -> Preprocessing | None:
     path = Path(loaded.path)
-    found = pre.beside(loaded.path) if path.exists() else None
-    found = found or pre.of_module(loaded.model.module)
+    found = processors.beside(loaded.path) if path.exists() else None
+    found = found or processors.of_module(loaded.model.module)
     if found is None and loaded.architecture and "torchvision" in loaded.architecture:
         factory = loaded.architecture.partition(":")[2].partition("(")[0]
-        return pre.of_torchvision(factory)
+        return processors.of_torchvision(factory)
     return found
 
 
