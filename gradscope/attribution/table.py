@@ -23,14 +23,14 @@ from gradscope.attribution.result import (
 from gradscope.report.formats import Display
 from gradscope.report.formats.table_ import clean, facts, number, section, sparkline, table
 
-#: Pictures that are previewed, and how wide.
+#: How many pictures are previewed, and their greatest width.
 _PREVIEWS = 2
 _WIDEST = 56
 
 
 @section("explain")
 def parts(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
-    """Notes, the model, what it says of each picture, the maps, a preview of the first."""
+    """Notes, the model, its predictions for each picture, the maps, a preview of the first."""
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), clean(note, None))
     yield Text("")
@@ -42,7 +42,7 @@ def parts(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
 
 @section("visualize")
 def visualized(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
-    """What was maximised, how far it came, what the model says of the image, a preview."""
+    """What was maximised, its course, the model's predictions for the image, a preview."""
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), clean(note, None))
     what = f"{result.layer} channel {result.channel}"

@@ -1,4 +1,4 @@
-"""Where a model's inputs lie in the picture that they were made from."""
+"""Where an input lies in the picture that it was made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where the inputs' pixels lie in the picture, down and across.
+    """The position of an input in its picture; all pairs are (down, across).
 
     Pixel centre ``i`` of the input is at ``(i + 0.5) / scale + offset`` in the picture's pixels.
     """
@@ -25,7 +25,7 @@ class Geometry:
     offset: tuple[float, float]
 
     def of_size(self, height: int, width: int) -> Geometry:
-        """The same for the picture at another size."""
+        """The geometry for the picture at another size."""
         down, across = height / self.picture[0], width / self.picture[1]
         return Geometry(
             (height, width),
@@ -35,7 +35,7 @@ class Geometry:
         )
 
     def to_picture(self, values: Floats, fill: float = math.nan) -> Floats:
-        """A map [h, w] of the inputs as [H, W] of the picture, bilinearly; ``fill`` unseen."""
+        """A map [h, w] of the input as [H, W] of the picture, bilinear; ``fill`` where unseen."""
         rows, inside_rows = self._places(0)
         columns, inside_columns = self._places(1)
         found = _interpolated(_interpolated(values, rows).T, columns).T
@@ -43,7 +43,7 @@ class Geometry:
         return np.where(seen, found, fill)
 
     def _places(self, axis: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """For each of the picture's rows or columns, where in the input it is, and if it is."""
+        """For each row or column of the picture: its place in the input, and whether it has one."""
         centres = np.arange(self.picture[axis]) + 0.5
         found = (centres - self.offset[axis]) * self.scale[axis]
         inside = (found >= 0) & (found <= self.inputs[axis])

@@ -27,7 +27,7 @@ _MOST_PIXELS = 2**27
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Prepared:
-    """A picture as the model takes it, [C, h, w] float32, and the way back."""
+    """A picture as the model's input, [C, h, w] float32, and where it lies in the picture."""
 
     inputs: Tensor
     geometry: Geometry
@@ -35,7 +35,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """The steps from a picture to an input, and who said so."""
+    """The steps from a picture to an input, and where they were specified."""
 
     #: The shorter edge, or exactly (height, width); None leaves the size.
     resize: int | tuple[int, int] | None
@@ -44,15 +44,15 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
-    #: What multiplies bytes 0..255.
+    #: Factor for bytes 0..255.
     rescale: float = 1 / 255
     source: str = ""
-    #: Nothing said how; this is a guess.
+    #: Specified nowhere; this is a guess.
     assumed: bool = False
 
     @property
     def channels(self) -> int:
-        """Three, or one for grey inputs (weights of ITU-R 601)."""
+        """Three, or one for grey inputs (ITU-R 601 luma)."""
         return len(self.mean)
 
     @property
@@ -63,13 +63,15 @@ class Preprocessing:
         return self.resize if isinstance(self.resize, tuple) else None
 
     def __call__(self, picture: Picture) -> Prepared:
-        """An input of this picture.
+        """The input made from a picture.
 
-        Raises InputError where nothing of it would be left, or too much.
+        Raises InputError where resizing would leave no pixels, or too many.
         """
         height, width = self._resized((picture.height, picture.width))
         if height < 1 or width < 1:
-            raise InputError(picture.path, "unsupported", "it would be resized to nothing; crop it")
+            raise InputError(
+                picture.path, "unsupported", "it would be resized to no pixels; crop it"
+            )
         if height * width > _MOST_PIXELS:
             message = f"it would be resized to {height}×{width} pixels; crop it"
             raise InputError(picture.path, "unsupported", message)
@@ -82,16 +84,16 @@ class Preprocessing:
             scale,
             (offset[0] / scale[0], offset[1] / scale[1]),
         )
-        # In double: a byte times 1/255 is then the byte divided by 255, as in torchvision.
+        # In double, a byte times 1/255 equals the byte divided by 255, as in torchvision.
         return Prepared(self.normalise((cropped.double() * self.rescale).float()), geometry)
 
     def _bytes(self, picture: Picture, size: tuple[int, int]) -> Floats:
-        """The resized picture [C, h, w] in 0..255, with fractions where it is deeper."""
+        """The resized picture [C, h, w] in 0..255, fractional for more than 8 bits."""
         planes = (p.resize(size, FILTERS[self.interpolation]) for p in self._planes(picture))
         found = np.stack([np.asarray(plane, np.float32) for plane in planes])
         if picture.pixels.dtype == np.uint8:
             return found
-        # Filters that overshoot end at black and white, as they do for bytes.
+        # Filters that overshoot are clipped at black and white, as for bytes.
         return np.clip(found, 0, 1) * np.float32(255)
 
     def _planes(self, picture: Picture) -> list[Image.Image]:
@@ -106,7 +108,7 @@ class Preprocessing:
         if self.resize is None or isinstance(self.resize, tuple):
             return self.resize or size
         short = min(size)
-        # Torchvision's rounding: the longer edge is cut off.
+        # Torchvision's rounding: the longer edge is truncated.
         height, width = (
             self.resize if edge == short else int(self.resize * edge / short) for edge in size
         )
@@ -160,11 +162,11 @@ IMAGENET = Preprocessing(
 def fitted(
     preprocessing: Preprocessing, size: tuple[int | None, int | None], channels: int | None
 ) -> Preprocessing:
-    """The steps for a model that takes images of one size, or of one channel.
+    """The steps for a model that takes images of one size, or with one channel.
 
-    A guess keeps ImageNet's ratio of resize to crop; what was written down is only given a size
-    where it had none. Grey inputs take the mean of three channels' numbers, and a single number
-    stands for all three.
+    A guess keeps ImageNet's ratio of resize to crop; specified steps only get a size if they had
+    none. Grey inputs use the mean of three channels' numbers, and a single number stands for all
+    three.
     """
     height, width = size
     if height and width and (preprocessing.assumed or preprocessing.size is None):
@@ -180,12 +182,12 @@ def fitted(
 def _sized(preprocessing: Preprocessing, height: int, width: int) -> Preprocessing:
     edge: int | tuple[int, int]
     if height != width:
-        # No crop keeps the whole of a picture in a shape that is not square.
+        # Without a crop, a model that is not square sees the whole picture.
         edge = (height, width)
     elif preprocessing.assumed:
         edge = round(height * 256 / 224)
     else:
         written = preprocessing.resize if isinstance(preprocessing.resize, int) else height
-        # Far from the model's size it was written for another one; a corner would be left of it.
+        # Far from the model's size it was meant for another model; the crop would be a corner.
         edge = written if height <= written < 2 * height else height
     return replace(preprocessing, resize=edge, crop=(height, width))

@@ -1,7 +1,7 @@
-"""Preprocessing where it is written down: on the command line, in a file, or in a library's model.
+"""Preprocessing as it is specified: on the command line, in a file, or by a library.
 
 ``--preprocess``, Hugging Face's ``preprocessor_config.json``, timm's ``config.json`` and model
-attributes, torchvision's weights: each becomes the same ``Preprocessing``.
+attributes, torchvision's weights: each becomes a ``Preprocessing``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 
 from gradscope.errors import InputError, UsageError
 from gradscope.models.preprocessing import FILTERS, IMAGENET, Preprocessing
+from gradscope.text import plural, quoted
 
 
 def parse(text: str) -> Preprocessing:
-    """What ``--preprocess`` says: ``imagenet``, a JSON file or its folder, or ``key=value`` pairs.
+    """The steps of ``--preprocess``: ``imagenet``, a JSON file, its folder, or ``key=value`` pairs.
 
     Keys are Hugging Face's, or timm's where ``input_size`` and ``mean`` are among them. Mean and
-    standard deviation are ImageNet's where they are not given. ``size=N`` is the shorter edge.
-    Raises UsageError for a wrong value, InputError for a wrong file.
+    standard deviation default to ImageNet's. ``size=N`` is the shorter edge. Raises UsageError
+    for a wrong value, InputError for a wrong file.
     """
     text = text.strip()
     if text == "imagenet":
@@ -42,7 +43,7 @@ def parse(text: str) -> Preprocessing:
 
 _OPTION = "--preprocess"
 _FORMS = (
-    "--preprocess takes imagenet, a JSON file or key=value pairs such as "
+    "--preprocess is imagenet, a JSON file or key=value pairs such as "
     "image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=224"
 )
 
@@ -52,7 +53,7 @@ def _asked(message: str) -> Exception:
 
 
 def _is(text: str, kind: Callable[[Path], bool]) -> bool:
-    """Whether it is the name of such a thing; pairs may be longer than a name can be."""
+    """Whether a path exists and is of this kind; pairs may be too long for a file name."""
     try:
         return bool(text) and kind(Path(text))
     except OSError:
@@ -66,26 +67,26 @@ def read_preprocessing(path: str) -> Preprocessing:
         return InputError(path, "malformed", message)
 
     try:
-        # Some editors mark UTF-8.
+        # Some editors write a byte order mark.
         keys = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(path, "missing", f"there is no such file; {_FORMS}") from None
+        raise InputError(path, "missing", f"file not found; {_FORMS}") from None
     except IsADirectoryError:
-        message = "this folder has no preprocessor_config.json, and no timm config.json"
+        message = "this folder has neither a preprocessor_config.json nor a timm config.json"
         raise InputError(path, "missing", message) from None
     except OSError as error:
         raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise wrong(f"it is no JSON ({error}); {_FORMS}") from None
+        raise wrong(f"it is not valid JSON ({error}); {_FORMS}") from None
     if not isinstance(keys, dict):
-        raise wrong(f"it holds no JSON object of preprocessing keys; {_FORMS}")
+        raise wrong(f"it is not a JSON object of preprocessing keys; {_FORMS}")
     return _from_timm(keys, path, wrong) or _from_keys(keys, path, wrong)
 
 
 def beside(model: str) -> Preprocessing | None:
-    """What a file next to the model says, if there is one that says it.
+    """The steps in a file next to the model; None where no file has any.
 
-    Raises InputError for a ``preprocessor_config.json`` that cannot be right.
+    Raises InputError for a ``preprocessor_config.json`` with wrong values.
     """
     folder = Path(model) if Path(model).is_dir() else Path(model).parent
     processor, config = folder / "preprocessor_config.json", folder / "config.json"
@@ -108,13 +109,13 @@ def _is_timms(keys: Mapping[str, Any]) -> bool:
 
 
 def of_module(module: object) -> Preprocessing | None:
-    """What a timm model knows of its own inputs."""
+    """The steps in a timm model's own configuration."""
     configs = (getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg"))
     for config in configs:
         keys = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
         try:
             found = _from_timm({"pretrained_cfg": keys}, "timm's configuration", UsageError)
-        # Another library's attribute of this name.
+        # Another library's attribute with this name.
         except UsageError:
             continue
         if found is not None:
@@ -123,17 +124,17 @@ def of_module(module: object) -> Preprocessing | None:
 
 
 def of_torchvision(factory: str) -> Preprocessing | None:
-    """What torchvision says of the weights of a model it knows by this name."""
+    """The steps of torchvision's default weights for its model of this name."""
     try:
         known = import_module("torchvision.models")
         steps = known.get_model_weights(factory).DEFAULT.transforms()
         mean, std = tuple(steps.mean), tuple(steps.std)
         resize, crop = int(steps.resize_size[0]), int(steps.crop_size[0])
         name = _filter(getattr(steps.interpolation, "value", steps.interpolation), ValueError)
-    # Absent, broken, or it does not know the name.
+    # Not installed, broken, or the name is unknown to it.
     except Exception:
         return None
-    source = f"torchvision's weights of {factory}"
+    source = f"torchvision's weights for {factory}"
     return Preprocessing(resize, (crop, crop), mean, std, name, source=source)
 
 
@@ -173,15 +174,15 @@ _KEYS = {
 
 
 def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing:
-    """Hugging Face's keys. Those of other kinds that their files carry are not looked at."""
+    """Hugging Face's keys; other keys in their files are ignored."""
     unknown = [key for key in given if key not in _KEYS]
     if unknown and source == _OPTION:
         known = f"{', '.join(sorted(_KEYS))}, or timm's {', '.join(sorted(_TIMM))}"
-        raise wrong(f"it has no key {unknown[0]!r}; there are {known}")
-    # Their files write null for what a processor does not have.
+        raise wrong(f"unknown key {quoted(unknown[0], 60)}; the keys are {known}")
+    # Their files have null for steps that a processor lacks.
     keys = {k: v for k, v in given.items() if v is not None or k in ("image_mean", "image_std")}
     if not _KEYS & keys.keys():
-        raise wrong(f"none of the keys {', '.join(sorted(_KEYS))} is in it")
+        raise wrong(f"it has none of the keys {', '.join(sorted(_KEYS))}")
     resize, crop = _sizes(keys, source, wrong)
     rescale = _numbers(keys.get("rescale_factor", 1 / 255), "rescale_factor", wrong, 1)
     mean, std = _normalisation(keys, wrong)
@@ -202,7 +203,7 @@ def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preproces
 def _sizes(
     keys: Mapping[str, Any], source: str, wrong: Wrong
 ) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
-    """What to resize to, and the centre to cut out."""
+    """The size to resize to, and the centre to crop."""
     resize: int | tuple[int, int] | None = None
     crop = None
     size = _size(keys.get("size", 224), "size", wrong)
@@ -231,7 +232,7 @@ def _convnext(
 def _flag(keys: Mapping[str, Any], key: str, default: bool, wrong: Wrong) -> bool:
     value = keys.get(key, default)
     if value not in (True, False):
-        raise wrong(f"{key} is {value!r}, neither true nor false")
+        raise wrong(f"{key} is {value!r}; it has to be true or false")
     return bool(value)
 
 
@@ -244,7 +245,7 @@ def _normalisation(
     std = _numbers(keys.get("image_std", IMAGENET.std), "image_std", wrong)
     if len(mean) != len(std) or len(mean) not in (1, 3):
         raise wrong(
-            f"image_mean has {len(mean)} numbers and image_std {len(std)}; both have one (grey) "
+            f"image_mean has {len(mean)} numbers and image_std {len(std)}; both need one (grey) "
             "or three"
         )
     return mean, _positive(std, "image_std", wrong)
@@ -274,7 +275,7 @@ def _whole(value: Any, key: str, wrong: Wrong, count: int) -> tuple[int, ...]:
 def _numbers(value: Any, key: str, wrong: Wrong, count: int | None = None) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else [value]
     if not values or not all(map(_is_finite, values)) or (count and len(values) != count):
-        wanted = f"{count} finite number{'s'[: count - 1]}" if count else "a list of finite numbers"
+        wanted = plural(count, "finite number") if count else "a list of finite numbers"
         raise wrong(f"{key} is {value!r}, not {wanted}")
     return tuple(float(v) for v in values)
 
@@ -283,14 +284,14 @@ def _is_finite(value: Any) -> bool:
     try:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and math.isfinite(value)
-    # An integer that no float reaches.
+    # An integer beyond every float.
     except OverflowError:
         return False
 
 
 def _positive(values: tuple[float, ...], key: str, wrong: Wrong) -> tuple[float, ...]:
     if min(values, default=0) <= 0:
-        raise wrong(f"{key} holds {min(values, default=0):g}; it has to be above zero")
+        raise wrong(f"{key} contains {min(values, default=0):g}; it has to be above zero")
     return values
 
 
@@ -299,7 +300,7 @@ def _filter(value: Any, wrong: Wrong) -> str:
     number = isinstance(value, int) and not isinstance(value, bool)
     name = by_number.get(value, "") if number else str(value).lower()
     if name not in FILTERS:
-        raise wrong(f"no filter is called {value!r}; there are {', '.join(FILTERS)}")
+        raise wrong(f"unknown filter {value!r}; the filters are {', '.join(FILTERS)}")
     return name
 
 
@@ -307,9 +308,9 @@ def _checked(found: Preprocessing, wrong: Wrong) -> Preprocessing:
     resize = [found.resize] if isinstance(found.resize, int) else found.resize or ()
     for key, sizes in (("size", resize), ("the crop's size", found.crop or ())):
         if not all(1 <= size <= 16384 for size in sizes):
-            raise wrong(f"{key} is {'×'.join(map(str, sizes))}; edges have 1 to 16384 pixels")
+            raise wrong(f"{key} is {'×'.join(map(str, sizes))}; edges are 1 to 16384 pixels")
     if found.channels not in (1, 3):
-        raise wrong(f"images of {found.channels} channels are not supported; of one or three are")
+        raise wrong(f"images have one or three channels, not {found.channels}")
     return found
 
 
@@ -318,7 +319,7 @@ def _pairs(text: str) -> Iterator[tuple[str, Any]]:
     for pair in re.split(r",(?![^\[{(]*[\]})])", text):
         key, equals, value = pair.strip().partition("=")
         if not equals:
-            raise _asked(f"{pair!r} is no key=value")
+            raise _asked(f"{quoted(pair, 60)} is not key=value")
         yield key.strip(), _value(value.strip())
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gradscope import attribute
 from gradscope.attribution.attention import rollout, without_least
 from gradscope.errors import UsageError
-from gradscope.models.attention import attentions
-from gradscope.models.model import as_model
+from gradscope.models.attention_weights import attentions
+from gradscope.models.forms import as_model
 from gradscope.models.probe import held
 
 
@@ -164,9 +164,9 @@ class Masked(nn.Module):
 def test_windowed_attention_and_other_normalisations_are_refused() -> None:
     x = torch.randn(1, 3, 32, 32)
 
-    with pytest.raises(UsageError, match="not go over all tokens"):
+    with pytest.raises(UsageError, match="not cover all tokens"):
         attribute(Windows(), x, "attention-rollout", target=0)
-    with pytest.raises(UsageError, match="sum to one only within"):
+    with pytest.raises(UsageError, match="miss one by up to"):
         attribute(Masked(), x, "attention-rollout", target=0)
     with pytest.raises(UsageError, match="no block 3"):
         attribute(net("token").float(), image("token").float(), "attention", block=3)

@@ -19,11 +19,11 @@ from gradscope.attribution.drawing.overlay import (
     heatmap,
     normalised,
     overlay,
-    save_png,
     top_mass,
 )
 from gradscope.attribution.drawing.preview import preview
 from gradscope.attribution.drawing.sheet import Panel, sheet
+from gradscope.attribution.writing import save_png
 from gradscope.errors import UsageError
 
 
