@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import vit_registers, vit_small
+from oracles import oracle
 from torch import Tensor, nn
 
 from gradscope import attribute
@@ -83,6 +84,7 @@ def test_recorded_weights_are_what_multihead_attention_returns() -> None:
         np.testing.assert_allclose(mine, wanted[0].detach(), rtol=0, atol=1e-12)
 
 
+@oracle("attention-rollout", "gradient-rollout")
 @pytest.mark.parametrize("kind", ["token", "mean"])
 def test_rollout_and_gradient_rollout_are_the_papers_formulas(kind: str) -> None:
     model, x = net(kind), image(kind)
@@ -103,6 +105,7 @@ def test_rollout_and_gradient_rollout_are_the_papers_formulas(kind: str) -> None
     np.testing.assert_allclose(rolled.sum(1), 1, atol=1e-12)
 
 
+@oracle("attention")
 @pytest.mark.parametrize(("fusion", "fused"), [("mean", np.mean), ("max", np.max), ("min", np.min)])
 def test_one_blocks_attention_is_the_class_tokens_row(fusion: str, fused: Any) -> None:
     model, x = net("token"), image("token")
