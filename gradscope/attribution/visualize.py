@@ -130,7 +130,8 @@ class _Goal:
     def _class(self, target: str, classes: int) -> int:
         found = parse_target(target, self.labels, classes)
         if isinstance(found, Ranked):
-            raise UsageError(f"--target {target}: there is no picture to rank classes by")
+            message = "without a picture there is no ranking; name a class"
+            raise UsageError(f"--target {target}: {message}")
         return found
 
     def score(self, pixels: Tensor) -> Tensor:

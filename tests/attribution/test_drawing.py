@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
 
 from gradscope.attribution.drawing.colour import COLORMAPS, coloured
 from gradscope.attribution.drawing.overlay import (
@@ -23,7 +21,6 @@ from gradscope.attribution.drawing.overlay import (
 )
 from gradscope.attribution.drawing.preview import preview
 from gradscope.attribution.drawing.sheet import Panel, sheet
-from gradscope.attribution.writing import save_png
 from gradscope.errors import UsageError
 
 
@@ -126,19 +123,6 @@ def test_a_line_goes_around_half_of_the_mass() -> None:
     assert (drawn[5, 5:10] == 255).all()
     assert (drawn[4, 5:10] == 20).all()
     assert (drawn[0] == 90).all()
-
-
-def test_a_png_says_what_it_is_and_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
-
-    save_png(tmp_path / "a.png", image, {"Title": "Köter → 5"})
-
-    with Image.open(tmp_path / "a.png") as read:
-        assert (np.asarray(read) == image).all()
-        assert read.info["Title"] == "Köter → 5"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    with pytest.raises(UsageError, match="cannot be written"):
-        save_png(tmp_path / "no" / "a.png", image, {})
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
