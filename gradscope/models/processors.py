@@ -290,8 +290,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _positive(values: tuple[float, ...], key: str, wrong: Wrong) -> tuple[float, ...]:
-    if min(values, default=0) <= 0:
-        raise wrong(f"{key} contains {min(values, default=0):g}; it has to be above zero")
+    if min(values) <= 0:
+        raise wrong(f"{key} contains {min(values):g}; it has to be above zero")
     return values
 
 

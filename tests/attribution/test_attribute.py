@@ -100,6 +100,18 @@ def test_a_tolerance_refines_until_it_is_met() -> None:
     assert fine.diagnostics["steps"] > 2
 
 
+def test_a_tolerance_is_for_the_mean_over_random_references() -> None:
+    model, x = conv_net(), images(1)
+    given = {"target": 0, "reference": "random", "draws": 3, "mean": (0.5,) * 2, "std": (0.25,) * 2}
+
+    coarse = attribute(model, x, "integrated-gradients", steps=2, **given)
+    (share,) = coarse.diagnostics["relative_delta"]
+
+    for tolerance, more in ((1.01 * share, False), (0.99 * share, True)):
+        found = attribute(model, x, "integrated-gradients", steps=2, tolerance=tolerance, **given)
+        assert (found.diagnostics["steps"] > 2) is more
+
+
 @oracle("smoothgrad", "vargrad")
 def test_smoothgrad_is_the_mean_over_its_noise_whatever_the_chunk() -> None:
     model, x = conv_net(), images(3)
@@ -269,6 +281,28 @@ def test_auto_takes_the_last_layer_that_gives_maps_and_the_greatest_logit() -> N
 
     assert found.layer == "4"
     assert list(found.target) == model(x).argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "wrong"),
+    [
+        ("smoothgrad", {"samples": 1, "noise": 0}, ({"samples": 0}, {"noise": -0.1})),
+        ("integrated-gradients", {"steps": 1, "draws": 1}, ({"steps": 0}, {"draws": 0})),
+        ("rise", {"masks": 1, "grid": 1},
+         ({"masks": 0}, {"grid": 0}, {"keep": 0}, {"keep": 1}, {"masks": 0, "grid": 0})),
+        ("occlusion", {"window": 2, "stride": 2}, ({"window": 2, "stride": 3}, {"stride": -1})),
+        ("scorecam", {"channels": 1}, ({"channels": -1},)),
+    ],
+)  # fmt: skip
+def test_options_are_taken_from_their_least_value_on(
+    method: str, least: dict[str, Any], wrong: tuple[dict[str, Any], ...]
+) -> None:
+    model, x = conv_net(), images(1)
+
+    assert torch.isfinite(attribute(model, x, method, target=0, **least).values).all()
+    for options in wrong:
+        with pytest.raises(UsageError, match=r"ha(s|ve) to be"):
+            attribute(model, x, method, target=0, **options)
 
 
 # --- nothing is left behind -----------------------------------------------------------------------

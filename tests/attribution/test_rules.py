@@ -21,6 +21,7 @@ from gradscope.attribution.result import (
     Randomised,
     Target,
 )
+from gradscope.attribution.rules import subject_of
 from gradscope.report.model import Finding, NotEvaluated
 from gradscope.report.rules import evaluate, load_rules
 
@@ -107,6 +108,7 @@ def test_an_attribution_that_does_not_add_up_is_incomplete(
         ((0.0, 0.0), "medium"),
         ((2.0, 2.0), "medium"),
         ((-3.0, -1.0), "medium"),
+        ((-3.0, 0.0), "medium"),
         ((-3.0, 1.0), None),
     ],
 )
@@ -183,6 +185,24 @@ def test_a_map_without_measurements_is_unknown_to_the_rules_that_need_them() -> 
         "unfaithful",
         "sanity-check-failed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ({}, "cat.png: gradcam → 281 tabby"),
+        ({"label": None}, "cat.png: gradcam → 281"),
+        ({"versus": 5, "versus_label": "dog"}, "cat.png: gradcam → 281 tabby rather than dog"),
+        ({"versus": 5}, "cat.png: gradcam → 281 tabby rather than 5"),
+    ],
+)
+def test_a_finding_names_the_picture_the_method_and_the_target(
+    target: dict[str, Any], wanted: str
+) -> None:
+    (explanation,) = result().explanations
+    changed = explanation.target.model_copy(update=target)
+
+    assert subject_of(explanation.model_copy(update={"target": changed})) == wanted
 
 
 def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:

@@ -105,6 +105,18 @@ def test_deep_pictures_keep_what_bytes_would_lose() -> None:
     assert float(made[0, 2, 2]) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_the_steps_in_words() -> None:
+    assert IMAGENET.steps() == (
+        "resize the shorter edge to 256 (bilinear)",
+        "crop the centre 224×224",
+        "subtract 0.485/0.456/0.406, divide by 0.229/0.224/0.225",
+    )
+    plain = Preprocessing((9, 8), None, (0.5,), (0.25,), "bicubic", rescale=1.0)
+    assert plain.steps() == (
+        "resize to 9×8 (bicubic)", "multiply bytes by 1", "subtract 0.5, divide by 0.25",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("resize", "size", "wanted"),
     [(None, 64, 64), (256, 224, 256), (224, 224, 224), (200, 224, 224), (256, 28, 28)],
