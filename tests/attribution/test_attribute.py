@@ -153,6 +153,15 @@ def test_occlusion_of_a_linear_model_is_what_each_square_contributes() -> None:
     torch.testing.assert_close(values, total / covered)
 
 
+def test_a_square_is_a_seventh_of_the_image_and_moves_by_half() -> None:
+    model, x = Linear(shape=(2, 30, 44)), torch.randn(1, 2, 30, 44).double()
+
+    facts = attribute(model, x, "occlusion", target=1).diagnostics
+    assert (facts["window"], facts["forwards"]) == (4, 14 * 21)
+    tiny = attribute(model, x, "occlusion", target=1, window=1, stride=1).diagnostics
+    assert tiny["forwards"] == 30 * 44
+
+
 @oracle("rise")
 def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk() -> None:
     model, x = conv_net().eval(), images(2)

@@ -90,7 +90,8 @@ def test_a_good_map_of_a_sure_model_raises_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "severity"), [(0.04, None), (0.06, "medium"), (0.3, "high"), (math.nan, "high")]
+    ("share", "severity"),
+    [(0.05, None), (0.06, "medium"), (0.2, "medium"), (0.21, "high"), (math.nan, "high")],
 )
 def test_an_attribution_that_does_not_add_up_is_incomplete(
     share: float, severity: str | None
@@ -130,6 +131,8 @@ def test_a_constant_map_is_degenerate_after_upsampling_too(side: int) -> None:
 
 def test_a_small_but_real_range_is_not_degenerate() -> None:
     assert "degenerate-map" not in found(result(values=(1.0, 1.0001)))
+    assert "degenerate-map" not in found(result(values=(1.0, 1 + 1.2e-6)))
+    assert "degenerate-map" in found(result(values=(1.0, 1 + 0.8e-6)))
     assert "degenerate-map" not in found(result(values=(0.0, 1e-30)))
 
 
@@ -139,7 +142,16 @@ def test_a_signed_map_may_be_negative_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("insertion", "deletion", "severity"),
-    [(0.6, 0.5, None), (0.45, 0.3, None), (0.45, 0.42, "medium"), (0.3, 0.6, "high")],
+    [
+        (0.6, 0.5, None),
+        (0.45, 0.3, None),
+        (0.45, 0.42, "medium"),
+        (0.3, 0.6, "high"),
+        (0.5, 0.4, "medium"),
+        (0.41, 0.49, "medium"),
+        (0.39, 0.51, "high"),
+        (0.39, 0.49, "medium"),
+    ],
 )
 def test_a_map_no_better_than_at_random_places_is_unfaithful(
     insertion: float, deletion: float, severity: str | None
@@ -203,6 +215,32 @@ def test_a_finding_names_the_picture_the_method_and_the_target(
     changed = explanation.target.model_copy(update=target)
 
     assert subject_of(explanation.model_copy(update={"target": changed})) == wanted
+
+
+@pytest.mark.parametrize(("insertion", "severity"), [(0.4985, "medium"), (0.4975, "high")])
+def test_a_control_without_a_spread_has_one_of_a_thousandth(
+    insertion: float, severity: str
+) -> None:
+    still = Control(
+        insertion_auc=0.5, deletion_auc=0.5, insertion_spread=0, deletion_spread=0, rankings=5
+    )
+    measured = {"insertion_auc": insertion, "deletion_auc": 0.6, "random_control": still}
+
+    assert found(result(diagnostics=GOOD | measured))["unfaithful"] == severity
+
+
+@pytest.mark.parametrize(("alike", "fails"), [(0.5, True), (0.49, False)])
+def test_half_of_the_correlation_is_too_much(alike: float, fails: bool) -> None:
+    points = (Randomised(layer="a", correlation=0.0, magnitude_correlation=alike),)
+
+    seen = found(result(diagnostics=GOOD | {"randomisation": points}))
+
+    assert ("sanity-check-failed" in seen) is fails
+
+
+def test_a_tenth_is_likely_enough() -> None:
+    assert "low-confidence" not in found(result(probability=0.1))
+    assert "low-confidence" in found(result(probability=0.099))
 
 
 def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
