@@ -70,6 +70,10 @@ def test_display_keeps_zero_for_signed_maps_and_cuts_below_it_for_others() -> No
     np.testing.assert_allclose(normalised(values, "signed", clip=1), values / 4)
     np.testing.assert_allclose(normalised(values, "positive", clip=1), [[0, 0], [0.5, 1]])
     assert bounds(values, "positive", clip=1) == (0, 2)
+    assert bounds(np.array([[0.2, np.nan], [0.5, np.inf]]), "positive", clip=1) == (0.2, 0.5)
+    assert bounds(np.array([[-0.5, 0.0], [0.2, 0.1]]), "signed", clip=1) == (-0.5, 0.5)
+    # Of what is above zero alone.
+    assert bounds(np.array([0.0] * 98 + [1.0, 3.0]), "positive", clip=0.5) == (0, 2)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
