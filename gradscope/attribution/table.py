@@ -24,13 +24,13 @@ from gradscope.report.formats import Display
 from gradscope.report.formats.cells import facts, number, sparkline, table
 from gradscope.text import escaped, shortened
 
-#: Pictures that are previewed, and how wide.
+#: How many pictures are previewed, and their greatest width.
 _PREVIEWS = 2
 _WIDEST = 56
 
 
 def explain(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
-    """Notes, the model, what it says of each picture, the maps, a preview of the first."""
+    """Notes, the model, its predictions for each picture, the maps, a preview of the first."""
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), escaped(note))
     yield Text("")
@@ -41,7 +41,7 @@ def explain(result: ExplainResult, display: Display) -> Iterator[RenderableType]
 
 
 def visualize(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
-    """What was maximised, how far it came, what the model says of the image, a preview."""
+    """What was maximised, its course, the model's predictions for the image, a preview."""
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), escaped(note))
     what = f"{result.layer} channel {result.channel}"

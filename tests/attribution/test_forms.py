@@ -10,7 +10,8 @@ from forms import FORMS, images, model, saved
 
 from gradscope import attribute
 from gradscope.attribution.attribute import Attribution
-from gradscope.models.model import Model, as_model
+from gradscope.models.forms import as_model
+from gradscope.models.model import Model
 from gradscope.models.probe import held, run
 
 METHODS = {

@@ -1,7 +1,7 @@
-"""Attention weights of a forward pass, from fused attention too.
+"""Attention weights of a forward pass, also where attention is fused.
 
-Fused kernels never materialise the weights, so scaled dot products run by the plain formula while
-they are recorded; the answers differ by rounding alone.
+Fused kernels never materialise the weights, so scaled dot products use the plain formula while
+they are recorded; outputs differ by rounding only.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradscope.errors import UsageError
 from gradscope.models.model import Model
 from gradscope.models.probe import logits_of
+from gradscope.text import listed
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
-#: How far from one a row may sum: dropout, masks and sigmoid attention go farther.
+#: How far a row's sum may be from one; dropout, masks and sigmoid attention are farther off.
 _ROW_ERROR = 1e-3
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Attentions:
-    """One image's attention weights in the order of the blocks, and the logits [1, K]."""
+    """One image's attention weights in the order of the blocks, and its logits [1, K]."""
 
     recorded: tuple[Tensor, ...]
     logits: Tensor
@@ -37,7 +38,7 @@ class Attentions:
         return tuple(self._one(tensor.detach()) for tensor in self.recorded)
 
     def gradients(self, objective: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of a scalar by the weights [heads, T, T]; zero where none arrives."""
+        """Gradients of a scalar by the weights [heads, T, T]; zero where it has none."""
         found = torch.autograd.grad(
             objective, self.recorded, allow_unused=True, materialize_grads=True
         )
@@ -62,13 +63,13 @@ class _Recorder(TorchDispatchMode):
 
 
 def attentions(model: Model, image: Tensor) -> Attentions:
-    """The self-attention weights over all tokens that a held model gives an image [1, C, H, W].
+    """The self-attention weights over all tokens for an image [1, C, H, W]; the model is held.
 
-    Raises UsageError where there is none, where attention goes over windows or tokens become
-    fewer on the way, and where rows do not sum to one.
+    Raises UsageError for a model without self-attention, with windowed attention or a changing
+    number of tokens, and where rows do not sum to one.
     """
     batch = model.batch or 1
-    # A leaf that wants a gradient keeps nn.MultiheadAttention off its fused fast path.
+    # A leaf that requires a gradient keeps nn.MultiheadAttention off its fused fast path.
     leaf = image.expand(batch, *image.shape[1:]).detach().clone().requires_grad_()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Recorder() as recorder:
         answer = model.forward(leaf, {})
@@ -78,23 +79,20 @@ def attentions(model: Model, image: Tensor) -> Attentions:
 
 
 def _check(square: tuple[Tensor, ...], found: list[Tensor], batch: int) -> None:
-    advice = "take a CAM method, integrated-gradients or rise"
+    advice = "use a CAM method, integrated-gradients or rise"
     if not square:
-        seen = f" (softmax over {list(found[0].shape)} is none)" if found else ""
-        raise UsageError(f"the model has no self-attention that can be seen{seen}: {advice}")
+        seen = f" (its softmax over {list(found[0].shape)} is not one)" if found else ""
+        raise UsageError(f"no self-attention found in the model{seen}; {advice}")
     shapes = {tuple(w.shape) for w in square}
     if len(shapes) > 1 or any(w.dim() == 4 and len(w) != batch for w in square):
         raise UsageError(
-            "attention does not go over all tokens in every block (windows, or fewer tokens on "
-            f"the way: {_listed(shapes)}), so blocks cannot be multiplied: {advice}"
+            "attention does not cover all tokens in every block (it is windowed, or the number of "
+            f"tokens changes: {listed(map(list, sorted(shapes)), len(shapes), 4)}), so blocks "
+            f"cannot be multiplied; {advice}"
         )
     error = max(float((w.detach().sum(-1) - 1).abs().max()) for w in square)
     if not error <= _ROW_ERROR:
         raise UsageError(
-            f"rows of the attention weights sum to one only within {error:.2g}: masks, dropout or "
-            f"another normalisation are at work; {advice}"
+            f"rows of the attention weights miss one by up to {error:.2g} (a mask, dropout or "
+            f"another normalisation); {advice}"
         )
-
-
-def _listed(shapes: set[tuple[int, ...]]) -> str:
-    return ", ".join(str(list(shape)) for shape in sorted(shapes)[:4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,16 @@ import numpy as np
 from PIL import Image
 
 from gradscope.attribution.drawing.colour import Pixels, default
-from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay, save_png, write_whole
+from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay
 from gradscope.attribution.drawing.sheet import Panel, sheet
 from gradscope.attribution.maps import Map
 from gradscope.attribution.result import Diagnostics, Files
+from gradscope.attribution.writing import save_png
 from gradscope.errors import UsageError
+from gradscope.files import write_whole
+from gradscope.models.geometry import Geometry
 from gradscope.models.images import Picture
-from gradscope.models.preprocessing import Geometry
+from gradscope.text import quoted
 from gradscope.version import __version__
 
 _MOST_PIXELS = 1 << 24
@@ -25,17 +29,31 @@ _MOST_PIXELS = 1 << 24
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Folder:
-    """Where files go; pictures of one name in several folders are numbered."""
+    """The output folder; pictures with the same name in several folders are numbered."""
 
     path: Path
     colormap: str | None = None
-    #: The pictures' names for their files, by path.
+    #: The stem of each picture's file names, by path.
     stems: dict[str, str] = field(default_factory=dict)
+
+    def spare(self, pictures: Sequence[str]) -> None:
+        """Refuse to write over a picture that is to be explained. Raises UsageError."""
+        own = [re.escape(Path(path).stem) for path in pictures]
+        ours = re.compile(rf"(?:{'|'.join(own)})(-\d+)?\..+\.(heatmap|overlay|sheet)\.png")
+        for path in pictures:
+            if (
+                ours.fullmatch(Path(path).name)
+                and Path(path).resolve().parent == self.path.resolve()
+            ):
+                raise UsageError(
+                    f"--output {self.path}: it holds {quoted(path)}, an input that a picture of "
+                    "this run could overwrite; choose another folder"
+                )
 
     def write(
         self, picture: Picture, geometry: Geometry, maps: Sequence[tuple[Map, Diagnostics]]
     ) -> list[Files]:
-        """The files of one target's maps; several are put on a sheet, too."""
+        """Write the files of one target's maps, and a sheet where there are several."""
         written = [self._written(picture, geometry, one, known) for one, known in maps]
         if len(maps) > 1:
             original = Panel("original", f"{picture.width} x {picture.height}", picture.rgb())
@@ -54,7 +72,7 @@ class Folder:
         below = _reduced(picture.rgb())
         in_picture = geometry.of_size(*below.shape[:2]).to_picture(values)
         sign, table = one.method.sign, self.colormap or default(one.method.sign)
-        # A line around single pixels would be dust, and they are hard to see among colours.
+        # A contour around single pixels would be dust, and they are hard to see among colours.
         pixels = one.method.family == "gradient"
         contour, opacity = (None, 1.0) if pixels else (0.5, 0.65)
         drawn = overlay(
@@ -83,18 +101,8 @@ class Folder:
         return self.stems[picture.path]
 
 
-def output_folder(output: str | Path) -> Path:
-    """The folder, made if need be. Raises UsageError where it cannot be."""
-    path = Path(output)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output {path}: {error.strerror or error}") from error
-    return path
-
-
 def _reduced(pixels: Pixels) -> Pixels:
-    """A picture for drawing: one of a hundred megapixels would take gigabytes."""
+    """A picture small enough to draw on: a hundred megapixels would take gigabytes."""
     height, width = pixels.shape[:2]
     factor = (_MOST_PIXELS / (height * width)) ** 0.5
     if factor >= 1:
