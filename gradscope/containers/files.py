@@ -21,7 +21,7 @@ def stamp(path: str | Path) -> Stamp:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise InputError(path, "missing", "no such file or directory") from None
+        raise InputError(path, "missing", "file not found") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(path, "missing", f"cannot be opened: {reason}") from None

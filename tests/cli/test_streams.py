@@ -77,7 +77,7 @@ def test_a_bad_input_is_said_on_stderr_whatever_the_format(command: str, format_
     done = shell(f"gradscope {command} nowhere.npz --format {format_}")
 
     assert done.returncode == 3
-    assert done.stderr == "gradscope: error: nowhere.npz: no such file or directory\n"
+    assert done.stderr == "gradscope: error: nowhere.npz: file not found\n"
 
 
 # --- reports --------------------------------------------------------------------------------------
