@@ -265,7 +265,8 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_model_is_left_as_it_was(name: str) -> None:
-    model, x = conv_net().train(), images()
+    model: nn.Module = conv_net().train()
+    x = images()
     if methods()[name].family == "attention":
         model, x = vit_small().double().train(), torch.randn(1, 3, 32, 32).double()
     next(model.parameters()).requires_grad_(False)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from architectures import channels_last, resnet18, vit_registers, vit_small
-from forms import Rectifiers, images, model
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gradscope import attribute
 from gradscope.attribution import cams
+
+from .forms import Rectifiers, images, model
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -191,7 +191,7 @@ def test_once_a_gradient_was_not_finite_its_elements_are_counted(tmp_path: Path)
 def test_a_compiled_model_is_recorded_under_its_own_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = mlp()
-    model = torch.compile(plain, backend="eager")
+    model: Any = torch.compile(plain, backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with GradientRecorder(model, optimizer, tmp_path / "a", every=1) as recorder:
         for step in range(3):
