@@ -95,6 +95,8 @@ def test_tiny_maps_are_drawn_like_large_ones() -> None:
     values = np.random.default_rng(0).random((6, 6))
 
     assert (heatmap(values, "positive") == heatmap(values * 1e-30, "positive")).all()
+    assert (top_mass(values, 0.5) == top_mass(values * 1e-30, 0.5)).all()
+    assert 0 < top_mass(values, 0.5).sum() < values.size
 
 
 mass = hnp.arrays(np.float64, (3, 4), elements=st.integers(0, 5).map(float))

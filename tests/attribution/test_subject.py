@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradscope.attribution.subject import Subject
+from gradscope.attribution.subject import Chunks, Subject
 from gradscope.models.forms import as_model
 
 #: Bytes of one image [3, 5, 7] in float32; its score needs a few more.
@@ -66,12 +66,21 @@ def test_a_chunk_is_halved_down_to_one_and_then_the_error_is_told() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         list(made.answers(full, 9))
 
+    assert (made.chunks.gradient, made.chunks.forward) == (1, 1)
     assert made.chunks.notes == [
         "out of memory: continued with chunks of 2",
         "out of memory: continued with chunks of 1",
     ]
     with pytest.raises(RuntimeError, match="another"):
         list(made.answers(lambda *_: (_ for _ in ()).throw(RuntimeError("another")), 9))
+
+
+def test_chunks_are_halved_with_and_without_a_backward_pass() -> None:
+    chunks = Chunks(8, 16)
+
+    chunks.halve()
+
+    assert (chunks.gradient, chunks.forward) == (4, 8)
 
 
 def test_an_objective_is_a_logit_or_the_difference_of_two() -> None:
