@@ -91,6 +91,20 @@ def test_scalars_of_tensorflow_2_are_read_by_their_dtype(tmp_path: Path) -> None
     assert history.l2[:, 0].tolist() == [1.5, 2.5]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("code", "number", "wire", "form"), [(1, 5, 5, "<f"), (2, 6, 1, "<d")])
+def test_numbers_in_the_typed_fields_of_a_tensor_are_read_too(
+    code: int, number: int, wire: int, form: str, packed: bool, tmp_path: Path
+) -> None:
+    """``float_val`` is field 5 of TensorProto and ``double_val`` field 6, in either encoding."""
+    bits = struct.pack(form, 2.5)
+    value = message(number, bits) if packed else varint(number << 3 | wire) + bits
+    summary = message(1, message(1, b"grad/a") + message(8, varint(1 << 3) + varint(code) + value))
+    scalar = varint(2 << 3) + varint(1) + message(5, summary)
+
+    assert open_history(str(run(tmp_path, scalar))).l2.tolist() == [[2.5]]
+
+
 def test_histograms_of_tensorflow_2_give_a_norm_that_is_said_to_be_approximate(
     tmp_path: Path,
 ) -> None:

@@ -12,7 +12,7 @@ from gradscope.statistics.records import Units
 from gradscope.statistics.scan import scan
 from gradscope.statistics.tally import tally
 
-from .oracle import CODED, NARROW, PIECE, WIDE, decode, encode, measured, tensor
+from .oracle import CODED, NARROW, NATIVE, PIECE, WIDE, decode, encode, measured, tensor
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -205,6 +205,12 @@ def test_content_hashes_are_equal_for_equal_elements_alone(
         flat = other.reshape(-1).view(f"u{other.itemsize}")
         flat[place] ^= 1
         assert measured(tmp_path, dtype, other).content_hash != whole
+
+
+@pytest.mark.parametrize("dtype", ["C64", "C128", "I8", "I64", "BOOL"])
+def test_only_real_floats_have_a_content_hash(tmp_path: Path, dtype: str) -> None:
+    stored = np.arange(12).astype(NATIVE[dtype])
+    assert measured(tmp_path, dtype, stored, (3, 4)).content_hash is None
 
 
 def test_content_hashes_tell_dtypes_shapes_and_signs_of_zero_apart(tmp_path: Path) -> None:
