@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -12,7 +13,8 @@ from gradscope.attribution.methods import methods
 from gradscope.cli import app
 from gradscope.report.rules import load_rules
 
-COMMANDS = typer.main.get_command(app).commands
+GROUP: Any = typer.main.get_command(app)
+COMMANDS = GROUP.commands
 CONTRACT = (Path(__file__).resolve().parents[1] / "docs" / "contract.md").read_text()
 
 

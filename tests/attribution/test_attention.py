@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from architectures import vit_registers, vit_small
-from oracles import oracle
 from torch import Tensor, nn
 
 from gradscope import attribute
@@ -17,6 +16,8 @@ from gradscope.errors import UsageError
 from gradscope.models.attention_weights import attentions
 from gradscope.models.forms import as_model
 from gradscope.models.probe import held
+
+from .oracles import oracle
 
 
 def net(kind: str) -> nn.Module:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from architectures import vit_small
-from oracles import oracle
 from torch import Tensor, nn
 
 from gradscope import attribute
 from gradscope.attribution.methods import methods
 from gradscope.attribution.perturbation import _mask
 from gradscope.errors import UsageError
+
+from .oracles import oracle
 
 ALL = sorted(methods())
 FORMULAS = ["gradcam", "gradcam++", "xgradcam", "hirescam", "layercam"]
@@ -338,7 +339,8 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_model_is_left_as_it_was(name: str) -> None:
-    model, x = conv_net().train(), images()
+    model: nn.Module = conv_net().train()
+    x = images()
     if methods()[name].family == "attention":
         model, x = vit_small().double().train(), torch.randn(1, 3, 32, 32).double()
     next(model.parameters()).requires_grad_(False)

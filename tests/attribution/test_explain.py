@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from architectures import mobilenet_v2
-from forms import model
 from PIL import Image
 from torch import nn
 
@@ -21,6 +20,8 @@ from gradscope.errors import UsageError
 from gradscope.models.images import open_image
 from gradscope.models.preprocessing import IMAGENET, Preprocessing
 from gradscope.report.model import as_json
+
+from .forms import model
 
 SQUASHED = replace(IMAGENET, resize=(224, 224))
 FETCHED = Path(__file__).parents[2] / "fixtures" / "fetched"

@@ -6,9 +6,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from oracles import ORACLES
 
 from gradscope.attribution.methods import methods
+
+from .oracles import ORACLES
 
 HERE = Path(__file__)
 
@@ -18,7 +19,7 @@ def oracles() -> dict[str, set[str]]:
     """What all tests of this folder register, also when pytest runs only this file."""
     for file in HERE.parent.glob("test_*.py"):
         if file != HERE:
-            import_module(file.stem)
+            import_module(f".{file.stem}", __package__)
     return ORACLES
 
 

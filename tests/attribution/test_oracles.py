@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from architectures import channels_last, resnet18, vit_registers, vit_small
-from forms import Rectifiers, images, model
-from oracles import oracle
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gradscope import attribute
 from gradscope.attribution import cams
+
+from .forms import Rectifiers, images, model
+from .oracles import oracle
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

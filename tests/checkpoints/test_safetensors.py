@@ -378,26 +378,26 @@ def test_a_header_beyond_the_cap_is_refused_before_it_is_read(file: Path) -> Non
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 10**15))
         stream.truncate(2 * 10**8)
-    started = time.perf_counter()
+    started = time.process_time()
     error = refusal(str(file))
     assert error.kind == "malformed"
     assert "100,000,000" in error.message
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"a":{"x":['])
 def test_five_megabytes_of_brackets_are_refused_quickly(file: Path, opening: bytes) -> None:
     path = write(file, opening * (5_000_000 // len(opening)))
-    started = time.perf_counter()
+    started = time.process_time()
     assert refusal(path).kind == "malformed"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_shape_of_a_million_dimensions_is_refused_quickly(file: Path) -> None:
     path = write(file, {"a": entry("U8", [2**47] * 200_000, 0, 4)}, bytes(4))
-    started = time.perf_counter()
+    started = time.process_time()
     assert refusal(path).kind == "malformed"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_directories_and_missing_files_are_input_errors(tmp_path: Path) -> None:
@@ -409,12 +409,12 @@ def test_directories_and_missing_files_are_input_errors(tmp_path: Path) -> None:
 
 
 def answers(path: str) -> Checkpoint | None:
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         checkpoint = read_safetensors(path)
     except GradscopeError:
         checkpoint = None
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     return checkpoint
 
 

@@ -277,10 +277,10 @@ def test_totals_that_differ_are_a_missing_shard(tmp_path: Path) -> None:
 def test_a_promise_of_a_billion_shards_costs_nothing(tmp_path: Path) -> None:
     save_file(tensors("x"), tmp_path / "model-000000001-of-999999999.safetensors")
     save_file(tensors("y"), tmp_path / "model-000000002-of-999999999.safetensors")
-    started = time.perf_counter()
+    started = time.process_time()
     checkpoint = open_checkpoint(str(tmp_path))
     assert only_problem(checkpoint).evidence["missing"] == 999_999_997
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 # Indexes that are refused.

@@ -49,6 +49,7 @@ def test_every_needed_class_is_named_with_the_way_to_convert():
 def test_more_names_can_be_allowed_and_stay_inert():
     data = pickle.dumps(argparse.Namespace(a=1))
     read = read_torch_pickle(data, "f", "x", allow=lambda name: name == "argparse.Namespace").value
+    assert isinstance(read, Instance)
     assert (read.name, read.state) == ("argparse.Namespace", {"a": 1})
     assert value_of(b"\x80\x02ctorch\nfloat32\n.") == Global("torch.float32")
 

@@ -179,10 +179,10 @@ def test_deep_nesting_is_no_problem():
 
 def test_a_key_that_would_hash_for_ever_is_not_hashed():
     doubling = b")" + b"".join(b"q%c0h%ch%c\x86" % (i, i, i) for i in range(100))
-    start = time.monotonic()
+    start = time.process_time()
     read = value_of(b"\x80\x02}" + doubling + b"K\x01s.")
     assert list(read.values()) == [1]
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_sharing_cannot_multiply_copies():

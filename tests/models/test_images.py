@@ -42,7 +42,7 @@ def test_a_grey_picture_has_three_equal_channels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "P", "CMYK", "YCbCr", "LAB"])
 def test_every_mode_of_pillow_becomes_colours(tmp_path: Path, mode: str) -> None:
-    image = Image.fromarray(RGB)
+    image: Image.Image | None = Image.fromarray(RGB)
     if mode == "LAB":
         from PIL import ImageCms
 

@@ -72,7 +72,7 @@ def test_a_layer_receives_where_the_scores_gradient_is_not_zero() -> None:
 
 def layer(name: str, operator: str = "relu", **more: object) -> Layer:
     made = Layer(name, (1, 4, 7, 7), Layout("maps", (7, 7)), 1, operator, 1.0)
-    return replace(made, **more)  # type: ignore[arg-type]
+    return replace(made, **more)
 
 
 TOKENS = Layout("tokens", (7, 7), 1)

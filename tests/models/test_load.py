@@ -210,7 +210,7 @@ def rewritten(source: Path, target: Path, change: dict[str, Any]) -> None:
     """A zip archive with members changed: bytes, or a function of the JSON."""
     with zipfile.ZipFile(source) as before, zipfile.ZipFile(target, "w") as after:
         for name in before.namelist():
-            data = before.read(name)
+            data: bytes | str = before.read(name)
             for end, new in change.items():
                 if name.endswith(end):
                     data = json.dumps(new(json.loads(data))) if callable(new) else new
@@ -416,7 +416,7 @@ def renamed(old: str, new: str) -> Callable[[Any], Any]:
 
 
 def in_spec(kind: str, context: str) -> Callable[[Any], Any]:
-    leaf = {"type": None, "context": None, "children_spec": []}
+    leaf: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
     inner = {"type": kind, "context": context, "children_spec": [leaf]}
     spec = {"type": "builtins.tuple", "context": "null", "children_spec": [inner, inner]}
 

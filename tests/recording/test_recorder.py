@@ -67,7 +67,7 @@ def test_nothing_waits_for_the_device_before_a_shard_is_written(
 def test_a_compiled_model_is_recorded_under_its_own_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = mlp()
-    model = torch.compile(plain, backend="eager")
+    model: Any = torch.compile(plain, backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with GradientRecorder(model, optimizer, tmp_path / "a", every=1) as recorder:
         for step in range(3):

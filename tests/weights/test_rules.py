@@ -65,6 +65,16 @@ def put(value: float, *place: int) -> Callable[[Array], object]:
     return lambda tensor: tensor.__setitem__(place, value)
 
 
+def filled(most: float, one: float) -> Callable[[Array], object]:
+    """One value everywhere but at [3, 4]."""
+
+    def change(tensor: Array) -> None:
+        tensor.fill(most)
+        tensor[3, 4] = one
+
+    return change
+
+
 def beyond_the_next(factor: float) -> float:
     """So many times as far from the median as the farthest element of UP."""
     values = transformer()[UP].astype(np.float64)
@@ -263,12 +273,12 @@ CASES = {
     ),
     "all-zero": Case(
         altered(lambda tensor: tensor.fill(0)),
-        altered(lambda tensor: (tensor.fill(0), put(0.1, 3, 4)(tensor))),
+        altered(filled(0, 0.1)),
         UP, "high", {"zero_count": 4096, "affected_fraction": 1.0}, ("4,096",),
     ),
     "constant-tensor": Case(
         altered(lambda tensor: tensor.fill(0.5)),
-        altered(lambda tensor: (tensor.fill(0.5), put(0.6, 3, 4)(tensor))),
+        altered(filled(0.5, 0.6)),
         UP, "medium", {"value": 0.5}, ("0.5", "4,096"),
     ),
     "dead-units": Case(
