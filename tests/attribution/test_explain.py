@@ -278,7 +278,7 @@ def test_every_method_runs_on_a_transformer_or_says_why_not(name: str) -> None:
 
 needs = pytest.mark.skipif(
     not (PICTURES / "quokka.jpg").is_file() or not (FETCHED / "mobilenet_v2.pth").is_file(),
-    reason="make fixtures downloads them",
+    reason="photographs or MobileNetV2 not found: run `make fixtures`",
 )
 
 

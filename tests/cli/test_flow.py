@@ -17,6 +17,8 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 SIGMOID = FIXTURES / "sigmoid"
 CNN = FIXTURES / "recorded" / "cnn"
 
+pytestmark = pytest.mark.usefixtures("histories")
+
 
 def flow(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gradscope", "flow", *map(str, arguments)]
