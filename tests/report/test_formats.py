@@ -37,6 +37,40 @@ def test_the_json_gives_the_report_back(report: WeightsReport) -> None:
     assert renderer("json")(WeightsReport.model_validate_json(text), Display()) == text
 
 
+def test_the_json_has_a_line_for_each_section_finding_and_tensor(report: WeightsReport) -> None:
+    lines = renderer("json")(report, Display()).splitlines()
+
+    assert lines[:2] == ["{", ' "schema_version": "1.0",']
+    assert [line for line in lines if line.startswith(' "')][2:5] == [
+        ' "command": "weights",', ' "inputs": [', ' "coverage": {'
+    ]  # fmt: skip
+    tensors = [line for line in lines if line.startswith('   {"name": "layers.')]
+    assert len(tensors) == 40
+    assert lines[lines.index(tensors[-1]) + 1] == "  ],"
+    assert sum(line.startswith('  {"rule": "W101"') for line in lines) == 2
+    assert any(line.startswith('  "overall": {"tensors": 40, ') for line in lines)
+    assert lines[-1] == "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("a", "a"), ("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@a", "'@a"), ("a=", "a="),
+     ("\x1b", "\\x1b"), ("-Infinity", "-Infinity")],
+)  # fmt: skip
+def test_a_spreadsheet_runs_nothing(report: WeightsReport, name: str, written: str) -> None:
+    tensor = report.result.tensors[0].model_copy(update={"name": name})
+    strange = report.result.model_copy(update={"tensors": (tensor,)})
+    one = report.model_copy(update={"result": strange, "findings": ()})
+    text = renderer("csv")(one, Display())
+
+    (row,) = csv.DictReader(io.StringIO(text))
+
+    assert row["name"] == written
+    assert json.loads(row["shape"]) == [32, 32]
+    assert row["units.rows"] == "32"
+    assert "spectrum" not in row
+
+
 def test_off_a_terminal_the_table_has_every_tensor_and_finding(report: WeightsReport) -> None:
     text = renderer("table")(report, Display())
 

@@ -99,6 +99,12 @@ def test_many_findings_weigh_no_more_than_the_worst() -> None:
     assert health(several) == health(several[:1])
 
 
+def test_a_checkpoint_of_running_statistics_alone_has_health_too(tmp_path: Path) -> None:
+    variance = {"a.running_var": np.float32([1.0, 2.0])}
+    found = result(analyzed(write(tmp_path / "m.safetensors", variance)))
+    assert (found.health.score, found.health.status) == (100, "excellent")
+
+
 def test_only_the_broken_tensor_is_unhealthy_and_the_model_is_no_better(broken: Path) -> None:
     found = result(analyzed(broken))
     unhealthy = {t.name: t.health.status for t in found.tensors if t.health.score < 100}

@@ -632,6 +632,37 @@ def test_a_missing_layer_is_seen_by_its_gap_or_by_the_configuration(
     assert found == ({missing: "high"} if missing else {})
 
 
+@pytest.mark.parametrize(
+    ("odd", "parts", "fires"), [(3, 4, True), (4, 4, False), (0, 3, False), (0, 4, True)]
+)
+def test_a_series_is_one_where_half_of_its_members_hold_the_same_four_tensors(
+    odd: int, parts: int, fires: bool, tmp_path: Path
+) -> None:
+    made = {
+        f"layers.{number}.{part}.weight": gaussian(8, 8, seed=10 * number + part)
+        for place, number in enumerate((0, 1, 2, 3, 4, 6))
+        for part in range(parts + place if place and place <= odd else parts)
+    }
+    found = severities(saved(made)(tmp_path), "missing-layer")
+    assert found == ({"layers.5": "high"} if fires else {})
+
+
+@pytest.mark.parametrize(("numbers", "fires"), [((0, 1, 2, 3, 5), True), ((0, 1, 2, 4), False)])
+def test_a_series_has_three_quarters_of_its_neighbours(
+    numbers: tuple[int, ...], fires: bool, tmp_path: Path
+) -> None:
+    assert bool(findings(layers(*numbers)(tmp_path), "missing-layer")) is fires
+
+
+@pytest.mark.parametrize(("promised", "fires"), [(9_999, True), (10_000, False), (True, False)])
+def test_a_configuration_that_promises_ten_thousand_layers_is_not_believed(
+    promised: int, fires: bool, tmp_path: Path
+) -> None:
+    path = layers(0, 1, 2, 3, config=promised)(tmp_path)
+    found = findings(path, "missing-layer")
+    assert [f.evidence["missing_layers"] for f in found] == ([9_995] if fires else [])
+
+
 @pytest.mark.parametrize("numbers", [(0, 2, 4, 6, 8, 10), (0, 1, 3, 4, 7, 8), (0, 3, 6, 9, 12)])
 @pytest.mark.parametrize("stack", ["features", "layers", "block"])
 def test_the_numbers_of_a_sequential_are_no_gap(
