@@ -2,9 +2,9 @@
 
     python tests/mutants.py --number 30 --seed 1 flow weights/rules
 
-Each mutation (``<`` for ``<=``, ``and`` for ``or``, ``+`` for ``-``, another number, …) is made in
-a copy of the tree, and the tests of its folder run there until one fails. mutmut and cosmic-ray
-mutate the checkout in place and keep a configuration and a database; a seeded sample needs neither.
+Each mutation (``<`` for ``<=``, ``and`` for ``or``, another number, …) is made in a copy of the
+tree, and the tests of its folder run there until one fails. mutmut and cosmic-ray mutate the
+checkout in place and keep a database; a seeded sample needs neither.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: The parts that are mutated. Tests mirror the tree; these say something of a part as well.
 ALSO = {
-    "statistics": ["tests/weights"],
-    "weights": ["tests/cli/test_cli.py"],
-    "flow": ["tests/cli/test_flow.py"],
-    "attribution": ["tests/cli/test_explain.py"],
+    "statistics": ["tests/weights"], "weights": ["tests/cli/test_cli.py"],
+    "flow": ["tests/cli/test_flow.py"], "attribution": ["tests/cli/test_explain.py"],
     "report": ["tests/weights/test_table.py", "tests/cli/test_cli.py"],
-}
+}  # fmt: skip
 
 SWAPS: dict[type[ast.AST], tuple[str, str]] = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
@@ -82,9 +80,8 @@ def mutations(file: str, source: bytes) -> Iterator[Mutation]:
     for node in expressions(ast.parse(source)):
         match node:
             case ast.Compare():
-                for left, operator, right in zip(
-                    [node.left, *node.comparators], node.ops, node.comparators, strict=False
-                ):
+                operands = pairwise([node.left, *node.comparators])
+                for (left, right), operator in zip(operands, node.ops, strict=True):
                     yield from between(left, operator, right)
             case ast.BoolOp():
                 for left, right in pairwise(node.values):
@@ -104,10 +101,7 @@ def mutations(file: str, source: bytes) -> Iterator[Mutation]:
 
 
 def expressions(node: ast.AST) -> Iterator[ast.expr]:
-    """What is computed: no annotations, decorators, assertions or ``strict`` of a zip.
-
-    Nothing in an f-string either: Python 3.11 does not tell its places.
-    """
+    """What is computed: no annotation, decorator or assertion, no f-string (3.11 misplaces it)."""
     for name, field in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
             continue
@@ -122,15 +116,8 @@ def expressions(node: ast.AST) -> Iterator[ast.expr]:
 
 def sampled(root: Path, parts: Sequence[str], number: int, seed: int) -> list[Mutation]:
     """A sample of the mutations of ``gradscope/PART``, a folder or a module, for all parts."""
-    package = root / "gradscope"
-    files = sorted(
-        {
-            f
-            for part in parts
-            for how in (f"{part}.py", f"{part}/**/*.py")
-            for f in package.glob(how)
-        }
-    )
+    globs = [how for part in parts for how in (f"{part}.py", f"{part}/**/*.py")]
+    files = sorted({file for how in globs for file in (root / "gradscope").glob(how)})
     every = [m for f in files for m in mutations(f.relative_to(root).as_posix(), f.read_bytes())]
     return random.Random(seed).sample(every, min(number, len(every)))
 
@@ -138,8 +125,8 @@ def sampled(root: Path, parts: Sequence[str], number: int, seed: int) -> list[Mu
 def copied(root: Path, tree: Path) -> None:
     """Copy what tests need; what was downloaded or recorded is linked."""
     large = ("fetched", "recorded")
-    others = (".*", "__pycache__", "benchmarks", "demo-output")
-    shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*large, *others))
+    others = shutil.ignore_patterns(".*", "__pycache__", "benchmarks", *large)
+    shutil.copytree(root, tree, ignore=others)
     for folder in (root / "fixtures" / name for name in large):
         if folder.is_dir():
             (tree / "fixtures" / folder.name).symlink_to(folder.resolve())
@@ -149,19 +136,14 @@ def tests_of(tree: Path, file: str) -> list[str]:
     """The module's own tests first, then those of its folder, then those of ``ALSO``."""
     part = Path(file).parts[1]
     own = sorted((tree / "tests" / part).rglob(f"test_{Path(file).stem}.py"))
-    return [path.relative_to(tree).as_posix() for path in own] + [
-        f"tests/{part}",
-        *ALSO.get(part, []),
-    ]
+    first = [path.relative_to(tree).as_posix() for path in own]
+    return [*first, f"tests/{part}", *ALSO.get(part, [])]
 
 
 def run(tree: Path, tests: Sequence[str], compiled: Path, limit: float | None = None) -> int | None:
-    """Pytest's exit code, or None beyond the limit of seconds; its processes end with it.
-
-    Tests of models that are downloaded take most of the time and guard no line alone.
-    """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["-m", "not fetched", *tests]
+    """Pytest's exit code, or None beyond the limit of seconds; its processes end with it."""
+    # Tests of downloaded models take most of the time and guard hardly a line alone.
+    command = [sys.executable, "-m", "pytest", "-xqpno:cacheprovider", "-mnot fetched", *tests]
     # Without bytecode: two mutations of one length within a second would share it.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     environment["NUMBA_CACHE_DIR"] = str(compiled)
@@ -204,10 +186,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     sample = sampled(ROOT, arguments.parts, arguments.number, arguments.seed)
+    if not sample:
+        parser.error(f"gradscope/ has no {' or '.join(arguments.parts)}")
+    told = {m: m.described((ROOT / m.file).read_bytes()) for m in sample}
     alive = 0
     with tempfile.TemporaryDirectory() as folder:
         for mutation in survivors(ROOT, sample, Path(folder)):
-            print("survived", mutation.described((ROOT / mutation.file).read_bytes()), flush=True)
+            print("survived", told[mutation], flush=True)
             alive += 1
     print(f"{alive} of {len(sample)} mutations survived, {alive / len(sample):.0%}")
 
