@@ -73,6 +73,8 @@ def test_every_rule_has_a_code_a_name_a_summary_and_numeric_thresholds(known) ->
 
 def test_codes_prefixes_and_names_select_and_the_longest_pattern_wins() -> None:
     assert names("W101") == names("non-finite") == ["non-finite"]
+    assert names("W101", "W102", ignore=("ALL",)) == ["non-finite", "extreme-value"]
+    assert names("W", ignore=("ALL",)) == names("W")
     assert set(names("C")) == {r.name for r in load_rules().values() if r.code[0] == "C"}
     assert names("W101", ignore=("W",)) == ["non-finite"]
     assert "non-finite" not in names(ignore=("W101",))

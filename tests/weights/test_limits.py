@@ -13,7 +13,7 @@ from gradscope.weights.result import ElementResult, Examined, Need, TensorResult
 from gradscope.weights.roles import Role
 from gradscope.weights.rules.numerics import dtype_headroom, redundant_precision, scale_missing
 from gradscope.weights.rules.shape import heavy_tails, high_sparsity, outliers, skewed
-from gradscope.weights.rules.training import duplicate_tensors, untrained
+from gradscope.weights.rules.training import duplicate_tensors, negative_variance, untrained
 from gradscope.weights.rules.units import dead_units, duplicate_units, undertrained_rows
 from gradscope.weights.rules.values import all_zero, constant_tensor, extreme_value, non_finite
 
@@ -267,3 +267,77 @@ def test_a_gain_of_zeros_is_untouched_only_beside_others() -> None:
     (seen,) = found(untrained, zero, other)
 
     assert seen.evidence == {"untouched": 1, "norm_gains": 2}
+
+
+@pytest.mark.parametrize(
+    ("rule", "loud", "threshold"),
+    [
+        (non_finite, {"statistics": {"nan_count": 1}}, 0),
+        (negative_variance, {"name": "n.running_var", "role": Role.RUNNING_VAR}, 0),
+        (heavy_tails, KURTOSIS, 10),
+        (heavy_tails, {"role": Role.DEPTHWISE, **KURTOSIS}, 25),
+        (skewed, SKEWNESS, 2),
+        (outliers, {"outliers": peak(60.0)}, 50),
+        (high_sparsity, {"statistics": {"zero_count": 3000}}, 0.5),
+        (extreme_value, {"outliers": peak(2e4)}, 100),
+        (extreme_value, {"role": Role.VECTOR, "outliers": peak(2e4)}, 10_000),
+        (dtype_headroom, {"numerics": {"headroom_bits": 0.5}}, 1),
+        (dtype_headroom, {"statistics": {"subnormal_count": 400}}, 0.01),
+        (dtype_headroom, {"dtype": "F8_E5M2", "numerics": {"saturated_fraction": 0.5}}, 0.001),
+        (scale_missing, {"role": Role.QUANTIZED, "dtype": "F8_E4M3"}, 16),
+    ],
+)
+def test_a_finding_tells_the_limit_that_it_was_judged_by(
+    rule: Rule, loud: Fields, threshold: float
+) -> None:
+    assert [seen.threshold for seen in found(rule, tensor(**loud))] == [threshold]
+
+
+@pytest.mark.parametrize(
+    ("rule", "loud"),
+    [
+        (negative_variance, {"name": "n.running_var", "role": Role.RUNNING_VAR}),
+        (negative_variance, {"name": "state.exp_avg_sq", "role": Role.OPTIMIZER}),
+        (all_zero, {"statistics": {"zero_count": 4000}}),
+        (constant_tensor, {"statistics": {"min": 0.5, "max": 0.5}}),
+        (scale_missing, {"role": Role.QUANTIZED, "dtype": "F8_E4M3"}),
+    ],
+)
+def test_a_fault_of_the_whole_tensor_affects_all_of_it(rule: Rule, loud: Fields) -> None:
+    (seen,) = found(rule, tensor(**loud))
+
+    assert seen.evidence["affected_fraction"] == 1
+
+
+def test_a_batch_norm_that_saw_no_batch_is_affected_as_a_whole() -> None:
+    ones, zeros = {"min": 1.0, "max": 1.0}, {"min": 0.0, "max": 0.0}
+
+    (seen,) = found(
+        untrained,
+        tensor(name="n.running_var", role=Role.RUNNING_VAR, shape=(8,), statistics=ones),
+        tensor(name="n.running_mean", role=Role.RUNNING_MEAN, shape=(8,), statistics=zeros),
+        tensor(name="n.num_batches_tracked", role=Role.COUNTER, shape=(), statistics=zeros),
+    )
+
+    assert seen.evidence == {"num_batches_tracked": 0, "affected_fraction": 1}
+
+
+def test_equal_matrices_of_two_layers_are_one_finding_however_short_their_names() -> None:
+    twins = [
+        tensor(name=f"{side}.{leaf}.weight", content_hash=leaf)
+        for side in ("enc", "dec")
+        for leaf in "qk"
+    ]
+
+    (seen,) = found(duplicate_tensors, *twins)
+
+    assert seen.message.startswith("2 matrices of dec equal those of enc")
+    assert seen.evidence["equal_tensors"] == 2
+    assert seen.evidence["affected_fraction"] == 1
+
+
+def test_packed_integers_may_have_scales_longer_than_they_are() -> None:
+    codes = tensor(name="a.qweight", role=Role.PACKED, dtype="I32", shape=(64, 8))
+    scales = tensor(name="a.scales", role=Role.SCALE, shape=(1, 64), statistics={"min": 0.1})
+
+    assert found(scale_missing, codes, scales) == []
