@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A fixed torch: what the tests were run with, and no newer download behind the reader's back.
 TORCH ?= torch==2.13.0
-# How many processes run the tests.
+# How many processes run the tests; each takes about a gigabyte and a half of memory.
 WORKERS ?= auto
 # A sample of N mutations; PART is a folder or module of gradscope/, or several.
 N ?= 30
@@ -32,7 +32,7 @@ test: $(VENV)/.test
 	$(BIN)/python fixtures/make.py corpus
 	$(BIN)/python fixtures/make.py pictures
 	$(BIN)/python fixtures/make.py histories
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
 # Small mistakes made in a copy of the code, to see which of them no test notices.
 mutants: $(VENV)/.test
