@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradscope.flow.graph import Graph
-from gradscope.flow.regions import BRIDGE
+from gradscope.flow.limits import BRIDGE
 from gradscope.flow.result import NonFinite
 from gradscope.flow.series import Series
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -61,23 +62,19 @@ def critical_paths(
     entries = [row for row in graph.entries if row in onward]
     if len(entries) > MOST_PATHS:
         entries = sorted(entries, key=lambda row: width[row])[:MOST_PATHS]
-    found = _Found(names, graph, capacity, level, flagged)
-    return [found.path(i, walk(row, onward), width[row]) for i, row in enumerate(entries)]
+    network = _Described(names, graph, capacity, level, flagged)
+    return [network.path(i, walk(row, onward), width[row]) for i, row in enumerate(entries)]
 
 
-class _Found:
-    """What every path of one network is described with."""
+@dataclass(frozen=True, eq=False)
+class _Described:
+    """A network as its paths are described: what edges carry, how layers do, which are flagged."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        graph: Graph,
-        capacity: Mapping[Edge, float],
-        level: Array,
-        flagged: frozenset[int],
-    ) -> None:
-        self.names, self.graph, self.capacity = names, graph, capacity
-        self.level, self.flagged = level, flagged
+    names: Sequence[str]
+    graph: Graph
+    capacity: Mapping[Edge, float]
+    level: Array
+    flagged: frozenset[int]
 
     def path(self, number: int, way: list[int], width: float) -> CriticalPath:
         links = [(u, v) for v, u in pairwise(way)]

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
+from gradscope.flow.facts import DeadFacts, ExplodingFacts, VanishingFacts
 from gradscope.report.model import Number, Record, Report
 
 #: As ``History.topology``; spelled out, because listing rules must not import NumPy.
@@ -184,6 +187,8 @@ class Region(Record):
     update_ratio: float | None
     cause: str
     mitigation_suggestions: tuple[str, ...]
+    #: What the level was judged by; not part of the report.
+    facts: VanishingFacts | ExplodingFacts | None = Field(None, exclude=True, repr=False)
 
 
 class DeadZone(Record):
@@ -199,6 +204,8 @@ class DeadZone(Record):
     intervention_required: bool
     extent: Extent
     past_recoveries: int
+    #: What recovery was judged by; not part of the report.
+    facts: DeadFacts | None = Field(None, exclude=True, repr=False)
 
 
 class ExplodingLayer(Record):
@@ -303,6 +310,8 @@ class Stagnation(Record):
     update_ratio: float | None
     reason: Standstill
     converged: bool
+    #: The greatest median update ratio of its records, where they tell; not part of the report.
+    fastest: float | None = Field(None, exclude=True, repr=False)
 
 
 class UpdateRatio(Record):

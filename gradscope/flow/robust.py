@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.flow.limits import MIN_TREND, MIN_WINDOW
+
 Array = NDArray[np.float64]
 
 #: What makes the median absolute deviation of Gaussian values their standard deviation.
 GAUSSIAN = 1.4826
-#: Below this many records no statistic of a window is given, and below this none of a trend.
-MIN_WINDOW = 5
-MIN_TREND = 8
 
 
 def nanmedian(values: Any, axis: int | None = None) -> Any:
