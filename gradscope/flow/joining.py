@@ -233,9 +233,10 @@ def _nonfinite(history: History) -> Mask:
     if history.max_abs is not None:
         overflow = np.isinf(history.l2) & np.isfinite(history.max_abs)
         flags = (flags & ~overflow) | np.isinf(history.max_abs)
-    for counts in (history.n_nan, history.n_inf):
-        if counts is not None:
-            flags = np.where(counts >= 0, flags & (counts != 0) | (counts > 0), flags)
+    counts = [count for count in (history.n_nan, history.n_inf) if count is not None]
+    if counts:
+        clean = np.logical_and.reduce([count == 0 for count in counts])
+        flags = (flags & ~clean) | np.logical_or.reduce([count > 0 for count in counts])
     result: Mask = flags & recorded
     return result
 
