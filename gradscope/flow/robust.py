@@ -106,6 +106,19 @@ def column_trends(values: Array) -> tuple[Array, Array]:
     return slope, p
 
 
+def detrended(values: Array) -> tuple[Array, Array]:
+    """Each column of [W, L] less its least-squares line over the known, and the line's slope."""
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    at = np.where(known, np.arange(len(values), dtype=np.float64)[:, None], 0.0)
+    filled = np.where(known, values, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = np.where(known, at - at.sum(axis=0) / count, 0.0)
+        centred = np.where(known, filled - filled.sum(axis=0) / count, np.nan)
+        slope: Array = np.nansum(at * centred, axis=0) / (at**2).sum(axis=0)
+    return centred - slope * at, np.nan_to_num(slope)
+
+
 def r_squared(x: Array, y: Array, slope: float, intercept: float) -> float:
     """Share of the variance of ``y`` that a line explains; may be negative for a robust line."""
     residual = y - (slope * x + intercept)

@@ -13,7 +13,7 @@ from gradscope.flow.directions import Cosines, Window, turned
 from gradscope.flow.levels import Levels
 from gradscope.flow.limits import ATTENUATED, MIN_TREND, MIN_WINDOW, STANDSTILL
 from gradscope.flow.result import Basis, TemporalFlow
-from gradscope.flow.robust import GAUSSIAN, Array, column_trends, nanmedian
+from gradscope.flow.robust import GAUSSIAN, Array, column_trends, detrended, nanmedian
 from gradscope.flow.series import Mask, Series
 
 #: Cosines averaged, and the least number of them that says anything.
@@ -154,7 +154,7 @@ def _by_norm(
 def _norm_directions(log_norms: Array) -> NDArray[np.str_]:
     """One window, [W, L], by trend and lag-one autocorrelation of what the trend leaves."""
     known = np.isfinite(log_norms).sum(axis=0)
-    residual, drift = _detrended(log_norms)
+    residual, drift = detrended(log_norms)
     slope, p = np.zeros(len(known)), np.ones(len(known))
     # A necessary sign first: pairwise slopes of every layer would take most of the time.
     rows = np.flatnonzero(np.abs(drift) * (len(log_norms) - 1) > 0.5 * _TREND_NATS)
@@ -168,19 +168,6 @@ def _norm_directions(log_norms: Array) -> NDArray[np.str_]:
     named = np.where(swings, "oscillating", "indeterminate")
     named = np.where(significant, np.where(slope > 0, "forward", "backward"), named)
     return np.where(known >= MIN_TREND, named, "indeterminate")
-
-
-def _detrended(values: Array) -> tuple[Array, Array]:
-    """Each column less its least-squares line over what is known, and the line's slope."""
-    known = np.isfinite(values)
-    count = known.sum(axis=0)
-    at = np.where(known, np.arange(len(values), dtype=np.float64)[:, None], 0.0)
-    filled = np.where(known, values, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        at = np.where(known, at - at.sum(axis=0) / count, 0.0)
-        centred = np.where(known, filled - filled.sum(axis=0) / count, np.nan)
-        slope: Array = np.nansum(at * centred, axis=0) / (at**2).sum(axis=0)
-    return centred - slope * at, np.nan_to_num(slope)
 
 
 def stability(series: Series, records: NDArray[np.int64], window: int = WINDOW) -> Array:
