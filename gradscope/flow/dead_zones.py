@@ -76,4 +76,4 @@ def past_stretches(flags: Mask, rows: Sequence[int], part: Sequence[Stretch]) ->
     """Lengths, in records, of earlier dead stretches of these layers that ended."""
     begin = {run.row: run.first for run in part}
     inside = stretches(flags[:, list(rows)], shortest=1, bridge=0)
-    return [r.end - r.first for r in inside if r.end < begin.get(rows[r.row], 0)]
+    return [r.end - r.first for r in inside if r.end < begin[rows[r.row]]]

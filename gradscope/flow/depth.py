@@ -12,7 +12,7 @@ from gradscope.flow.robust import nanmedian, r_squared, theil_sen
 from gradscope.flow.series import Series
 
 _LEAST_LAYERS = 4
-#: Fewer decades from end to end harm nobody, however regular.
+#: Fewer decades from end to end do no harm, however regular.
 _LEAST_DECADES = DEPTH_DECADES
 #: Pairwise slopes are quadratic in the layers.
 _MOST_LAYERS = 1000

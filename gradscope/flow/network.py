@@ -1,4 +1,4 @@
-"""The network as nodes and edges: who starves, who amplifies, which connections carry nothing."""
+"""The network as nodes and edges: which layers starve or amplify, and what each edge carries."""
 
 from __future__ import annotations
 

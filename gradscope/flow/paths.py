@@ -1,4 +1,4 @@
-"""The ways of the gradient from the loss to the layers where it ends: the widest, its weak link."""
+"""Paths of the gradient from the loss to the layers where it ends: the widest, and around it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ALTERNATIVES = 3
 def widest(
     graph: Graph, capacity: Mapping[Edge, float], without: frozenset[Edge] = frozenset()
 ) -> tuple[dict[int, float], dict[int, int]]:
-    """Greatest bottleneck capacity from the loss to every layer, and the layer before on the way.
+    """Greatest bottleneck capacity from the loss to every layer, and the next layer on that path.
 
-    Dynamic programming in reverse topological order; of equally wide ways the one with fewer
-    layers, then the earlier layer. Layers that cannot be reached are absent.
+    Dynamic programming in reverse topological order; of equally wide paths the one with fewer
+    layers, then that over the earlier layer. Layers that cannot be reached are absent.
     """
     width: dict[int, float] = {LOSS: math.inf}
     hops: dict[int, int] = {LOSS: 0}
@@ -102,7 +102,7 @@ class _Described:
         )
 
     def _others(self, entry: int, weakest: Edge) -> Iterator[tuple[list[int], float]]:
-        """Up to three ways around: the weakest link is removed, then that of the next way."""
+        """Up to three paths around: without the weakest link, then without the next one's."""
         without = frozenset({weakest})
         for _ in range(_ALTERNATIVES):
             width, onward = widest(self.graph, self.capacity, without)

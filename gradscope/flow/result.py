@@ -270,7 +270,7 @@ class NonFinite(Record):
 
 
 class Depth(Record):
-    """How the RMS gradient changes on the way back from the loss."""
+    """How the RMS gradient changes in the backward pass."""
 
     #: Nats lost per layer (negative: gained), by Theil-Sen over the weights.
     nats_per_layer: float

@@ -96,7 +96,7 @@ class Series:
 
     @property
     def warm_up(self) -> int:
-        """Records at the start that are nobody's reference: 20 or 5 %, at most a quarter."""
+        """Records at the start that none is compared with: 20 or 5 %, at most a quarter."""
         total = len(self.steps)
         return min(max(20, total // 20), total // 4)
 

@@ -90,7 +90,7 @@ def bottleneck(
     """
     if result.topology == "assumed-chain":
         yield Unknown(
-            "ways around a link need a topology; layers are compared in their order alone"
+            "paths around a link need a topology; layers are compared by their order alone"
         )
     known = {name for region in result.vanishing_regions for name in region.affected_layers}
     known |= {name for zone in result.dead_zones for name in zone.affected_layers}
@@ -137,7 +137,7 @@ def _narrow_links(
             f"{weak[0]} → {weak[1]}",
             f"the only wide path of the gradient to {path.layers[-1]} leads over this link, which "
             f"carries {lost:.1f} decades less than the median one",
-            "add a way around it (a residual connection), or find what attenuates there",
+            "add a path around it (a residual connection), or find what attenuates there",
             {
                 "criticality_score": path.criticality_score or 0.0,
                 "optimization_potential": lost,
