@@ -200,7 +200,7 @@ class _Joined:
         out = np.zeros((len(found.index), len(self.groups), found.width), np.float32)
         for i, group in enumerate(self.groups):
             with np.errstate(divide="ignore", invalid="ignore"):
-                weight = np.nan_to_num(parts[:, group] / norm[found.index, i][:, None], posinf=0)
+                weight = np.nan_to_num(parts[:, group] / norm[found.index, i][:, None])
             out[:, i] = np.einsum("sgk,sg->sk", found.values[:, group].astype(np.float32), weight)
         return Sketches(out, found.index)
 

@@ -123,6 +123,8 @@ def test_column_trends_are_the_slope_and_the_test_of_every_column() -> None:
         y, x = values[known, column], np.flatnonzero(known)
         assert slopes[column] == pytest.approx(stats.theilslopes(y, x).slope)
         assert p[column] == pytest.approx(kendall_p(y, ties=False))
+    slopes, p = column_trends(np.ones((8, 1)))
+    assert (slopes[0], p[0]) == (0, 1)
 
 
 def test_what_a_trend_leaves_is_measured_over_what_is_known() -> None:

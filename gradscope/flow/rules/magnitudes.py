@@ -193,10 +193,10 @@ def exploding_gradient(
     steps of more than a tenth of the weights, or 70 times the loss side's RMS. Low from ``mild``
     times the layer's own level, medium from ``moderate``, high from ``severe``, critical from
     ``critical``; likewise by ``depth_`` times the loss side and by ``update_`` shares of the
-    weights, and by growth that doubles the norm within so many steps (``doubling_``). The loss
-    has the last word: under a falling one growth is not reported and the rest at most low, and
-    without a loss a tall input side without large steps is at most medium. Non-finite gradients
-    are left to F101.
+    weights, and by growth that doubles the norm within so many steps (``doubling_``). But for
+    steps that replace the weights the loss has the last word: while it falls, growth is not
+    reported and the rest is at most low; where it is unknown, a tall input side alone is at most
+    medium. Non-finite gradients are left to F101.
     """
     regions = judgement.exploding(
         (region for region in result.exploding_regions if "non-finite" not in region.tests),
