@@ -467,6 +467,15 @@ def test_large_steps_are_told_by_layer_and_share() -> None:
     assert (few.subject, few.severity) == ("layers.7", "low")
 
 
+def test_without_sizes_every_layer_counts_as_all_of_the_parameters() -> None:
+    updates = {"param_l2": np.ones((40, 3)), "update_l2": np.tile([0.2, 1e-3, 1e-3], (40, 1))}
+
+    found = finding(made(noise(40, 3), numel=None, **updates), "update-ratio")
+
+    assert found.evidence["share_of_parameters"] == 1.0
+    assert found.severity == "medium"
+
+
 # --- what is not known ----------------------------------------------------------------------------
 
 

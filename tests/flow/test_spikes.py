@@ -99,6 +99,32 @@ def test_a_spike_leaves_a_trace_where_a_severe_region_holds_its_step() -> None:
     assert not any(spike.left_a_trace for spike in spikes(s, found, []))
 
 
+@pytest.mark.parametrize(
+    ("onset", "end", "trace"),
+    [
+        ((199, 200), 300, True),
+        ((200, 202), 300, True),
+        ((201, 202), 300, False),
+        ((None, 0), 200, True),
+        ((None, 0), 199, False),
+    ],
+)
+def test_a_region_holds_what_happens_from_the_record_before_its_onset(
+    onset: tuple[int | None, int], end: int, trace: bool
+) -> None:
+    norms = noise(300, 3, scale=0.05)
+    norms[200:] *= 500
+    norms[200] *= 2
+    (region,) = analyze_flow(made(norms)).result.exploding_regions
+    where = region.extent.model_copy(update={"onset": onset, "end": end})
+    s = series(made(norms))
+
+    (spike,) = spikes(s, jumps(s.finite_log), [region.model_copy(update={"extent": where})])
+
+    assert spike.step == 200
+    assert spike.left_a_trace is trace
+
+
 # --- growth ---------------------------------------------------------------------------------------
 
 
