@@ -114,10 +114,9 @@ def _standing(series: Series, levels: Levels) -> Iterator[tuple[Standstill, Mask
 def _repeats(series: Series) -> Mask:
     """Records whose every norm equals the one before to the bit: nothing was updated."""
     same = np.zeros(len(series.steps), bool)
-    if len(same) > 1 and len(series.layers):
-        known = series.norm[1:] > 0
-        equal = np.where(known, series.norm[1:] == series.norm[:-1], True)
-        same[1:] = equal.all(axis=1) & known.any(axis=1)
+    known = series.norm[1:] > 0
+    equal = np.where(known, series.norm[1:] == series.norm[:-1], True)
+    same[1:] = equal.all(axis=1) & known.any(axis=1)
     return same
 
 

@@ -239,7 +239,7 @@ def test_growth_without_a_rate_is_mild(growth: float | None) -> None:
     assert exploding(tests=(), held_tests=("growth",), own_ratio=-math.inf) == "mild"
 
 
-def test_a_level_under_a_loss_that_falls_harms_nobody() -> None:
+def test_a_level_under_a_falling_loss_does_no_harm() -> None:
     assert exploding(own_ratio=1000, loss_rises=False) == "none"
     assert exploding(own_ratio=1000, loss_rises=None) == "critical"
     assert exploding(own_ratio=1000, loss_rises=False, tests=("level", "depth")) == "mild"

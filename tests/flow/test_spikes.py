@@ -56,7 +56,7 @@ def test_the_least_spike_is_four_times_a_steady_norm(height: float, spikes: int)
     assert int(jumps(np.log(norms)).spike.sum()) == spikes
 
 
-def test_a_rise_that_takes_a_few_records_is_no_spike() -> None:
+def test_a_rise_that_takes_a_few_records_is_not_a_spike() -> None:
     logs = np.zeros((80, 1))
     logs[40:50, 0] = np.linspace(0.3, 3, 10)
     logs[50:, 0] = 3
