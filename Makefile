@@ -1,11 +1,17 @@
-# `make demo` and `make test` need Python 3.11 or newer and make; they create .venv themselves.
+# Every target needs Python 3.11 or newer and make; each creates .venv itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A fixed torch: what the tests were run with, and no newer download behind the reader's back.
 TORCH ?= torch==2.13.0
+# How many processes run the tests; each takes about a gigabyte and a half of memory.
+WORKERS ?= auto
+# A sample of N mutations; PART is a folder or module of gradscope/, or several.
+N ?= 30
+SEED ?= 1
+PART ?=
 
-.PHONY: demo test check bench fixtures format clean
+.PHONY: demo test mutants check bench fixtures format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python fixtures/make.py demo
@@ -26,7 +32,11 @@ test: $(VENV)/.test
 	$(BIN)/python fixtures/make.py corpus
 	$(BIN)/python fixtures/make.py pictures
 	$(BIN)/python fixtures/make.py histories
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+# Small mistakes made in a copy of the code, to see which of them no test notices.
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutants.py --number $(N) --seed $(SEED) $(PART)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 from architectures import resnet50
 
 from gradscope import attribute
-from gradscope.models.model import as_model
+from gradscope.models.forms import as_model
 
 STEPS = 32
 CHUNKS = (1, 2, 4, 8, 16, 32)

@@ -17,8 +17,8 @@ import numpy as np
 
 from gradscope import analyze_flow
 from gradscope.flow.analysis import analyze
+from gradscope.histories.format import write
 from gradscope.histories.open import open_history
-from gradscope.histories.schema import write
 
 TARGET = 40
 

@@ -33,3 +33,12 @@ class InputError(GradscopeError):
         self.path = str(path)
         self.kind: InputKind = kind
         self.message = message
+
+
+class OutputError(GradscopeError):
+    """A file or a stream could not be written: the disk is full, the folder is read-only."""
+
+    exit_code = 3
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be written: {reason}")

@@ -16,6 +16,14 @@ def escaped(text: str, longest: int | None = None) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 
+def shortened(text: str, longest: int = 100) -> str:
+    """A name for a table: escaped, and of one that is absurdly long the beginning and the end."""
+    whole = escaped(text)
+    if len(whole) <= 4 * longest:
+        return whole
+    return f"{whole[:longest]}…({len(whole) - 2 * longest:,} characters)…{whole[-longest:]}"
+
+
 def quoted(name: str, longest: int = 200) -> str:
     """A name in quotation marks, with its length where it was cut."""
     size = "" if len(name) <= longest else f" ({len(name):,} characters)"

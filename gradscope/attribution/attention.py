@@ -1,8 +1,8 @@
 """Maps of a vision transformer's attention: one block's, or all of them multiplied.
 
 Values [N, h, w] in the geometry of the patches. Whose attention is shown is measured, not assumed:
-the tokens that the score reads after the last block, which are the class token, class and
-distillation token, or the patches themselves where a model averages them.
+that of the tokens that the score reads after the last block, which are the class token, class and
+distillation token, or the patches themselves in a model that averages them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 from gradscope.attribution.gradients import Result
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
-from gradscope.models.attention import attentions
-from gradscope.models.layers import Layout, layout_of
+from gradscope.models.attention_weights import attentions
+from gradscope.models.layout import Layout, layout_of
+from gradscope.text import plural
 
-#: Weights and their gradients [blocks][heads, T, T] and the tokens without a place -> [T, T].
+#: Weights and their gradients [blocks][heads, T, T], number of prefix tokens -> [T, T].
 Formula = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], int], Tensor]
 
 
 def fused(weights: Tensor, fusion: str) -> Tensor:
-    """Weights [heads, T, T] as one head [T, T]: the heads' mean, or greatest or least value."""
+    """Weights [heads, T, T] as one head [T, T]: the mean, maximum or minimum over heads."""
     if fusion == "mean":
         return weights.mean(0)
     return weights.amax(0) if fusion == "max" else weights.amin(0)
@@ -36,7 +37,7 @@ def attention(subject: Subject, *, block: int, fusion: str) -> Result:
 
     def formula(weights: tuple[Tensor, ...], _: tuple[Tensor, ...], __: int) -> Tensor:
         if not -len(weights) <= block < len(weights):
-            raise UsageError(f"there is no block {block}: the model has {len(weights)}")
+            raise UsageError(f"no block {block}: the model has {plural(len(weights), 'block')}")
         return fused(weights[block], fusion)
 
     return _mapped(subject, formula)
@@ -45,7 +46,7 @@ def attention(subject: Subject, *, block: int, fusion: str) -> Result:
 def attention_rollout(subject: Subject, *, fusion: str, discard: float) -> Result:
     """R = A_L ... A_1, A_l the row-normalised 1/2 F_l + 1/2 I."""
     if not 0 <= discard < 1:
-        raise UsageError("discard is a share below 1")
+        raise UsageError(f"discard is a fraction of at least 0 and below 1, not {discard:g}")
 
     def formula(weights: tuple[Tensor, ...], _: tuple[Tensor, ...], prefix: int) -> Tensor:
         return rollout([without_least(fused(w, fusion), discard, prefix) for w in weights])
@@ -64,9 +65,9 @@ def rollout(blocks: list[Tensor]) -> Tensor:
 
 
 def without_least(weights: Tensor, share: float, prefix: int) -> Tensor:
-    """Each row [T, T] without the least ``share`` of its weights for patches.
+    """Weights [T, T] with the smallest ``share`` of each row's patch weights set to zero.
 
-    Weights for tokens without a place (the first ``prefix``) stay.
+    Weights for prefix tokens (the first ``prefix``), which have no position, stay.
     """
     count = int(share * (weights.shape[-1] - prefix))
     if count == 0:
@@ -93,7 +94,7 @@ def _mapped(subject: Subject, formula: Formula) -> Result:
 
 
 def _one(subject: Subject, image: int, formula: Formula) -> tuple[Tensor, dict[str, Any]]:
-    """One image at a time: weights are as many as tokens squared."""
+    """One image at a time: weights take memory quadratic in the tokens."""
     seen = attentions(subject.model, subject.inputs[image : image + 1])
     objective = subject.objective(seen.logits, subject.images[image : image + 1]).sum()
     weights, gradients = seen.weights, seen.gradients(objective)
@@ -104,7 +105,7 @@ def _one(subject: Subject, image: int, formula: Formula) -> tuple[Tensor, dict[s
         "blocks": len(weights),
         "heads": len(weights[0]),
         "tokens": len(rows),
-        "read_by": _named(readers.tolist(), layout.prefix),
+        "read_by": _described(readers.tolist(), layout.prefix),
     }
     return rows[layout.prefix :].reshape(layout.grid), facts
 
@@ -113,14 +114,14 @@ def _layout(subject: Subject, tokens: int) -> Layout:
     found = layout_of((1, tokens, 1), (1, *subject.inputs.shape[1:]))
     if found is None:
         raise UsageError(
-            f"{tokens} tokens are no grid of square patches over an image of "
+            f"{tokens} tokens do not form a grid of square patches over an image of "
             f"{subject.inputs.shape[2]}×{subject.inputs.shape[3]}"
         )
     return found
 
 
 def _readers(gradient: Tensor, prefix: int) -> Tensor:
-    """Indices of the tokens that the score reads: those whose last attention has a gradient."""
+    """Indices of the tokens that the score reads: those with a gradient in the last block."""
     read = (gradient != 0).any(-1).any(0)
     tokens = torch.arange(len(read), device=read.device)
     if prefix and not read[prefix:].any():
@@ -128,7 +129,7 @@ def _readers(gradient: Tensor, prefix: int) -> Tensor:
     return tokens[prefix:]
 
 
-def _named(readers: list[int], prefix: int) -> str:
+def _described(readers: list[int], prefix: int) -> str:
     if readers[0] >= prefix:
         return "patches"
     return f"token{'s' * (len(readers) > 1)} {', '.join(map(str, readers))}"

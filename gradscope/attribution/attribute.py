@@ -1,4 +1,4 @@
-"""``attribute``: a model, inputs and a method -> raw signed values, and what is known of them."""
+"""``attribute``: a model, inputs and a method -> raw signed values and diagnostics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from gradscope.attribution.methods import Method, completed, method_named
 from gradscope.attribution.subject import Subject, Tick
 from gradscope.errors import UsageError
-from gradscope.models.model import Model, as_model
+from gradscope.models.forms import as_model
+from gradscope.models.model import Model
 from gradscope.models.probe import held
+from gradscope.text import plural
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -21,19 +23,19 @@ class Attribution:
     """Raw signed attribution of N images; display happens elsewhere.
 
     ``values`` are [N, h, w] in the layer's or the patches' geometry for activation and attention
-    methods, [N, C, H, W] for input-gradient methods and [N, H, W] for those that cover the input.
+    methods, [N, C, H, W] for gradient methods and [N, H, W] for perturbation methods.
     """
 
     method: str
     values: Tensor
-    #: [N, H, W] in input geometry: enlarged bilinearly; of channels the sum, or (saliency and its
-    #: relatives) the greatest magnitude.
+    #: [N, H, W] in input geometry: upsampled bilinearly; channels are summed, or (saliency and its
+    #: relatives) reduced to the greatest magnitude.
     upsampled: Tensor
     #: The classes that are explained.
     target: tuple[int, ...]
     #: The layer that was read; None for methods that read none.
     layer: str | None
-    #: The scores that are explained, and what the method reports of itself.
+    #: The scores that are explained, and the method's own diagnostics.
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -52,20 +54,20 @@ def attribute(
     progress: Tick | None = None,
     **options: Any,
 ) -> Attribution:
-    """Which parts of preprocessed inputs [N, C, H, W] the model's score of a target rests on.
+    """Which parts of preprocessed inputs [N, C, H, W] the model's score for a target rests on.
 
-    ``model`` is an ``nn.Module``, a ScriptModule, an ExportedProgram or what ``load_model`` gave.
-    ``target`` is a class, one for each image, or None for the greatest logit of each; with
-    ``versus`` the difference of two logits is explained. ``layer`` names what activation methods
-    read; ``auto`` takes the last that has maps or patch tokens and receives a gradient. ``chunk``
-    inputs are answered at a time, by default as many as memory allows; results do not depend on
-    it. ``mean`` and ``std`` are those the inputs were normalised with, which references like
-    "black" need. ``options`` are the method's own (see ``gradscope methods``).
+    ``model`` is an ``nn.Module``, a ScriptModule, an ExportedProgram or the ``model`` of what
+    ``load_model`` returns. ``target`` is a class, one class per image, or None for each image's
+    greatest logit; with ``versus`` the difference of two logits is explained. ``layer`` is read by
+    activation methods; ``auto`` takes the last with maps or patch tokens that the gradient
+    reaches. The model sees ``chunk`` inputs at a time, by default as many as memory allows; results
+    do not depend on it. ``mean`` and ``std`` are those of the inputs' normalisation, needed for
+    references such as "black". ``options`` are the method's own (see ``gradscope methods``).
 
-    The model is left as it was found: parameters, gradients, buffers, training flags, hooks and
-    the random state, also after an exception.
+    The model is left as it was: parameters, gradients, buffers, training flags, hooks and the
+    random state, also after an exception.
 
-    Raises UsageError for an unknown method, option, layer or target, and for a model or a layer
+    Raises UsageError for an unknown method, option, layer or target, and for a model or layer
     that the method cannot read.
     """
     chosen = method_named(method)
@@ -85,7 +87,7 @@ def attribute(
 
 
 def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
-    """One method on a subject whose model is held; passes made before are not made again."""
+    """One method on a subject whose model is held; passes already made are reused."""
     values, facts = method.compute(subject, **options)
     notes = subject.chunks.notes if subject.chunks else []
     return Attribution(
@@ -116,7 +118,7 @@ def upsampled(values: Tensor, method: Method, inputs: Tensor) -> Tensor:
 def _check_inputs(inputs: Tensor) -> None:
     if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.numel():
         shape = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise UsageError(f"inputs have shape {shape}; they are [N, C, H, W]")
+        raise UsageError(f"inputs have shape {shape}, not [N, C, H, W]")
     if not inputs.is_floating_point():
         raise UsageError(f"inputs are {inputs.dtype}; preprocessed images are floating point")
 
@@ -124,12 +126,12 @@ def _check_inputs(inputs: Tensor) -> None:
 def subject_of(
     model: Model, inputs: Tensor, layer: str, seed: int, *, reads_layer: bool
 ) -> Subject:
-    """Images of a held model, to be explained by their greatest logits."""
+    """Images and a held model, the target of each its greatest logit."""
     named = None if layer == "auto" else layer
     model.check_layers([] if named is None else [named])
     nothing = torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
     subject = Subject(model, inputs, nothing, layer=named, seed=seed)
-    # The one pass that CAM methods need also tells the classes.
+    # The one pass that CAM methods need also gives the classes.
     answered = subject.tapped if reads_layer else subject.answered
     return subject.about(answered.logits.detach().argmax(1))
 
@@ -146,8 +148,8 @@ def _classes(wanted: int | Sequence[int], logits: Tensor) -> Tensor:
     count, classes = logits.shape
     found = [wanted] * count if isinstance(wanted, int) else [int(t) for t in wanted]
     if len(found) != count:
-        raise UsageError(f"{len(found)} targets for {count} images")
+        raise UsageError(f"{plural(len(found), 'target')} for {plural(count, 'image')}")
     wrong = next((t for t in found if not -classes <= t < classes), None)
     if wrong is not None:
-        raise UsageError(f"there is no class {wrong}: the model has {classes}")
+        raise UsageError(f"no class {wrong}: the model has {classes} classes")
     return torch.tensor([t % classes for t in found], device=logits.device)

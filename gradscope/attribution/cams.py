@@ -1,8 +1,8 @@
 """Class activation maps: weighted sums of a layer's channels, from one forward and one backward.
 
 The formulas take activations A and gradients g of the score, both [N, C, h, w], and give a map
-[N, h, w] in the layer's geometry. Maps are signed: what speaks against the target is negative, and
-is cut off for display, or with ``relu=True`` as the papers do.
+[N, h, w] in the layer's geometry. Maps are signed: evidence against the target is negative, and is
+cut off for display, or with ``relu=True`` as in the papers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def weighted(weights: Tensor, activations: Tensor) -> Tensor:
 
 
 def rectified(values: Tensor, relu: bool) -> Tensor:
-    """The map as the papers end it, or as it is."""
+    """The map with the papers' final ReLU, or as it is."""
     return values.relu() if relu else values
 
 
@@ -38,7 +38,7 @@ def _method(formula: Formula) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
 
 
 def gradcam_map(activations: Tensor, gradients: Tensor) -> Tensor:
-    """sum_k a_k A_k, a_k the mean of g_k over the places."""
+    """sum_k a_k A_k, a_k the mean of g_k over positions."""
     return weighted(gradients.mean((2, 3)), activations)
 
 
@@ -63,12 +63,12 @@ def xgradcam_map(activations: Tensor, gradients: Tensor) -> Tensor:
 
 
 def hirescam_map(activations: Tensor, gradients: Tensor) -> Tensor:
-    """sum_k g_k A_k, place by place."""
+    """sum_k g_k A_k at each position."""
     return (activations * gradients).sum(1)
 
 
 def layercam_map(activations: Tensor, gradients: Tensor) -> Tensor:
-    """sum_k relu(g_k) A_k, place by place."""
+    """sum_k relu(g_k) A_k at each position."""
     return (activations * gradients.relu()).sum(1)
 
 
@@ -80,7 +80,7 @@ layercam = _method(layercam_map)
 
 
 def eigencam(subject: Subject, *, relu: bool) -> tuple[Tensor, dict[str, Any]]:
-    """Projection on the first principal direction of the places; knows no target.
+    """Projection on the first principal component over positions; independent of the target.
 
     Its sign, which no decomposition fixes, is the one that correlates with the activations' sum.
     """

@@ -1,8 +1,8 @@
-"""What a map is worth, measured on the model it speaks of.
+"""How much a map can be trusted, measured on its model.
 
 Insertion and deletion (Petsiuk et al. 2018, arXiv:1806.07421), sensitivity (Yeh et al. 2019,
 arXiv:1901.09392) and parameter randomisation (Adebayo et al. 2018, arXiv:1810.03292). An area
-under a curve means nothing by itself, so each has a control: the same map at other places.
+under a curve means nothing by itself, so each has a control: the same map at random positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradscope.attribution.result import Control, Randomised
 from gradscope.attribution.subject import Subject
 
 _STEPS = 16
-#: Random orders of equal pixels, and random places of the control.
+#: Random orders of equal pixels, and random positions of the control.
 _TIES, _PLACES = 3, 5
 _POINTS = 6
 _SAMPLES = 6
@@ -32,24 +32,24 @@ RADIUS = 0.02
 
 
 def ordered(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices of the flat map [H, W], greatest first; equal ones in random order."""
+    """Indices of the flattened map [H, W], greatest value first; equal values in random order."""
     mixed = torch.randperm(values.numel(), generator=generator)
     by_value = torch.argsort(values.flatten()[mixed], descending=True, stable=True)
     return mixed[by_value]
 
 
 def area(curve: Sequence[float]) -> float:
-    """The trapezoid rule over 0..1: the fraction of pixels, however many steps there are."""
+    """The trapezoid rule over 0..1, the fraction of pixels; independent of the number of steps."""
     return float(np.trapezoid(curve, dx=1 / (len(curve) - 1)))
 
 
 def insertion_deletion(
     subject: Subject, order: Tensor, steps: int = _STEPS
 ) -> tuple[list[float], list[float]]:
-    """The target's probability while an image's pixels appear, and while they vanish.
+    """The target's probability while an image's pixels are inserted, and while they are deleted.
 
-    Pixels come in ``order``; they appear over the blurred image and leave the mean colour. Each
-    curve has ``steps`` + 1 points, from nothing to everything.
+    Pixels come in ``order``; they replace the blurred image, or are replaced by the mean colour.
+    Each curve has ``steps`` + 1 points, from no pixel to all.
     """
     image = subject.inputs[0]
     height, width = image.shape[1:]
@@ -74,10 +74,10 @@ def insertion_deletion(
 
 
 def areas(subject: Subject, values: Tensor, seed: int) -> tuple[float, float, float, float]:
-    """Insertion and deletion areas of a map [H, W]; their spreads over orders of equal pixels."""
+    """Insertion and deletion areas of a map [H, W], and their spreads over orders of ties."""
     generator = torch.Generator().manual_seed(seed)
     flat = values.detach().float().cpu()
-    # A few equal pixels move a curve by less than a step does.
+    # A few ties move a curve by less than one step.
     orders = _TIES if flat.unique().numel() < 0.99 * flat.numel() else 1
     curves = [insertion_deletion(subject, ordered(flat, generator)) for _ in range(orders)]
     insertion, deletion = (np.array([area(c[i]) for c in curves]) for i in (0, 1))
@@ -85,10 +85,10 @@ def areas(subject: Subject, values: Tensor, seed: int) -> tuple[float, float, fl
 
 
 def random_control(subject: Subject, values: Tensor, seed: int) -> Control:
-    """The areas of the map at random places: shifted around the border, and mirrored.
+    """The areas of the map at random positions: shifted around the border, and mirrored.
 
-    It keeps the map's texture, which a random order of single pixels would not: scattered holes
-    destroy a picture faster than any region.
+    This keeps the map's texture, which a random order of pixels would not: scattered holes destroy
+    a picture faster than any region.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     flat = values.detach().float().cpu()
@@ -110,11 +110,11 @@ def random_control(subject: Subject, values: Tensor, seed: int) -> Control:
     )
 
 
-# --- does it depend on the model, does it hold still ----------------------------------------------
+# --- dependence on the model, sensitivity to the input --------------------------------------------
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation, equal values sharing their mean rank; 0 where a map is constant."""
+    """Rank correlation, ties sharing their mean rank; 0 where a map is constant."""
     x, y = (_ranks(values) for values in (a, b))
     x, y = x - x.mean(), y - y.mean()
     below = float(np.sqrt((x @ x) * (y @ y)))
@@ -132,10 +132,10 @@ def _ranks(values: Tensor) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 def randomisation(
     module: nn.Module, attribute: Callable[[], Tensor], original: Tensor, seed: int
 ) -> tuple[Randomised, ...]:
-    """How like ``original`` the map stays while layers are drawn anew, from the output down.
+    """How similar to ``original`` the map stays while layers are randomised, from the output down.
 
-    Each layer's parameters become Gaussian with the mean and spread that they have, running
-    statistics 0 and 1; other buffers stay. All is put back bit by bit, after an exception too.
+    Each layer's parameters become Gaussian with their own mean and standard deviation, running
+    statistics 0 and 1; other buffers stay. All are restored bit for bit, after an exception too.
     Empty for a module without parameters, such as a frozen TorchScript program.
     """
     layers = _layers(module)
@@ -152,9 +152,9 @@ def randomisation(
 
 
 def _layers(module: nn.Module) -> list[tuple[str, dict[str, Tensor]]]:
-    """Parameters and running statistics by the module that owns them, the last defined first."""
+    """Parameters and running statistics by their module, the last defined first."""
     found: dict[str, dict[str, Tensor]] = {}
-    # Other buffers are no weights: a mask of -inf drawn anew would make every map NaN.
+    # Other buffers are not weights: a randomised mask of -inf would make every map NaN.
     statistics = ((n, t) for n, t in module.named_buffers() if n.endswith(_STATISTICS))
     for name, tensor in (*module.named_parameters(), *statistics):
         owner, _, role = name.rpartition(".")
@@ -212,7 +212,7 @@ def sensitivity(
     for _ in range(_SAMPLES):
         noise = (2 * torch.rand(inputs.shape, generator=generator) - 1).to(inputs) * radius
         change = attribute(inputs + noise).double() - original.double()
-        # Python's max() would pass over NaN and call the map perfectly still.
+        # Python's max() would skip NaN and call the map perfectly stable.
         worst = torch.maximum(worst, torch.linalg.vector_norm(change) / size)
     return float(worst) if torch.isfinite(worst) else None
 
@@ -230,7 +230,7 @@ def concentration(values: Tensor) -> float | None:
 
 
 def agreement(maps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Rank correlations of the maps of one image; of signed ones, what speaks for the target."""
+    """Rank correlations between one image's maps, of their positive parts."""
     shown = {name: values.clamp(min=0) for name, values in maps.items()}
     return {
         name: {other: spearman(a, b) for other, b in shown.items() if other != name}

@@ -1,4 +1,4 @@
-"""Methods that differentiate the score by the input. All give signed values [N, C, H, W]."""
+"""Methods that differentiate the score by the input. Signed values [N, C, H, W]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 
 Result = tuple[Tensor, dict[str, Any]]
-#: Steps at which ``tolerance`` gives up.
+#: Steps beyond which ``tolerance`` gives up.
 _MOST_STEPS = 4096
 
 
@@ -24,7 +24,7 @@ def gradient(subject: Subject) -> Tensor:
 
 
 def saliency(subject: Subject) -> Result:
-    """dS/dx, with its sign; the paper's map is its greatest magnitude over the channels."""
+    """dS/dx, signed; the paper's map is its greatest magnitude over the channels."""
     return gradient(subject), {}
 
 
@@ -36,7 +36,7 @@ def input_x_gradient(subject: Subject) -> Result:
 def smoothgrad(subject: Subject, *, samples: int, noise: float) -> Result:
     """The mean of dS/dx over x + e, e Gaussian of ``noise`` times each image's range.
 
-    Noise is drawn on the CPU, one generator a sample, so neither chunk nor device changes it.
+    Noise is drawn on the CPU, one generator per sample, so neither chunk nor device changes it.
     """
     return _noisy(subject, samples, noise)[0], {}
 
@@ -48,7 +48,7 @@ def vargrad(subject: Subject, *, samples: int, noise: float) -> Result:
 
 def _noisy(subject: Subject, samples: int, noise: float) -> tuple[Tensor, Tensor]:
     if samples < 1 or noise < 0:
-        raise UsageError("samples count from 1 and noise from 0")
+        raise UsageError("samples has to be at least 1, and noise at least 0")
     inputs = subject.inputs
     flat = inputs.flatten(1)
     width = noise * (flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
@@ -84,7 +84,7 @@ def integrated_gradients(
     """(x - x') times the mean of dS/dx over the straight path from the reference x' to x.
 
     The difference between the values' sum and S(x) - S(x') is reported for each image, absolute
-    and relative; with ``tolerance`` steps are doubled until every relative one is below it. For
+    and relative; with ``tolerance``, steps are doubled until no relative one exceeds it. For
     several references (random ones) values and deltas are means, and the spread is reported.
     """
     bases = references(subject, reference, draws)
@@ -100,7 +100,7 @@ def integrated_gradients(
     facts = {
         "steps": steps,
         "completeness_delta": delta.tolist(),
-        # Where the output does not change at all, no share of it is missing.
+        # Undefined where the score does not change at all.
         "relative_delta": [
             abs(d / c) if c else None for d, c in zip(delta.tolist(), change.tolist(), strict=True)
         ],
@@ -155,7 +155,7 @@ def _along(subject: Subject, base: Tensor, steps: int, rule: str) -> Tensor:
 def _nodes(steps: int, rule: str) -> Iterator[tuple[float, float]]:
     """Nodes and weights on [0, 1]; weights sum to one."""
     if steps < 1:
-        raise UsageError("steps count from 1")
+        raise UsageError("steps has to be at least 1")
     if rule == "midpoint":
         yield from (((i + 0.5) / steps, 1 / steps) for i in range(steps))
         return

@@ -1,12 +1,12 @@
-"""Gradients that are cut off at rectifiers. Values [N, C, H, W].
+"""Gradients that are rectified at activations. Values [N, C, H, W].
 
-Operators of the backward pass are overridden, so rectifiers are seen however they are written:
-modules, functions, in place, used twice, in TorchScript and exported programs. The gradient is cut
-where it arrives at a rectifier's output; cutting it at the input would also cut what comes through
-a skip connection.
+Operators of the backward pass are overridden, so rectifiers are found however they are written:
+as modules, functions, in place, used twice, in TorchScript and exported programs. The gradient is
+rectified where it arrives at a rectifier's output; at its input, this would also affect what comes
+through a skip connection.
 
-What it gives hardly depends on the parameters of late layers (Adebayo et al. 2018): it shows edges
-of the image, and ``--evaluate`` says so.
+The maps hardly depend on the parameters of late layers (Adebayo et al. 2018): they show edges of
+the image, as ``--evaluate`` reports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 
 _aten = torch.ops.aten
-#: The derivatives of activations that let pass or hold back; not gates like sigmoid.
+#: The derivatives of rectifying activations; not of gates such as sigmoid.
 _RECTIFIERS = frozenset(
     getattr(_aten, f"{name}_backward").default
     for name in ("threshold", "hardtanh", "hardswish", "silu", "gelu", "leaky_relu", "elu", "mish",
@@ -34,7 +34,7 @@ _PRELU = _aten._prelu_kernel_backward.default
 
 
 class Rectifiers(TorchDispatchMode):
-    """Changes what arrives at rectifiers on the way back; with or without their own gates."""
+    """Changes gradients that arrive at rectifiers, with or without the rectifiers' own gates."""
 
     def __init__(self, change: Callable[[Tensor], Tensor], gated: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def _rectified(subject: Subject, gated: bool) -> Result:
         seen = mode.seen
     if not seen:
         raise UsageError(
-            "no rectifier answers on the way back: the map would be the plain gradient; take "
+            "no rectifier in the backward pass: the map would be the plain gradient; use "
             "saliency, smoothgrad or a CAM method"
         )
     return torch.cat(parts), {"rectifiers": seen}
@@ -86,7 +86,7 @@ def deconvnet(subject: Subject) -> Result:
 
 
 def guided_gradcam(subject: Subject) -> Result:
-    """Guided backpropagation times the rectified Grad-CAM map, enlarged bilinearly."""
+    """Guided backpropagation times the rectified Grad-CAM map, upsampled bilinearly."""
     values, facts = guided_backprop(subject)
     small = gradcam_map(subject.activations, subject.activation_gradients).relu()
     large = torch.nn.functional.interpolate(

@@ -1,4 +1,4 @@
-"""One map of one picture, and all that can be said of it."""
+"""One map of one picture, its diagnostics and its entry in the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gradscope.models.images import Picture
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Map:
-    """A method's answer to one picture and target, with what it takes to ask again."""
+    """A method's map for one picture and target, with what it takes to repeat it."""
 
     method: Method
     options: Mapping[str, Any]
@@ -33,18 +33,18 @@ class Map:
         return self.found.upsampled[0]
 
     def again(self, inputs: Tensor) -> Tensor:
-        """The map of other inputs [1, C, H, W] for the same target and layer, not refined."""
+        """The map of other inputs [1, C, H, W] for the same target and layer, without refining."""
         layer = self.found.layer or self.subject.layer
         subject = replace(self._quiet, inputs=inputs, shared={}, layer=layer)
         return attributed(subject, self.method, self._unrefined).upsampled[0]
 
     @property
     def _unrefined(self) -> dict[str, Any]:
-        """The options without a tolerance, which would be met anew a dozen times."""
+        """The options without a tolerance, which every repetition would have to meet again."""
         return {k: 0.0 if k == "tolerance" else v for k, v in self.options.items()}
 
     def _again_unmoved(self, values: Tensor) -> Tensor:
-        """What other maps are compared with: this one, made as they are."""
+        """The map that repetitions are compared with, made as they are."""
         refined = self._unrefined != dict(self.options)
         return self.again(self.subject.inputs) if refined else values
 
@@ -53,7 +53,7 @@ class Map:
         return replace(self.subject, tick=lambda _done, _total: None)
 
     def diagnostics(self) -> Diagnostics:
-        """What the method said of itself."""
+        """The method's own diagnostics."""
         facts = dict(self.found.diagnostics)
         facts.pop("scores")
         delta, share = (facts.pop(k, [None])[0] for k in ("completeness_delta", "relative_delta"))
@@ -61,7 +61,7 @@ class Map:
         return Diagnostics(completeness_delta=delta, relative_delta=share, method=own)
 
     def evaluated(self, agreement: Mapping[str, float], tick: Tick) -> Diagnostics:
-        """That, and what the map is worth; many passes."""
+        """Those and the evaluation of the map, which takes many passes."""
         measured: dict[str, Any] = {"agreement": dict(agreement) or None}
         stages = (self._faithful, self._controlled, self._randomised, self._sensitive)
         for number, stage in enumerate(stages):
@@ -93,7 +93,7 @@ class Map:
         return {"sensitivity": found}
 
     def explanation(self, picture: Picture, files: Files, known: Diagnostics) -> Explanation:
-        """The map as the report has it."""
+        """The map's entry in the report."""
         values = self.values
         choice = self.subject.choice if self.method.reads_layer else None
         shown = {k: "an image" if isinstance(v, Tensor) else v for k, v in self.options.items()}

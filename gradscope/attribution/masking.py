@@ -1,4 +1,4 @@
-"""Class activation maps without gradients: channels weighted by what the model answers to them."""
+"""Class activation maps without gradients: channels weighted by the scores that they cause."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gradscope.models.probe import logits_of
 def scorecam(subject: Subject, *, channels: int, relu: bool) -> Result:
     """sum_k w_k A_k, w the softmax over channels of the score of x times A_k.
 
-    A_k is enlarged to the image and scaled to 0..1. Every channel that is constant leaves the same
-    black image, which is asked once. ``channels`` takes only those of the greatest variance.
+    A_k is upsampled to the image and scaled to 0..1. Every constant channel gives the same black
+    image, which is scored once. ``channels`` limits them to those of the greatest variance.
     """
     activations, inputs = subject.activations, subject.inputs
     count, total = activations.shape[:2]
     if channels < 0:
-        raise UsageError("channels count from 1; 0 takes all")
+        raise UsageError("channels has to be at least 1, or 0 for all")
     flat = activations.flatten(2)
     low, high = flat.amin(2), flat.amax(2)
     chosen = _chosen(flat, channels or total)
@@ -65,7 +65,7 @@ def _shown(points: Points, kept: Tensor, image: int, which: Tensor, images: Tens
 
 
 def _chosen(flat: Tensor, most: int) -> Tensor:
-    """Which channels [N, C] are among the ``most`` of greatest variance."""
+    """Whether each channel [N, C] is among the ``most`` of greatest variance."""
     if most >= flat.shape[1]:
         return torch.ones(flat.shape[:2], dtype=torch.bool, device=flat.device)
     best = flat.var(2).topk(most, dim=1).indices
@@ -75,8 +75,8 @@ def _chosen(flat: Tensor, most: int) -> Tensor:
 def ablationcam(subject: Subject, *, relu: bool) -> Result:
     """sum_k w_k A_k, w_k = (S - S_k) / |S|, S_k the score with channel k set to zero.
 
-    What comes before the layer is run once: the tap answers with as many copies of its output as
-    channels are ablated. Where a model does not carry those copies on, the image is repeated.
+    What precedes the layer runs once: the tap returns as many copies of the output as channels are
+    ablated. Where a model cannot carry these copies on, the image is repeated.
     """
     activations = subject.activations
     lost = activations.new_empty(activations.shape[:2])
@@ -94,25 +94,25 @@ def ablationcam(subject: Subject, *, relu: bool) -> Result:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Ablated:
-    """One image's answers without single channels of the layer's last call."""
+    """One image's logits without single channels of the layer's last call."""
 
     subject: Subject
     calls: int
-    #: Whether the trunk runs on one image, whose output is then copied.
+    #: Whether what precedes the layer runs on one image, whose output is then copied.
     copies: bool
 
     def lost(self, channels: Tensor, images: Tensor) -> Tensor:
         """What the score loses with each channel [M].
 
-        The whole is asked in the same batch: another batch rounds otherwise, by as much as a
-        channel may weigh.
+        The full score comes from the same batch: another batch rounds differently, by as much as a
+        channel may matter.
         """
         asked = torch.cat([channels, channels.new_tensor([-1])])
         scores = self.subject.objective(self.logits(asked), images[:1].expand(len(asked)))
         return scores[-1] - scores[:-1]
 
     def logits(self, channels: Tensor) -> Tensor:
-        """Logits [M, K]; a channel of -1 leaves everything."""
+        """Logits [M, K]; channel -1 ablates nothing."""
         model = self.subject.model
         parts = channels.split(model.batch or len(channels))
         with torch.no_grad():
@@ -153,7 +153,7 @@ def _calls(subject: Subject) -> int:
 
 
 def _carries_copies(subject: Subject, calls: int) -> bool:
-    """Whether two copies of the layer's output come out as two equal answers.
+    """Whether two copies of the layer's output become two equal rows of logits.
 
     They do not where the model remembers the batch size from before the layer.
     """

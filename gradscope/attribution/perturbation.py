@@ -1,6 +1,6 @@
-"""Methods that cover parts of the input and watch the score: no gradient is needed.
+"""Methods that cover parts of the input and compare scores, without gradients.
 
-They give maps [N, H, W] in input geometry.
+Maps are [N, H, W] in input geometry.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gradscope.errors import UsageError
 def occlusion(subject: Subject, *, window: int, stride: int, fill: float) -> Result:
     """What the score loses when a square is covered with ``fill``, averaged over the squares.
 
-    Squares of ``window`` pixels every ``stride``; the last ones end at the border.
+    Squares of ``window`` pixels lie every ``stride`` pixels; the last ones end at the border.
     """
     inputs = subject.inputs
     count, _, height, width = inputs.shape
     window = window or max(1, min(height, width) // 7)
     stride = stride or max(1, window // 2)
     if not 1 <= stride <= window:
-        raise UsageError("the stride counts from 1 and is at most the window, or pixels are missed")
+        raise UsageError(f"the stride has to be 1 to {window} (the window), or pixels are missed")
     corners = torch.tensor(list(_corners(height, width, window, stride)))
     covered = _squares(corners, window, height, width).sum(0).to(inputs)
     corners = corners.to(inputs.device)
@@ -67,7 +67,7 @@ def rise(subject: Subject, *, masks: int, grid: int, keep: float) -> Result:
     Masks are drawn on the CPU, one generator each, so neither chunk nor device changes them.
     """
     if masks < 1 or grid < 1 or not 0 < keep < 1:
-        raise UsageError("masks and grid count from 1 and keep lies between 0 and 1")
+        raise UsageError("masks and grid have to be at least 1, and keep between 0 and 1")
     inputs = subject.inputs
     count, _, height, width = inputs.shape
 
@@ -85,7 +85,7 @@ def rise(subject: Subject, *, masks: int, grid: int, keep: float) -> Result:
 
 
 def _mask(seed: int, grid: int, keep: float, height: int, width: int) -> Tensor:
-    """A coarse random grid, enlarged by one cell, blurred by interpolation, shifted at random."""
+    """A coarse random grid, upsampled bilinearly to one cell more than the image, and cropped."""
     generator = torch.Generator().manual_seed(seed)
     cells = (torch.rand((1, 1, grid, grid), generator=generator) < keep).float()
     tall, wide = -(-height // grid), -(-width // grid)

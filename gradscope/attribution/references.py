@@ -1,4 +1,4 @@
-"""Reference inputs of integrated gradients, by what they look like as images."""
+"""Reference inputs of integrated gradients, by name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from gradscope.errors import UsageError
 
 
 def references(subject: Subject, wanted: str | Tensor, draws: int = 1) -> list[Tensor]:
-    """Inputs [N, C, H, W] to start from: one, or as many as ``draws`` where they are random.
+    """Inputs [N, C, H, W] to start from: one, or ``draws`` of them where they are random.
 
-    Names speak of pixels and pass through the normalisation: ``black`` 0, ``white`` 1,
-    ``mean`` the image that becomes zeros, ``blurred`` the image itself under a Gaussian,
-    ``random`` uniform noise.
+    Names describe pixels, which are then normalised: ``black`` 0, ``white`` 1, ``mean`` the image
+    that becomes zeros, ``blurred`` the image itself under a Gaussian, ``random`` uniform noise.
 
     Raises UsageError for an unknown name, a tensor of another shape, and a name that needs a
     normalisation that is not known.
@@ -26,9 +25,9 @@ def references(subject: Subject, wanted: str | Tensor, draws: int = 1) -> list[T
         return [_fitting(subject, wanted)]
     if wanted not in _NAMED:
         offered = ", ".join(_NAMED)
-        raise UsageError(f"no reference is called {wanted!r}; there are {offered}, or an image")
+        raise UsageError(f"unknown reference {wanted!r}; it is one of {offered}, or an image")
     if draws < 1:
-        raise UsageError("draws count from 1")
+        raise UsageError("draws has to be at least 1")
     return [_NAMED[wanted](subject, draw) for draw in range(draws if wanted == "random" else 1)]
 
 
@@ -64,8 +63,8 @@ def _mean(subject: Subject, _draw: int) -> Tensor:
 
 
 def _blurred(subject: Subject, _draw: int) -> Tensor:
-    # A blur is linear and leaves constants, so it may come after the normalisation. A twentieth of
-    # the side leaves colours and no shapes.
+    # A blur is linear and keeps constants, so it may follow the normalisation. A twentieth of the
+    # side leaves colours and no shapes.
     return gaussian_blur(subject.inputs, sigma=max(1.0, min(subject.inputs.shape[2:]) / 20))
 
 
@@ -82,5 +81,5 @@ _NAMED: Mapping[str, Callable[[Subject, int], Tensor]] = {
     "random": _random,
 }
 
-#: What ``--reference`` can be called.
+#: The names that ``--reference`` takes.
 NAMES = tuple(_NAMED)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
 
 from gradscope.report.model import Number, Record, Report
 
 
 class Target(Record):
-    """What is explained: a class (less another, with ``versus``) and the model's answer to it."""
+    """What is explained: a class (with ``versus``, less another) and the model's score for it."""
 
     index: int
     label: str | None
@@ -40,7 +41,7 @@ class Files(Record):
 
 
 class Control(Record):
-    """Means and spreads (standard deviations) of the same curves for the map at random places."""
+    """Mean areas and standard deviations of the same curves for the map at random positions."""
 
     insertion_auc: Number
     deletion_auc: Number
@@ -50,7 +51,7 @@ class Control(Record):
 
 
 class Randomised(Record):
-    """How like the map stays when parameters are drawn anew, from the output down to a layer."""
+    """How similar the map stays with parameters randomised from the output down to a layer."""
 
     layer: str
     #: Spearman's rank correlation with the original map, of values and of magnitudes. 0 where a
@@ -60,7 +61,7 @@ class Randomised(Record):
 
 
 class Diagnostics(Record):
-    """What is known of a map's worth. None is not measured (or not defined), never "good"."""
+    """How far a map can be trusted. None means not measured, or not defined; never "good"."""
 
     #: Sum of the attribution less S(x) - S(reference); and that over |S(x) - S(reference)|.
     completeness_delta: Number | None = None
@@ -74,12 +75,12 @@ class Diagnostics(Record):
     random_control: Control | None = None
     #: The cascade, from the output towards the input.
     randomisation: tuple[Randomised, ...] | None = None
-    #: Greatest relative L2 change of the map when the image changes by at most ``radius`` (of its
-    #: range 0..1) in every pixel.
+    #: Greatest relative L2 change of the map when every pixel changes by at most 0.02 of the range
+    #: 0..1.
     sensitivity: Number | None = None
     #: Spearman's rank correlation with the other methods' maps of the same image and target.
     agreement: Mapping[str, Number] | None = None
-    #: What the method says of itself: steps, forwards, rectifiers seen, …
+    #: The method's own diagnostics: steps, forward passes, rectifiers seen, …
     method: Mapping[str, Any] = {}
 
 
@@ -94,15 +95,28 @@ class Explanation(Record):
     layer: str | None
     layer_reason: str | None
     options: Mapping[str, Any]
-    #: "signed" where both signs mean something, "positive" where only more means more.
+    #: "signed" where both signs have a meaning, "positive" where only positive values have.
     sign: Literal["signed", "positive"]
     map: MapFacts
     files: Files
     diagnostics: Diagnostics
 
+    @property
+    def input(self) -> str:
+        """The picture, as findings name their input."""
+        return self.image
+
+    @property
+    def subject(self) -> str:
+        """What findings about it name: ``cat.png: gradcam → 281 tabby``."""
+        named = f"{self.target.index} {self.target.label or ''}".rstrip()
+        if self.target.versus is not None:
+            named += f" rather than {self.target.versus_label or self.target.versus}"
+        return f"{self.image}: {self.method} → {named}"
+
 
 class Prediction(Record):
-    """A class that the model gives an image."""
+    """One of the model's predictions for an image."""
 
     index: int
     label: str | None
@@ -111,7 +125,7 @@ class Prediction(Record):
 
 
 class ImageFacts(Record):
-    """An image as it was read, and what the model says of it: its five likeliest classes."""
+    """An image as it was read, and its five likeliest classes."""
 
     path: str
     sha256: str
@@ -130,19 +144,19 @@ class ModelFacts(Record):
     architecture: str | None
     parameters: int
     classes: int
-    #: Whether its outputs are probabilities already: gradients of those vanish where it is sure.
+    #: Whether it returns probabilities, whose gradients vanish where it is certain.
     ends_in_softmax: bool
 
 
 class Preprocessed(Record):
-    """How images became inputs, and who said so."""
+    """How images became inputs, and where that was specified."""
 
     size: tuple[int, int]
     mean: tuple[Number, ...]
     std: tuple[Number, ...]
     steps: tuple[str, ...]
     source: str
-    #: Nothing said how; ImageNet's was taken.
+    #: Specified nowhere; ImageNet's was assumed.
     assumed: bool
 
 
@@ -155,8 +169,19 @@ class Environment(Record):
     versions: Mapping[str, str]
 
 
+class Need(StrEnum):
+    """The kinds of facts that a rule about explanations can need."""
+
+    MAPS = "maps"
+    COMPLETENESS = "completeness"
+    EVALUATION = "evaluation"
+
+
 class ExplainResult(Record):
     """Everything that ``gradscope explain`` found."""
+
+    command: ClassVar[str] = "explain"
+    Needs: ClassVar[type[StrEnum]] = Need
 
     explanations: tuple[Explanation, ...]
     images: tuple[ImageFacts, ...]
@@ -165,6 +190,16 @@ class ExplainResult(Record):
     environment: Environment
     evaluated: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> frozenset[Need]:
+        """The kinds of facts that are there."""
+        facts = {Need.MAPS} if self.explanations else set()
+        if any(e.diagnostics.completeness_delta is not None for e in self.explanations):
+            facts.add(Need.COMPLETENESS)
+        if self.evaluated:
+            facts.add(Need.EVALUATION)
+        return frozenset(facts)
 
 
 ExplainReport = Report[ExplainResult]
@@ -182,9 +217,9 @@ class VisualizeResult(Record):
     channel: int | None
     size: tuple[int, int]
     steps: int
-    #: The logit, or the channel's mean, at each step under its random view, then of the image.
+    #: The logit, or the channel's mean, at each step under its random view, then for the image.
     objective: tuple[Number, ...]
-    #: What the model says of the image: its five likeliest classes.
+    #: The model's five likeliest classes for the image.
     predictions: tuple[Prediction, ...]
     #: The PNG that was written; None where none was asked for.
     image: str | None

@@ -1,4 +1,4 @@
-"""What methods see: images, what is asked of the model about them, and its answers, asked once."""
+"""What methods work on: images, their targets, and the model's answers, computed once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from gradscope.errors import UsageError
-from gradscope.models.layers import Choice, Layout, auto_layer, layout_of
+from gradscope.models.layers import AutoLayer, auto_layer
+from gradscope.models.layout import Layout, layout_of
 from gradscope.models.model import Model, first_convolution
-from gradscope.models.probe import Run, run
+from gradscope.models.probe import Pass, run
+from gradscope.text import quoted
 
-#: Items and images [M] -> inputs [M, C, H, W]: the inputs that a method wants answered.
+#: Items and images [M] -> inputs [M, C, H, W]: the inputs that a method puts to the model.
 Points = Callable[[Tensor, Tensor], Tensor]
-#: Items [M], images [M] and what was found for them.
+#: Items [M], images [M] and the values for them.
 Answer = tuple[Tensor, Tensor, Tensor]
-#: Work done and all of it.
+#: Work done, and all work.
 Tick = Callable[[int, int], None]
 
 _CPU_BUDGET = 3 << 29
-#: More at a time is slower on a CPU: what is saved for the way back leaves its caches.
+#: More at a time is slower on a CPU: what the backward pass needs leaves its caches.
 _CPU_MOST = 8
 _MOST = 64
 #: From so many images on, channels come last in memory.
@@ -32,7 +34,7 @@ _MANY = 4
 
 @dataclass(slots=True)
 class Chunks:
-    """How many inputs are answered at a time: with a way back, and without one."""
+    """How many inputs the model sees at a time, with a backward pass and without."""
 
     gradient: int
     forward: int
@@ -41,9 +43,9 @@ class Chunks:
     notes: list[str] = field(default_factory=list)
 
     def halve(self) -> None:
-        """Go on with half as many; said in the notes."""
+        """Continue with half as many, and note it."""
         self.gradient, self.forward = max(1, self.gradient // 2), max(1, self.forward // 2)
-        self.notes.append(f"out of memory: went on with chunks of {self.forward}")
+        self.notes.append(f"out of memory: continued with chunks of {self.forward}")
 
 
 @dataclass(eq=False)
@@ -53,24 +55,24 @@ class Subject:
     model: Model
     #: [N, C, H, W]
     inputs: Tensor
-    #: [N], and with a contrast the classes whose score is taken off.
+    #: [N]; and with a contrast, the classes whose score is subtracted.
     targets: Tensor
     versus: Tensor | None = None
     #: None lets the model's layers decide.
     layer: str | None = None
     seed: int = 0
     chunks: Chunks | None = None
-    #: How inputs came from pixels 0..1: (pixels - mean) / std, each [C]; None is not known.
+    #: The normalisation of pixels 0..1, (pixels - mean) / std, each [C]; None if unknown.
     mean: Tensor | None = None
     std: Tensor | None = None
     tick: Tick = lambda _done, _total: None
-    #: Passes that were made, by the layer tapped; subjects of the same inputs share them.
-    shared: dict[str, Run] = field(default_factory=dict)
+    #: Passes made so far, by the layer tapped; subjects with the same inputs share them.
+    shared: dict[str, Pass] = field(default_factory=dict)
 
     def limit(self, chunk: int) -> None:
-        """Answer no more than ``chunk`` inputs at a time. Raises UsageError for none at all."""
+        """Put no more than ``chunk`` inputs to the model at a time. Raises UsageError below 1."""
         if chunk < 1:
-            raise UsageError("chunk counts from 1")
+            raise UsageError("chunk has to be at least 1")
         self.chunks = replace(self._chunks(), gradient=chunk, forward=chunk, notes=[])
 
     def about(self, targets: Tensor, versus: Tensor | None = None) -> Subject:
@@ -91,7 +93,7 @@ class Subject:
     # -- the whole model ---------------------------------------------------------------------------
 
     def objective(self, logits: Tensor, images: Tensor) -> Tensor:
-        """What is explained [M]: the targets' logits, less those they are contrasted with."""
+        """What is explained [M]: the targets' logits, less those of the contrasting classes."""
         found = logits.gather(1, self.targets[images][:, None]).squeeze(1)
         if self.versus is not None:
             found = found - logits.gather(1, self.versus[images][:, None]).squeeze(1)
@@ -107,8 +109,8 @@ class Subject:
         return found.gather(1, self.targets[images][:, None]).squeeze(1)
 
     @property
-    def answered(self) -> Run:
-        """A pass over the images as they are, whichever was made."""
+    def answered(self) -> Pass:
+        """A pass over the images as they are; any that was made."""
         if not self.shared:
             with torch.no_grad():
                 self.shared[""] = run(self.model, self.inputs)
@@ -148,25 +150,25 @@ class Subject:
     def scores(
         self, points: Points, items: int = 1, ask: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> Iterator[Answer]:
-        """For every item and image: (items [M], images [M], scores [M]); no way back is kept."""
+        """For every item and image: (items [M], images [M], scores [M]), without a graph."""
         answer = ask or self.score
         return self.answers(
             lambda which, images: answer(self._laid(points(which, images)), images), items
         )
 
     def answers(self, work: Callable[[Tensor, Tensor], Tensor], items: int) -> Iterator[Answer]:
-        """What ``work`` gives for every item and image, in chunks; no way back is kept."""
+        """What ``work`` returns for every item and image, in chunks, without a graph."""
 
-        def without_way_back(which: Tensor, images: Tensor) -> Tensor:
+        def without_graph(which: Tensor, images: Tensor) -> Tensor:
             with torch.no_grad():
                 return work(which, images).detach()
 
-        yield from self._worked(without_way_back, items, lambda chunks: chunks.forward)
+        yield from self._worked(without_graph, items, lambda chunks: chunks.forward)
 
     def _worked(
         self, work: Callable[[Tensor, Tensor], Tensor], items: int, size: Callable[[Chunks], int]
     ) -> Iterator[Answer]:
-        """Items by images, items first, in chunks; one that does not fit is tried at half size."""
+        """Items by images, items first, in chunks; one that does not fit is retried in halves."""
         count = len(self.inputs)
         start, total = 0, items * count
         while start < total:
@@ -185,7 +187,7 @@ class Subject:
             self.tick(start, total)
 
     def _laid(self, inputs: Tensor) -> Tensor:
-        """Inputs laid out in memory as convolutions of many images are fastest."""
+        """Inputs in the memory layout in which convolutions of many images are fastest."""
         if len(inputs) < _MANY or not self._chunks().channels_last:
             return inputs
         return inputs.contiguous(memory_format=torch.channels_last)
@@ -201,8 +203,8 @@ class Subject:
     # -- one layer ---------------------------------------------------------------------------------
 
     @cached_property
-    def choice(self) -> Choice | None:
-        """Which layer ``auto`` took, and why; None where a layer was asked for."""
+    def choice(self) -> AutoLayer | None:
+        """The layer that ``auto`` takes, and why; None where a layer was named."""
         return auto_layer(self.model, self.inputs) if self.layer is None else None
 
     @cached_property
@@ -211,7 +213,7 @@ class Subject:
         return self.layer if self.choice is None else self.choice.layer.name  # type: ignore[return-value]
 
     @property
-    def tapped(self) -> Run:
+    def tapped(self) -> Pass:
         """The pass with a tap at the layer; its graph begins there."""
         if self.layer_name not in self.shared:
             self.shared[self.layer_name] = run(self.model, self.inputs, [self.layer_name])
@@ -225,9 +227,9 @@ class Subject:
         found = layout_of(shape, (self.model.batch or len(self.inputs), *self.inputs.shape[1:]))
         if found is None:
             raise UsageError(
-                f"layer {self.layer_name!r} gives {list(shape)}, which has no places in an image "
-                f"of {self.inputs.shape[2]}×{self.inputs.shape[3]}; maps have shape [N, C, h, w], "
-                "patch tokens [N, tokens, C] (see `gradscope layers`)"
+                f"layer {quoted(self.layer_name)} returns {list(shape)}, which has no positions in "
+                f"an image of {self.inputs.shape[2]}×{self.inputs.shape[3]}; maps have shape "
+                "[N, C, h, w], patch tokens [N, tokens, C] (see `gradscope layers`)"
             )
         return found
 
@@ -248,7 +250,7 @@ class Subject:
 
 
 def _measured(subject: Subject) -> Chunks:
-    """Chunks by what one input's way back holds in memory."""
+    """Chunks by the memory that one input's backward pass holds."""
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -270,7 +272,7 @@ def _measured(subject: Subject) -> Chunks:
 
 
 def _takes_channels_last(subject: Subject) -> bool:
-    """Whether the model answers the same; some ask for views that this layout has not."""
+    """Whether the model gives the same logits; some use views that this layout does not allow."""
     if first_convolution(subject.model.module.parameters()) is None:
         return False
     image = subject.inputs[:1]
@@ -284,7 +286,7 @@ def _takes_channels_last(subject: Subject) -> bool:
 
 
 def _budget(device: torch.device) -> int:
-    """Bytes that may be used: a fixed part of main memory, most of what an accelerator has free."""
+    """Bytes to use: a fixed part of main memory, most of an accelerator's free memory."""
     if device.type == "cuda":
         return int(0.8 * torch.cuda.mem_get_info(device)[0])
     return _CPU_BUDGET if device.type == "cpu" else 2 * _CPU_BUDGET

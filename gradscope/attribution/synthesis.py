@@ -1,7 +1,8 @@
-"""The image that a score likes best (Olah et al. 2017, distill.pub/2017/feature-visualization).
+"""The image that maximises a score (Olah et al. 2017, distill.pub/2017/feature-visualization).
 
-Gradient ascent on a spectrum scaled by 1/f, in colours decorrelated as ImageNet's are, under a
-random view (shift, scale, turn) at every step, so that no detail survives that one shift destroys.
+Gradient ascent on a spectrum scaled by 1/f, in decorrelated colours with ImageNet's covariance,
+under a random view (shift, scale, rotation) at each step, so that no detail survives that a small
+shift would destroy.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gradscope.errors import UsageError
 
 #: The square root of ImageNet's colour covariance, as lucid has it (Apache-2.0).
 _COLOUR = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
-#: Steps in which a start that no rectifier lets through is helped.
+#: First steps, in which gradients may pass rectifiers that are off.
 _HELPED = 16
 
 
@@ -47,9 +48,9 @@ def synthesise(
 ) -> Synthesis:
     """Maximise ``score`` of pixels [1, C, H, W] in 0..1, by Adam.
 
-    ``turn`` are degrees either way, ``zoom`` and ``jitter`` shares of the scale and of the side.
-    The same seed gives the same image. Raises UsageError where the score is not finite, and where
-    it stays blind to the image.
+    ``turn`` is in degrees either way, ``zoom`` and ``jitter`` are fractions of the scale and of the
+    side. The same seed gives the same image. Raises UsageError where the score is not finite, and
+    where its gradient stays zero.
     """
     generator = torch.Generator().manual_seed(seed)
     spectrum = initial_spectrum(size, generator).to(device).requires_grad_()
@@ -61,7 +62,7 @@ def synthesise(
         objective.append(_finite(value))
         blind = blind + 1 if not bool((gradient != 0).any()) else 0
         if blind >= _HELPED:
-            raise UsageError("the score does not answer to the image: its gradient is zero")
+            raise UsageError("the score does not depend on the image: its gradient is zero")
         spectrum.grad = -gradient
         optimiser.step()
         progress(step + 1, steps)
@@ -73,7 +74,7 @@ def synthesise(
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise UsageError(f"the score became {value}; look for NaN in the weights")
+        raise UsageError(f"the score became {value}; check the weights for NaN")
     return value
 
 
@@ -90,14 +91,14 @@ def _gradient(
         return float(total), torch.zeros_like(spectrum)
     (found,) = torch.autograd.grad(total, spectrum, retain_graph=helped, allow_unused=True)
     if helped and (found is None or not bool((found != 0).any())):
-        # Every rectifier on the way is shut: let it through, as lucid does for the first steps.
+        # Every rectifier on the path is off: bypass them, as lucid does for the first steps.
         with Rectifiers(lambda arriving: arriving, gated=False):
             (found,) = torch.autograd.grad(total, spectrum, allow_unused=True)
     return float(total.detach()), torch.zeros_like(spectrum) if found is None else found.detach()
 
 
 def frequencies(height: int, width: int) -> Tensor:
-    """Magnitudes of the frequencies of a real transform, in cycles a pixel [H, W // 2 + 1]."""
+    """Magnitudes of a real transform's frequencies in cycles per pixel [H, W // 2 + 1]."""
     down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
     found: Tensor = (down**2 + across**2).sqrt()
     return found
@@ -124,7 +125,7 @@ def pixels(spectrum: Tensor, size: tuple[int, int, int]) -> Tensor:
 
 
 def _view(generator: torch.Generator, turn: float, zoom: float, jitter: float) -> Tensor:
-    """A random affine map [1, 2, 3] from where the model looks to where it finds the image."""
+    """A random affine map [1, 2, 3] from the model's view to the image."""
     drawn = 2 * torch.rand(4, generator=generator) - 1
     angle, scale = math.radians(turn) * float(drawn[0]), 1 + zoom * float(drawn[1])
     down, across = (2 * jitter * drawn[2:]).tolist()

@@ -21,18 +21,18 @@ from gradscope.attribution.result import (
     VisualizeResult,
 )
 from gradscope.report.formats import Display
-from gradscope.report.formats.table_ import clean, facts, number, section, sparkline, table
+from gradscope.report.formats.cells import facts, number, sparkline, table
+from gradscope.text import escaped, shortened
 
-#: Pictures that are previewed, and how wide.
+#: How many pictures are previewed, and their greatest width.
 _PREVIEWS = 2
 _WIDEST = 56
 
 
-@section("explain")
-def parts(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
-    """Notes, the model, what it says of each picture, the maps, a preview of the first."""
+def explain(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
+    """Notes, the model, its predictions for each picture, the maps, a preview of the first."""
     for note in result.notes:
-        yield Text.assemble(("note ", "dim"), clean(note, None))
+        yield Text.assemble(("note ", "dim"), escaped(note))
     yield Text("")
     yield _model(result)
     for image in result.images:
@@ -40,14 +40,13 @@ def parts(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
     yield from _previews(result.explanations, display)
 
 
-@section("visualize")
-def visualized(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
-    """What was maximised, how far it came, what the model says of the image, a preview."""
+def visualize(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
+    """What was maximised, its course, the model's predictions for the image, a preview."""
     for note in result.notes:
-        yield Text.assemble(("note ", "dim"), clean(note, None))
+        yield Text.assemble(("note ", "dim"), escaped(note))
     what = f"{result.layer} channel {result.channel}"
     if result.target is not None:
-        what = f"class {result.target} {clean(result.label or '')}".rstrip()
+        what = f"class {result.target} {shortened(result.label or '')}".rstrip()
     course = result.objective[:: max(1, len(result.objective) // 40)]
     lowest = min(course)
     yield Text("")
@@ -68,7 +67,7 @@ def _model(result: ExplainResult) -> Text:
     shown = {
         "model": f"{model.format}, {model.parameters:,} parameters, {model.classes:,} classes",
         "input": ", ".join(steps.steps),
-        "from": steps.source if steps.assumed else clean(steps.source),
+        "from": steps.source if steps.assumed else shortened(steps.source),
     }
     return facts(shown)
 
@@ -77,7 +76,7 @@ def _image(
     image: ImageFacts, explanations: Sequence[Explanation], result: ExplainResult
 ) -> Iterator[RenderableType]:
     yield Text.assemble(
-        ("\n" + clean(image.path), "bold"), f"  {image.width}×{image.height} {image.mode}"
+        ("\n" + shortened(image.path), "bold"), f"  {image.width}×{image.height} {image.mode}"
     )
     yield Padding(Text(_predictions(image.predictions), style="dim"), (0, 0, 0, 2))
     yield Padding(_maps(explanations, result.evaluated), (0, 0, 0, 2))
@@ -87,7 +86,7 @@ def _image(
 
 
 def _predictions(predictions: Sequence[Prediction]) -> str:
-    named = ((p.index, clean(p.label or ""), f"{p.probability:.3f}") for p in predictions)
+    named = ((p.index, shortened(p.label or ""), f"{p.probability:.3f}") for p in predictions)
     return " · ".join(" ".join(str(part) for part in parts if part != "") for parts in named)
 
 
@@ -98,8 +97,8 @@ def _maps(explanations: Sequence[Explanation], evaluated: bool) -> RenderableTyp
     for e in explanations:
         made.add_row(
             e.method,
-            clean(_target(e)),
-            clean(e.layer or "–"),
+            shortened(_target(e)),
+            shortened(e.layer or "–"),
             number(e.map.min),
             number(e.map.max),
             _share(e.map.concentration),
@@ -153,6 +152,6 @@ def _preview(path: str, display: Display) -> Iterator[RenderableType]:
     if Path(path).is_file():
         with Image.open(path) as image:
             drawn = np.asarray(image.convert("RGB"))
-        yield Text(f"\n{clean(path)}", style="dim")
+        yield Text(f"\n{shortened(path)}", style="dim")
         columns = min(_WIDEST, display.width - 2)
         yield preview(drawn, columns, colour=display.colour, unicode=display.unicode)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.attribution.drawing.overlay import save_png, write_whole
-from gradscope.attribution.files import output_folder
 from gradscope.attribution.result import (
     Environment,
     Prediction,
@@ -22,18 +19,19 @@ from gradscope.attribution.result import (
 )
 from gradscope.attribution.subject import Tick
 from gradscope.attribution.synthesis import synthesise
+from gradscope.attribution.writing import output_folder, save_png
 from gradscope.errors import InputError, UsageError
+from gradscope.files import write_whole
 from gradscope.models.labels import Labels, Ranked, parse_target
-from gradscope.models.layers import layout_of
+from gradscope.models.layout import layout_of
 from gradscope.models.load import Loaded
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held, run
 from gradscope.models.vision import Vision, open_vision
-from gradscope.report.gate import gate
 from gradscope.report.model import Coverage, Input, InputFailure
+from gradscope.report.request import Request, failure
+from gradscope.text import quoted
 from gradscope.version import __version__
-
-Score = Callable[[Tensor], Tensor]
 
 
 def visualize(
@@ -55,14 +53,14 @@ def visualize(
 ) -> VisualizeReport:
     """Synthesise the image that most activates a class (``target``) or a layer's ``channel``.
 
-    The model and its preprocessing are those of ``explain``. With ``output`` the image is written
-    to that folder as PNG, the objective's trajectory as CSV. A model that cannot be read is an
+    The model and its preprocessing are as in ``explain``. With ``output`` the image is written to
+    that folder as PNG, the course of the objective as CSV. A model that cannot be read becomes an
     entry of ``errors``; raises UsageError for everything else that is wrong with the request.
     """
     if (target is None) == (layer is None) or (layer is None) != (channel is None):
         raise UsageError("name either a target class, or a layer and one of its channels")
     if steps < 1:
-        raise UsageError("steps count from 1")
+        raise UsageError("steps has to be at least 1")
     folder = None if output is None else output_folder(output)
     try:
         vision = open_vision(
@@ -70,8 +68,7 @@ def visualize(
             device=device,
         )  # fmt: skip
     except InputError as error:
-        failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
-        return _report(None, None, (failure,))
+        return _report(None, None, [failure(error)])
     loaded, size = vision.loaded, vision.size
     with held(vision.model.module):
         goal = _Goal(vision, target, layer, channel)
@@ -97,7 +94,7 @@ def visualize(
         ),
         notes=loaded.notes,
     )  # fmt: skip
-    return _report(loaded, result, ())
+    return _report(loaded, result, [])
 
 
 class _Goal:
@@ -132,7 +129,8 @@ class _Goal:
     def _class(self, target: str, classes: int) -> int:
         found = parse_target(target, self.labels, classes)
         if isinstance(found, Ranked):
-            raise UsageError(f"--target {target}: there is no picture to rank by; name a class")
+            message = "without a picture there is no ranking; name a class"
+            raise UsageError(f"--target {target}: {message}")
         return found
 
     def score(self, pixels: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ class _Goal:
         return self._channels(pixels)[:, self.channel].float()
 
     def _channels(self, pixels: Tensor) -> Tensor:
-        """The layer's channels [1, C], their mean over places."""
+        """The layer's channels [1, C], their mean over positions."""
         assert self.layer is not None
         piece = run(self.model, self._inputs(pixels), [self.layer]).pieces[self.layer][0]
         shape = (self.model.batch or 1, *pixels.shape[1:])
@@ -154,7 +152,7 @@ class _Goal:
     def _check_channel(self, blank: Tensor) -> None:
         count = self._channels(blank).shape[1]
         if self.channel is None or not 0 <= self.channel < count:
-            raise UsageError(f"layer {self.layer!r} has channels 0 to {count - 1}")
+            raise UsageError(f"layer {quoted(self.layer or '')} has channels 0 to {count - 1}")
 
     def predictions(self, image: Tensor) -> tuple[Prediction, ...]:
         with torch.no_grad():
@@ -186,21 +184,16 @@ def _written(folder: Path, goal: _Goal, image: Tensor, objective: Sequence[float
 
 
 def _report(
-    loaded: Loaded | None, result: VisualizeResult | None, failures: tuple[InputFailure, ...]
+    loaded: Loaded | None, result: VisualizeResult | None, failures: Sequence[InputFailure]
 ) -> VisualizeReport:
-    made = int(result is not None)
-    path = None if loaded is None else Path(loaded.path)
-    size = path.stat().st_size if path is not None and path.is_file() else 0
-    inputs: tuple[Any, ...] = ()
+    inputs = []
     if loaded is not None:
-        inputs = (Input(path=loaded.path, format=loaded.format, bytes=size),)
-    coverage = Coverage(analyzed=made, total=1, unit="images", bytes=size)
-    return VisualizeReport(
-        command="visualize",
-        inputs=inputs,
-        coverage=coverage,
-        findings=(),
-        result=result,
-        gate=gate((), failures, coverage),
-        errors=failures,
+        path = Path(loaded.path)
+        size = path.stat().st_size if path.is_file() else 0
+        inputs = [Input(path=loaded.path, format=loaded.format, bytes=size)]
+    coverage = Coverage(
+        analyzed=int(result is not None), total=1, unit="images", bytes=sum(i.bytes for i in inputs)
+    )
+    return Request("visualize").report(
+        VisualizeReport, result, inputs=inputs, coverage=coverage, errors=failures
     )

@@ -1,5 +1,6 @@
 """Where tensors lie: containers are sniffed, headers are read, tensor data is left alone."""
 
+from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import (
     DTYPE_BITS,
@@ -18,4 +19,5 @@ __all__ = [
     "Skipped",
     "TensorRef",
     "open_checkpoint",
+    "verified",
 ]

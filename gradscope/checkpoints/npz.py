@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import atexit
-import io
-import math
 import os
 import shutil
-import struct
 import tempfile
-import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
-from numpy.lib import format as npy
-
-from gradscope.checkpoints.archive import DEFLATED, STORED, Archive, Member, read_archive
-from gradscope.checkpoints.files import stamp
-from gradscope.checkpoints.tensors import Checkpoint, Failure, Skipped, TensorRef
-from gradscope.checkpoints.unpickle import printable
+from gradscope.checkpoints.integrity import DAMAGED, checksum_of
+from gradscope.checkpoints.tensors import Checkpoint, Checksum, Failure, Skipped, TensorRef
+from gradscope.containers import npy
+from gradscope.containers.files import read_at, stamp, unreadable
+from gradscope.containers.zip import (
+    DEFLATED,
+    STORED,
+    Archive,
+    DamagedMemberError,
+    Member,
+    read_archive,
+)
 from gradscope.errors import InputError
+from gradscope.text import plural, quoted, size
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gradscope.errors import InputKind
-
-#: A header is at most 10,000 characters to NumPy; this leaves room for its magic and padding.
-_HEADER_ROOM = 32 << 10
-_PIECE = 1 << 20
-#: Deflate reaches about 1000:1 on zeros; neither a ratio nor a size alone makes a bomb.
-_BOMB_RATIO = 200
-_BOMB_BYTES = 1 << 30
 
 _DTYPES = {
     ("b", 1): "BOOL",
@@ -67,12 +60,12 @@ def read_npz(path: str) -> Checkpoint:
     InputError when the file is damaged or holds pickled objects.
     """
     before = stamp(path)
-    found = _Found(path)
+    found = _Arrays(path)
     try:
         with open(path, "rb") as file:
             _read(file, found, before[0])
     except OSError as error:
-        raise InputError(path, "missing", f"cannot be read: {error.strerror or error}") from None
+        raise unreadable(path, error) from None
     return Checkpoint(
         path=path,
         format=found.format,
@@ -86,8 +79,8 @@ def read_npz(path: str) -> Checkpoint:
 
 
 @dataclass(slots=True)
-class _Found:
-    """What one file yields, in the making."""
+class _Arrays:
+    """The arrays of one file, in the making."""
 
     path: str
     format: str = "npz"
@@ -97,225 +90,155 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     unpacked: IO[bytes] | None = None
 
+    def add(
+        self,
+        name: str,
+        header: npy.Header,
+        unpacked: str | None,
+        start: int,
+        checksum: Checksum | None = None,
+    ) -> None:
+        """Record an array whose .npy file starts at ``start``, or why it is not analysed."""
+        dtype = _dtype(header)
+        if dtype is None:
+            reason = _UNSUPPORTED.get(header.dtype.kind, "not numbers")
+            self.skipped.append(Skipped(name, f"dtype {header.dtype.str}: {reason}"))
+            return
+        self.tensors.append(
+            TensorRef(
+                name=name,
+                dtype=dtype,
+                shape=header.shape,
+                file=self.path,
+                offset=start + header.length,
+                strides=header.strides,
+                big_endian=header.dtype.str.startswith(">"),
+                unpacked=unpacked,
+                checksum=checksum,
+            )
+        )
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """The header of an .npy file; ``length`` is where the elements start."""
 
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    fortran: bool
-    length: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of the header and of the elements."""
-        return self.length + math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def strides(self) -> tuple[int, ...] | None:
-        """Element strides of a column-major array that is not also row-major."""
-        longer = [size for size in self.shape if size != 1]
-        if not self.fortran or len(longer) < 2 or 0 in longer:
-            return None
-        return tuple(math.prod(self.shape[:axis]) for axis in range(len(self.shape)))
+def _dtype(header: npy.Header) -> str | None:
+    return _DTYPES.get((header.dtype.kind, header.dtype.itemsize))
 
 
-def _read(file: BinaryIO, found: _Found, size: int) -> None:
-    start = file.read(_HEADER_ROOM)
+def _read(file: BinaryIO, found: _Arrays, nbytes: int) -> None:
+    start = file.read(npy.HEADER_ROOM)
     if start.startswith(b"PK"):
-        archive = read_archive(file, found.path, 0, size)
+        archive = read_archive(file, found.path, 0, nbytes)
         for member in archive.members.values():
             _read_member(file, found, archive, member)
-    elif start.startswith(npy.MAGIC_PREFIX):
-        _read_bare(start, found, size)
+    elif start.startswith(npy.MAGIC):
+        _read_bare(start, found, nbytes)
     else:
         raise _not_numpy(found.path, start)
 
 
 def _not_numpy(path: str, start: bytes) -> InputError:
-    if (npy.MAGIC_PREFIX + b"PK").startswith(start) or npy.MAGIC_PREFIX.startswith(start):
+    if (npy.MAGIC + b"PK").startswith(start) or npy.MAGIC.startswith(start):
         return InputError(path, "truncated", "is empty or ends inside its first bytes")
-    return InputError(path, "malformed", "is no NumPy file: neither a zip archive nor an .npy")
+    return InputError(path, "malformed", "is neither a zip archive of arrays nor an .npy file")
 
 
-def _read_bare(start: bytes, found: _Found, size: int) -> None:
+def _read_bare(start: bytes, found: _Arrays, nbytes: int) -> None:
     found.format = "npy"
     header = _header(start, found.path, "the array", in_archive=False)
-    if header.size > size:
+    if header.size > nbytes:
         raise InputError(
             found.path,
             "truncated",
-            f"has {size} bytes of the {header.size} its header declares. Copy or download it again",
+            f"has {nbytes:,} bytes of the {header.size:,} that its header declares. Copy or "
+            "download it again",
         )
-    if header.size < size:
-        found.notes.append(f"{size - header.size} bytes after the array were not read")
-    dtype = _dtype(header, "array", found)
-    if dtype:
-        found.tensors.append(_ref("array", dtype, header, found.path, header.length))
+    if header.size < nbytes:
+        found.notes.append(f"{plural(nbytes - header.size, 'byte')} after the array were not read")
+    found.add("array", header, None, 0)
 
 
-def _read_member(file: BinaryIO, found: _Found, archive: Archive, member: Member) -> None:
+def _read_member(file: BinaryIO, found: _Arrays, archive: Archive, member: Member) -> None:
     name = member.name.removesuffix(".npy").encode("utf-8", "backslashreplace").decode()
     if name == member.name:
         found.skipped.append(Skipped(name, "not a NumPy array"))
     elif member.method == STORED:
-        _read_stored(file, found, archive, member, name)
+        start = read_at(file, member.offset, min(npy.HEADER_ROOM, member.size))
+        header = _member_header(start, found.path, member, name)
+        found.add(name, header, None, member.offset, checksum_of(member, found.path))
     elif member.method == DEFLATED:
-        _read_deflated(file, found, member, name)
+        _read_deflated(file, found, archive, member, name)
     else:
-        message = f"array {printable(name)} is compressed in a way that NumPy does not use"
+        message = f"array {quoted(name)} is compressed in a way that NumPy does not use"
         found.failures.append(Failure("unsupported", message))
 
 
-def _read_stored(
-    file: BinaryIO, found: _Found, archive: Archive, member: Member, name: str
-) -> None:
-    file.seek(member.offset)
-    start = file.read(min(_HEADER_ROOM, member.size))
-    header = _member_header(start, found.path, member, name)
-    dtype = _dtype(header, name, found)
-    if dtype:
-        offset = archive.stored(member.name).offset + header.length
-        found.tensors.append(_ref(name, dtype, header, found.path, offset))
-
-
-def _member_header(start: bytes, path: str, member: Member, name: str) -> _Header:
-    header = _header(start, path, f"array {printable(name)}", in_archive=True)
+def _member_header(start: bytes, path: str, member: Member, name: str) -> npy.Header:
+    header = _header(start, path, f"array {quoted(name)}", in_archive=True)
     if header.size != member.size:
-        message = f"array {printable(name)} has {member.size} bytes; its header says {header.size}"
+        message = (
+            f"array {quoted(name)} has {member.size:,} bytes where its header declares "
+            f"{header.size:,}. Save the file again"
+        )
         raise InputError(path, "malformed", message)
     return header
 
 
-def _header(start: bytes, path: str, what: str, *, in_archive: bool) -> _Header:
-    """Parse an .npy header; NumPy's own parser evaluates literals only."""
-    stream = io.BytesIO(start)
+def _header(start: bytes, path: str, what: str, *, in_archive: bool) -> npy.Header:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # headers that Python 2 wrote
-            shape, fortran, dtype = _parsed_header(stream)
-    # What literal_eval and np.dtype raise on hostile text is not documented.
-    except Exception as error:
-        reason = printable(str(error)) or type(error).__name__
-        cut_off = not in_archive and _ends_inside_header(start)
+        header = npy.read_header(start)
+    except npy.HeaderError as error:
+        cut_off = not in_archive and npy.ends_inside_header(start)
         kind: InputKind = "truncated" if cut_off else "malformed"
-        raise InputError(path, kind, f"the header of {what} cannot be read: {reason}") from None
-    if dtype.hasobject:
+        raise InputError(path, kind, f"the header of {what} cannot be read: {error}") from None
+    if header.is_pickled:
         raise InputError(path, "unsafe", f"{what} {_PICKLED}")
-    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape) or len(shape) > 64:
-        raise InputError(path, "malformed", f"{what} has an impossible shape")
-    return _Header(dtype, shape, fortran, stream.tell())
-
-
-def _parsed_header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = npy.read_magic(stream)
-    if version == (1, 0):
-        return npy.read_array_header_1_0(stream)
-    if version in ((2, 0), (3, 0)):
-        # Version 3 only differs in the encoding of field names, and records are not analysed.
-        return npy.read_array_header_2_0(stream)
-    raise ValueError(f"version {version} of the format is unknown")
-
-
-def _ends_inside_header(start: bytes) -> bool:
-    if len(start) < 12:
-        return True
-    layout = "<H" if start[6] == 1 else "<I"
-    (length,) = struct.unpack_from(layout, start, 8)
-    return len(start) < 8 + struct.calcsize(layout) + int(length) <= _HEADER_ROOM
-
-
-def _dtype(header: _Header, name: str, found: _Found) -> str | None:
-    """The name of a supported dtype; otherwise None, with the reason recorded."""
-    dtype = _DTYPES.get((header.dtype.kind, header.dtype.itemsize))
-    if dtype is None:
-        reason = _UNSUPPORTED.get(header.dtype.kind, "not numbers")
-        found.skipped.append(Skipped(name, f"dtype {header.dtype.str}: {reason}"))
-    return dtype
-
-
-def _ref(
-    name: str, dtype: str, header: _Header, path: str, offset: int, unpacked: str | None = None
-) -> TensorRef:
-    return TensorRef(
-        name=name,
-        dtype=dtype,
-        shape=header.shape,
-        file=path,
-        offset=offset,
-        strides=header.strides,
-        big_endian=header.dtype.str.startswith(">"),
-        unpacked=unpacked,
-    )
+    return header
 
 
 # --- compressed members ---------------------------------------------------------------------------
 
 
-def _read_deflated(file: BinaryIO, found: _Found, member: Member, name: str) -> None:
-    pieces = _inflated(file, found.path, member, name)
+def _read_deflated(
+    file: BinaryIO, found: _Arrays, archive: Archive, member: Member, name: str
+) -> None:
+    """Inflate one array into the temporary file; a damaged one costs no other array."""
+    try:
+        pieces = archive.pieces(file, member)
+        start = _first_bytes(pieces)
+        header = _member_header(start, found.path, member, name)
+        if _dtype(header) is None:
+            found.add(name, header, None, 0)
+            return
+        _refuse_bomb(found.path, member, name)
+        target = _temporary(found, member.size)
+        offset = target.tell()
+        _unpack(target, start, pieces, found.path, member, name)
+        found.add(name, header, target.name, offset)
+    except DamagedMemberError as error:
+        found.failures.append(Failure(error.kind, error.message))
+        found.skipped.append(Skipped(name, DAMAGED))
+
+
+def _first_bytes(pieces: Iterator[bytes]) -> bytes:
     start = b""
     for piece in pieces:
         start += piece
-        if len(start) >= _HEADER_ROOM:
+        if len(start) >= npy.HEADER_ROOM:
             break
-    header = _member_header(start, found.path, member, name)
-    dtype = _dtype(header, name, found)
-    if dtype:
-        _refuse_bomb(found.path, member, header, name)
-        target = _temporary(found, member.size)
-        offset = target.tell() + header.length
-        _unpack(target, start, pieces, found, member, name)
-        found.tensors.append(_ref(name, dtype, header, found.path, offset, target.name))
+    return start
 
 
-def _refuse_bomb(path: str, member: Member, header: _Header, name: str) -> None:
-    if header.size > _BOMB_BYTES and header.size > _BOMB_RATIO * member.packed_size:
+def _refuse_bomb(path: str, member: Member, name: str) -> None:
+    if member.is_bomb:
         raise InputError(
             path,
             "unsafe",
-            f"array {printable(name)} would inflate from {member.packed_size} bytes to "
-            f"{header.size}. If that is right, save it uncompressed with numpy.savez",
+            f"array {quoted(name)} would inflate from {size(member.packed_size)} to "
+            f"{size(member.size)}. If that is right, save it uncompressed with numpy.savez",
         )
 
 
-def _inflated(file: BinaryIO, path: str, member: Member, name: str) -> Iterator[bytes]:
-    """The member's bytes in pieces; never more than the archive declares, and checksummed."""
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    left, total, crc, at = member.packed_size, 0, 0, member.offset
-    try:
-        while not inflater.eof:
-            packed = inflater.unconsumed_tail
-            if not packed and left:
-                file.seek(at)
-                packed = file.read(min(left, _PIECE))
-                at, left = at + len(packed), left - len(packed)
-            piece = inflater.decompress(packed, _PIECE)
-            total, crc = total + len(piece), zlib.crc32(piece, crc)
-            if total > member.size or not (piece or packed):
-                break
-            yield piece
-    except zlib.error as error:
-        raise _damaged(path, name, str(error)) from None
-    if total != member.size or not inflater.eof:
-        raise _damaged(path, name, f"it does not inflate to the declared {member.size} bytes")
-    if crc != member.crc:
-        raise _damaged(path, name, "its checksum is wrong")
-
-
-def _damaged(path: str, name: str, reason: str) -> InputError:
-    message = f"array {printable(name)} is damaged: {printable(reason)}. Copy or save it again"
-    return InputError(path, "malformed", message)
-
-
 def _unpack(
-    target: IO[bytes],
-    start: bytes,
-    pieces: Iterator[bytes],
-    found: _Found,
-    member: Member,
-    name: str,
+    target: IO[bytes], start: bytes, pieces: Iterator[bytes], path: str, member: Member, name: str
 ) -> None:
     try:
         target.write(start)
@@ -323,26 +246,26 @@ def _unpack(
             target.write(piece)
         target.flush()
     except OSError as error:
-        message = f"array {printable(name)} of {member.size} bytes cannot be unpacked: "
-        raise InputError(found.path, "unsupported", message + str(error.strerror)) from None
+        message = f"array {quoted(name)} of {size(member.size)} cannot be unpacked: "
+        raise InputError(path, "unsupported", message + str(error.strerror)) from None
 
 
 _kept: list[tuple[int, IO[bytes]]] = []
 
 
-def _temporary(found: _Found, size: int) -> IO[bytes]:
+def _temporary(found: _Arrays, needed: int) -> IO[bytes]:
     """The temporary file that takes one archive's inflated arrays, at its end."""
     if found.unpacked is None:
         # Closed at exit: the addresses in the checkpoint outlive this function.
         found.unpacked = tempfile.NamedTemporaryFile(prefix="gradscope-", suffix=".unpacked")  # noqa: SIM115
         _kept.append((os.getpid(), found.unpacked))
     free = shutil.disk_usage(os.path.dirname(found.unpacked.name)).free
-    if size > free:
+    if needed > free:
         raise InputError(
             found.path,
             "unsupported",
-            f"is compressed: an array needs {size} bytes in {tempfile.gettempdir()}, which has "
-            f"{free}. Set TMPDIR, or save the file uncompressed with numpy.savez",
+            f"is compressed: an array needs {size(needed)} in {tempfile.gettempdir()}, which has "
+            f"{size(free)} left. Set TMPDIR, or save the file uncompressed with numpy.savez",
         )
     return found.unpacked
 

@@ -1,28 +1,21 @@
-"""Opening a checkpoint, whatever its container: one table from sniffed format to reader."""
+"""Opening a checkpoint, whatever its container."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
-
-from gradscope.checkpoints.sniff import sniff
+from gradscope.checkpoints.sharded import read_folder
+from gradscope.checkpoints.sniff import FOLDER, sniff
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.errors import InputError, UsageError
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
-
-#: Entry points of this group: a format's name, and a callable from path to Checkpoint or None.
-GROUP = "gradscope.checkpoints"
-
-_Reader = Callable[[str, str | None], Checkpoint]
+from gradscope.formats import Format, find
+from gradscope.plugins import loaded
 
 
 def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
     """Describe the checkpoint at a path: a file, an index of shards, or a folder.
 
-    Only headers are read. ``key`` is the dotted path of the state dict inside a torch file.
-    Raises InputError when it cannot be read, UsageError when the request is ambiguous.
+    Only headers are read; see ``integrity.verified`` before the data are used. ``key`` is the
+    dotted path of the state dict inside a torch file. Raises InputError when it cannot be read,
+    UsageError when the request is ambiguous.
     """
     try:
         found = sniff(path)
@@ -30,87 +23,39 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
         if error.kind != "unsupported":
             raise
         return _third_party(path, error)
-    return {**_FILES, **_SETS}[found](path, key)
+    if found == FOLDER:
+        return read_folder(path, lambda file: _read_one(file, key))
+    row = find(found)
+    return _read_set(row, path, key) if row.kind == "set" else _read_file(row, path, key)
 
 
-def _read_file(path: str, key: str | None) -> Checkpoint:
+def _read_one(path: str, key: str | None) -> Checkpoint:
     """One file that holds tensors itself: what a shard must be."""
     found = sniff(path)
-    if found not in _FILES:
+    if found == FOLDER or find(found).kind == "set":
         raise InputError(path, "unsupported", f"a shard must hold tensors; this is a {found}")
-    return _FILES[found](path, key)
+    return _read_file(find(found), path, key)
 
 
-def _read_safetensors(path: str, key: str | None) -> Checkpoint:
-    from gradscope.checkpoints.safetensors import read_safetensors
-
-    _refuse_key(key, "safetensors")
-    return read_safetensors(path)
+def _read_set(row: Format, path: str, key: str | None) -> Checkpoint:
+    checkpoint: Checkpoint = row.load()(path, lambda file: _read_one(file, key))
+    return checkpoint
 
 
-def _read_torch(path: str, key: str | None) -> Checkpoint:
-    from gradscope.checkpoints.torchfile import read_torch
-
-    return read_torch(path, key)
-
-
-def _read_npz(path: str, key: str | None) -> Checkpoint:
-    from gradscope.checkpoints.npz import read_npz
-
-    _refuse_key(key, "NumPy")
-    return read_npz(path)
-
-
-def _refuse_key(key: str | None, container: str) -> None:
-    if key is not None:
-        raise UsageError(f"--key {key}: {container} files hold tensors only, no nested dicts")
-
-
-def _read_index(path: str, key: str | None) -> Checkpoint:
-    from gradscope.checkpoints.sharded import read_index
-
-    return read_index(path, lambda shard: _read_file(shard, key))
-
-
-def _read_folder(path: str, key: str | None) -> Checkpoint:
-    from gradscope.checkpoints.sharded import read_folder
-
-    return read_folder(path, lambda file: _read_file(file, key))
-
-
-_FILES: Mapping[str, _Reader] = {
-    "safetensors": _read_safetensors,
-    "zip-torch": _read_torch,
-    "torchscript": _read_torch,
-    "pt2": _read_torch,
-    "torch-legacy": _read_torch,
-    "npz": _read_npz,
-    "npy": _read_npz,
-}
-_SETS: Mapping[str, _Reader] = {"safetensors-index": _read_index, "folder": _read_folder}
+def _read_file(row: Format, path: str, key: str | None) -> Checkpoint:
+    if key is not None and row.takes != "key":
+        raise UsageError(f"--key {key}: {row.family} files hold tensors only, no nested dicts")
+    checkpoint: Checkpoint = row.load()(path, key) if row.takes == "key" else row.load()(path)
+    return checkpoint
 
 
 def _third_party(path: str, refusal: InputError) -> Checkpoint:
-    """Ask installed readers in the order of their names; the refusal stands when none takes it."""
-    for entry in _entry_points():
-        checkpoint = _loaded(entry)(path)
+    """Ask plugins, callables from path to Checkpoint or None, in the order of their names.
+
+    The refusal stands when none takes it.
+    """
+    for _, read in loaded("checkpoints"):
+        checkpoint: Checkpoint | None = read(path)
         if checkpoint is not None:
             return checkpoint
     raise refusal
-
-
-def _entry_points() -> Iterator[EntryPoint]:
-    from importlib.metadata import entry_points
-
-    yield from sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
-
-
-def _loaded(entry: EntryPoint) -> Callable[[str], Checkpoint | None]:
-    try:
-        reader: Callable[[str], Checkpoint | None] = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"the checkpoint reader '{entry.name}' ({entry.value}) cannot be loaded: {error}; "
-            "repair or uninstall the package that registers it"
-        ) from None
-    return reader

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gradscope.checkpoints.tensors import Skipped
-from gradscope.checkpoints.unpickle import Instance, TensorRecord, printable
+from gradscope.checkpoints.torch_pickle import TensorRecord
+from gradscope.containers.pickle_machine import Instance
 from gradscope.errors import UsageError
+from gradscope.text import escaped, listed, plural, quoted
 
 #: What wraps a state dict at any depth, most telling first.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
@@ -30,7 +32,7 @@ WHOLE = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class StateDict:
     """The tensors taken from a pickled value, and an account of what was left."""
 
     tensors: NamedTensors
@@ -72,7 +74,7 @@ class _Walk:
     scalars: dict[str, object] = field(default_factory=dict)
 
 
-def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> Choice:
+def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> StateDict:
     """The tensors at ``key``, or of the state dict that ``root`` is or most plausibly holds.
 
     Raises UsageError naming the entries there are when ``key`` is none of them, and ValueError
@@ -80,9 +82,9 @@ def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> 
     """
     walk = _Walk(budget)
     if isinstance(root, TensorRecord) and key is None:
-        return Choice([("tensor", root)])
+        return StateDict([("tensor", root)])
     if key == WHOLE:
-        return Choice(collect_tensors(root, budget))
+        return StateDict(collect_tensors(root, budget))
     node = root if key is None else _entry_at(root, key, path, budget)
     walk.scalars.update(_scalars(root))
     if isinstance(node, TensorRecord):
@@ -91,9 +93,9 @@ def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> 
         tensors = _descend(node, (), walk)
     else:
         tensors = collect_tensors(node, budget)
-        walk.notes.append(f"read {printable(key)} ({_tensors(len(tensors))}), as --key asks")
+        walk.notes.append(f"read {escaped(key)} ({plural(len(tensors), 'tensor')}), as --key asks")
     stripped = _without_shared_prefix(tensors, walk)
-    return Choice(stripped, tuple(walk.notes), tuple(walk.skipped), walk.scalars)
+    return StateDict(stripped, tuple(walk.notes), tuple(walk.skipped), walk.scalars)
 
 
 def collect_tensors(root: object, budget: Budget) -> NamedTensors:
@@ -187,16 +189,15 @@ def _account_for(branches: list[_Branch], at: tuple[str, ...], walk: _Walk) -> N
         if not isinstance(branch.node, TensorRecord):
             walk.skipped.append(_skipped_branch(branch, ".".join((*at, branch.name))))
     if loose:
-        names = ", ".join(printable(b.name) for b in loose[:_MAX_LISTED])
-        more = ", …" if len(loose) > _MAX_LISTED else ""
-        reason = f"{_tensors(len(loose))} beside the state dict ({names}{more})"
+        names = listed((escaped(b.name) for b in loose), len(loose), _MAX_LISTED)
+        reason = f"{plural(len(loose), 'tensor')} beside the state dict ({names})"
         walk.skipped.append(Skipped(".".join(at) or "(top level)", reason))
 
 
 def _skipped_branch(branch: _Branch, path: str) -> Skipped:
-    shown = printable(path)
+    shown = escaped(path)
     what = "optimizer state" if branch.is_optimizer else "another entry"
-    count = _tensors(branch.count)
+    count = plural(branch.count, "tensor")
     reason = f"{what} ({count}): not part of the model; --key {shown} reads it"
     return Skipped(shown, reason, deliberate=True)
 
@@ -204,15 +205,13 @@ def _skipped_branch(branch: _Branch, path: str) -> Skipped:
 def _taken_note(
     path: tuple[str, ...], count: int, others: list[_Branch], at: tuple[str, ...]
 ) -> str:
-    taken = f"took {printable('.'.join(path))} ({_tensors(count)}) as the model's state dict"
+    taken = f"took {escaped('.'.join(path))} ({plural(count, 'tensor')}) as the model's state dict"
     nested = [b for b in others if not isinstance(b.node, TensorRecord)]
     if not nested:
         return taken
-    listed = ", ".join(
-        f"{printable('.'.join((*at, b.name)))} ({_tensors(b.count)})" for b in nested[:_MAX_LISTED]
-    )
-    more = ", …" if len(nested) > _MAX_LISTED else ""
-    return f"{taken}; also there: {listed}{more} (--key NAME reads another)"
+    there = (f"{escaped('.'.join((*at, b.name)))} ({plural(b.count, 'tensor')})" for b in nested)
+    shown = listed(there, len(nested), _MAX_LISTED)
+    return f"{taken}; also there: {shown} (--key NAME reads another)"
 
 
 def _is_optimizer(name: str, node: object) -> bool:
@@ -230,10 +229,11 @@ def _entry_at(root: object, key: str, path: str, budget: Budget) -> object:
     """The entry at a dotted path whose parts may hold dots themselves."""
     for node in _matches(root, key.split(".")):
         return node
-    entries = [f"{printable(b.name)} ({_tensors(b.count)})" for b in _branches(root, budget)]
-    listed = ", ".join(entries[:_MAX_LISTED]) + (", …" if len(entries) > _MAX_LISTED else "")
-    there = f"it holds {listed}" if entries else "it holds no tensors"
-    raise UsageError(f"--key {printable(key)}: no such entry in {path}; {there}")
+    branches = _branches(root, budget)
+    entries = (f"{escaped(b.name)} ({plural(b.count, 'tensor')})" for b in branches)
+    shown = listed(entries, len(branches), _MAX_LISTED)
+    there = f"it holds {shown}" if branches else "it holds no tensors"
+    raise UsageError(f"--key {escaped(key)}: no such entry in {path}; {there}")
 
 
 def _matches(node: object, parts: list[str]) -> Iterator[object]:
@@ -294,22 +294,20 @@ def _scalars(node: object) -> dict[str, object]:
 
 
 def _without_shared_prefix(tensors: NamedTensors, walk: _Walk) -> NamedTensors:
-    """Names without what a wrapper put before all of them (DDP, torch.compile)."""
-    stripped = ""
-    while prefix := _shared_prefix(tensors):
-        tensors = [(name.removeprefix(prefix), record) for name, record in tensors]
-        stripped += prefix
-    if stripped:
-        walk.notes.append(f"stripped the prefix {stripped!r}, which all tensor names shared")
-    return tensors
+    prefix = shared_prefix([name for name, _ in tensors])
+    if not prefix:
+        return tensors
+    walk.notes.append(f"stripped the prefix {quoted(prefix)}, which all tensor names shared")
+    return [(name.removeprefix(prefix), record) for name, record in tensors]
 
 
-def _shared_prefix(tensors: NamedTensors) -> str:
-    for prefix in SHARED_PREFIXES:
-        if tensors and all(n.startswith(prefix) and len(n) > len(prefix) for n, _ in tensors):
-            return prefix
-    return ""
+def shared_prefix(names: Sequence[str]) -> str:
+    """What wrappers put before all of some names (DDP, torch.compile), perhaps several of them."""
+    found = ""
+    while prefix := next((p for p in SHARED_PREFIXES if _all_start(names, found + p)), None):
+        found += prefix
+    return found
 
 
-def _tensors(count: int) -> str:
-    return f"{count} tensor" if count == 1 else f"{count} tensors"
+def _all_start(names: Sequence[str], prefix: str) -> bool:
+    return bool(names) and all(n.startswith(prefix) and len(n) > len(prefix) for n in names)

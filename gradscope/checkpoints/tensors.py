@@ -1,4 +1,4 @@
-"""Where tensors lie: addresses built from headers alone, and the one reader of their bytes."""
+"""Where tensors lie: addresses built from headers alone, and what else a container says."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ DTYPE_BITS: Mapping[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Checksum:
+    """What an archive recorded of one stored member: the CRC-32 of ``nbytes`` at ``offset``."""
+
+    member: str
+    file: str
+    offset: int
+    nbytes: int
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRef:
     """The address of one tensor, built from headers alone; picklable, hashable, holds no handle.
 
@@ -37,6 +48,8 @@ class TensorRef:
     big_endian: bool = False
     #: Where the bytes are, when not in ``file``: an unpacked member of a compressed archive.
     unpacked: str | None = None
+    #: Of the archive's member that holds the bytes, where it recorded one; see ``verified``.
+    checksum: Checksum | None = None
 
     @property
     def source(self) -> str:
@@ -107,7 +120,7 @@ class Checkpoint:
     problems: tuple[Problem, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     failures: tuple[Failure, ...] = ()
-    #: Worth telling a person, but no finding: which nested dict was taken, a stripped prefix.
+    #: Worth telling a person, but not findings: which nested dict was taken, a stripped prefix.
     notes: tuple[str, ...] = ()
     #: Scalars found beside the tensors (``step``, ``epoch``), the header's metadata, config.json.
     metadata: Mapping[str, object] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.errors import InputError
+from gradscope.text import quoted
 
 #: Elements per piece that ``Tile.pieces`` yields; every grid of statistics.kernels divides it.
 PIECE = 1 << 20
@@ -125,7 +126,7 @@ def _read_bytes(ref: TensorRef, offset: int, size: int) -> npt.NDArray[np.uint8]
 
 
 def _unreadable(ref: TensorRef, error: OSError) -> InputError:
-    message = f"tensor {ref.name!r} cannot be read: {error.strerror}"
+    message = f"tensor {quoted(ref.name)} cannot be read: {error.strerror}"
     return InputError(ref.file, "malformed", message)
 
 
@@ -133,7 +134,7 @@ def _ended(ref: TensorRef, end: int) -> InputError:
     return InputError(
         ref.file,
         "changed",
-        f"ended at byte {end:,}, inside tensor {ref.name!r}: the file became shorter "
+        f"ended at byte {end:,}, inside tensor {quoted(ref.name)}: the file became shorter "
         "while it was being read. Wait for the writer to finish and run again",
     )
 

@@ -5,11 +5,15 @@ or exits. This module imports typer and nothing heavier, so that ``--help`` cost
 from __future__ import annotations
 
 import gc
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import typer
 
 from gradscope.cli import explain, flow, layers, methods, rules, schema, visualize, weights
-from gradscope.cli.terminal import end_process, guarded
+from gradscope.cli.terminal import end_process, hold_streams, say
+from gradscope.docstrings import docstring
+from gradscope.errors import OutputError
 from gradscope.version import __version__
 
 app = typer.Typer(
@@ -26,25 +30,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("weights")(guarded(weights.weights))
-app.command("flow")(guarded(flow.flow))
-app.command("explain")(guarded(explain.explain))
-app.command("visualize")(guarded(visualize.visualize))
-app.command("layers")(guarded(layers.layers))
-app.command("methods")(guarded(methods.methods))
-app.command("rules")(guarded(rules.rules))
-app.command("schema")(guarded(schema.schema))
+for run in (
+    weights.weights,
+    flow.flow,
+    explain.explain,
+    visualize.visualize,
+    layers.layers,
+    methods.methods,
+    rules.rules,
+    schema.schema,
+):
+    said = docstring(run)
+    app.command(run.__name__, help=said, short_help=said.split("\n", 1)[0])(run)
 
 
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"gradscope {__version__}")
+        if other := _other_distribution():
+            typer.echo(
+                f"(from gradscope-diagnostics, in {Path(__file__).parents[1]}; the distribution "
+                f"gradscope {other} is installed too, and either may own the command)"
+            )
         raise typer.Exit
+
+
+def _other_distribution() -> str | None:
+    """The version of PyPI's gradscope, another project with a command of the same name."""
+    try:
+        return version("gradscope")
+    except PackageNotFoundError:
+        return None
 
 
 @app.callback()
 def gradscope(
-    version: bool = typer.Option(
+    _: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
@@ -55,9 +76,13 @@ def main() -> None:
     """Run the program and exit with the codes of contract.md §2."""
     # A short run makes little cyclic garbage, and looking for it costs a fifth of a second.
     gc.disable()
+    hold_streams()
     code = 0
     try:
         app()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    except OSError as error:  # what typer prints itself, such as --help on a full disk
+        say(f"error: stdout cannot be written: {error.strerror or error}")
+        code = OutputError.exit_code
     end_process(code)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from gradscope.cli import options as o
+from gradscope.cli.command import Reported, analysis
+from gradscope.cli.options import Gate, Output
+from gradscope.formats import supported
 
 
 class By(StrEnum):
@@ -24,34 +26,30 @@ class As(StrEnum):
     VECTORS = "vectors"
 
 
-class Series(StrEnum):
+class Rows(StrEnum):
     """How much of the series the report holds."""
 
     RECENT = "recent"
     ALL = "all"
 
 
+@analysis
 def flow(
     history: Annotated[
         str,
         typer.Argument(
             metavar="HISTORY",
-            help="A recording (.npz or its folder), arrays of norms or gradients (.npz, "
-            ".safetensors, .pt), CSV, JSON lines, Parquet, TensorBoard events, trainer_state.json.",
+            help=f"{supported('history')}, or a folder of them; recognised by content.",
             show_default=False,
         ),
     ],
-    format_: o.Format = "table",
-    report: o.Reports = None,
-    fail_on: o.FailOnOption = o.FailOn("high"),
-    select: o.Select = None,
-    ignore: o.Ignore = None,
+    *,
     as_: Annotated[
         As | None, typer.Option("--as", help="What plain arrays are, when that cannot be seen.")
     ] = None,
     by: Annotated[By, typer.Option(help="One row a module, or one a parameter.")] = By.LAYER,
     window: Annotated[
-        int, typer.Option(min=8, help="Records that a windowed statistic rests on.")
+        int, typer.Option(min=8, metavar="N", help="Records that a windowed statistic rests on.")
     ] = 32,
     from_step: Annotated[
         int | None, typer.Option("--from", metavar="STEP", help="Only records from this step on.")
@@ -61,52 +59,32 @@ def flow(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Also list layers whose norm exceeds this, beside the scale-free tests."),
+        typer.Option(
+            metavar="X",
+            help="Also list layers whose norm exceeds this, beside the scale-free tests.",
+        ),
     ] = None,
     series: Annotated[
-        Series, typer.Option(help="Every record in the report, or the last 100,000 rows.")
-    ] = Series.RECENT,
-    allow_empty: o.AllowEmpty = False,
-    keep_going: o.KeepGoing = False,
-    device: o.Device = "cpu",
-    jobs: o.Jobs = None,
-    seed: o.Seed = 0,
-    quiet: o.Quiet = False,
-    verbose: o.Verbose = False,
-    color: o.ColorOption = o.Color.AUTO,
-    no_progress: o.NoProgress = False,
-    debug: o.Debug = False,
-) -> int:
+        Rows, typer.Option(help="Every record in the report, or the last 100,000 rows.")
+    ] = Rows.RECENT,
+    output: Output,
+    gate: Gate,
+) -> Reported:
     """Where gradients vanish, explode, die or oscillate in a recorded run, and since when."""
-    selected, ignored = o.split_commas(select), o.split_commas(ignore)
-    o.check_request(format_, selected, ignored)
-    reports = o.parse_reports(report)
     from gradscope.cli.terminal import load_compiler, working
 
-    if device != "cpu":
-        from gradscope.statistics.device import resolve
-
-        resolve(device)
     load_compiler()
     from gradscope.flow.analysis import analyze_flow
 
-    with working("analysing", wanted=not (no_progress or quiet)):
-        result = analyze_flow(
+    with working("analysing", wanted=output.progress):
+        return analyze_flow(
             history,
             as_=as_.value if as_ is not None else None,
             by=by.value,
             window=window,
             from_step=from_step,
             to_step=to_step,
-            all_series=series is Series.ALL,
+            all_series=series is Rows.ALL,
             threshold=threshold,
-            select=selected,
-            ignore=ignored,
-            fail_on=fail_on.value,
-            allow_empty=allow_empty,
+            **gate.wanted,
         )
-    if "table" in (format_, *(name for name, _ in reports)):
-        from gradscope.flow import table as _table  # noqa: F401  registers what it shows
-
-    o.publish(result, format_, reports, color.value, detail=2 if verbose else 0 if quiet else 1)
-    return result.gate.exit_code

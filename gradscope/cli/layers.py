@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
-from gradscope.cli import options as o
-from gradscope.cli.explain import Arch, Key, Preprocess, TrustOption
-from gradscope.cli.terminal import emit
-from gradscope.errors import UsageError
+from gradscope.cli.command import command
+from gradscope.cli.options import Device, ListFormat, Listing, Model
+from gradscope.cli.terminal import emit, without_prints
 
 
+@command
 def layers(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)
-    ],
-    arch: Arch = None,
-    preprocess: Preprocess = None,
-    key: Key = None,
-    trust: TrustOption = None,
+    model: Model,
     all_: Annotated[
         bool, typer.Option("--all", help="Also those whose output has no place in an image.")
     ] = False,
-    format_: Annotated[str, typer.Option("--format", "-f", help="table or json.")] = "table",
-    device: o.Device = "cpu",
-    debug: o.Debug = False,
+    format_: ListFormat = Listing.TABLE,
+    device: Device = "cpu",
 ) -> int:
     """The layers that --layer accepts, with shapes, and which one auto takes and why."""
-    if format_ not in ("table", "json"):
-        raise UsageError(f"layers are shown as table or json, not {format_!r}")
     from gradscope.models.vision import open_vision
 
-    trusted = [t.value for t in trust or ()]
-    with redirect_stdout(sys.stderr):
-        vision = open_vision(
-            model, arch=arch, key=key, trust=trusted, preprocess=preprocess, device=device
-        )
-        found, choice = vision.survey()
+    with without_prints():
+        found, choice = open_vision(model.model, device=device, **model.loading).survey()
     shown = [layer for layer in found if all_ or layer.layout is not None]
     chosen = None if choice is None else choice.layer.name
-    if format_ == "json":
+    if format_ is Listing.JSON:
         rows = [_record(layer, chosen) for layer in shown]
         reason = None if choice is None else choice.reason
         emit(json.dumps({"layers": rows, "auto": chosen, "reason": reason}, indent=1) + "\n")

@@ -7,25 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from gradscope.cli import options as o
+from gradscope.cli.command import command
+from gradscope.cli.options import ListFormat, Listing
 from gradscope.cli.terminal import emit
-from gradscope.errors import UsageError
 
 
+@command
 def methods(
     method: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One method.", show_default=False)
     ] = None,
-    format_: Annotated[str, typer.Option("--format", "-f", help="table or json.")] = "table",
-    debug: o.Debug = False,
+    format_: ListFormat = Listing.TABLE,
 ) -> int:
     """Every attribution method with its reference and its options."""
     from gradscope.attribution import methods as known
 
-    if format_ not in ("table", "json"):
-        raise UsageError(f"methods are shown as table or json, not {format_!r}")
     chosen = [known.method_named(method)] if method else list(known.methods().values())
-    if format_ == "json":
+    if format_ is Listing.JSON:
         emit(json.dumps([_record(m) for m in chosen], indent=1) + "\n")
     elif method:
         emit(_described(chosen[0]))

@@ -1,18 +1,21 @@
-"""The options that analysis commands share, and how their values are read."""
+"""The options that commands share, as records: a command's parameter of such a type becomes the
+record's options (``cli.command``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gradscope.errors import UsageError
+from gradscope.report.formats import BUILT_IN
 from gradscope.report.severity import Severity
 
 FailOn = StrEnum("FailOn", [*((s.name, s.value) for s in Severity), ("NEVER", "never")])  # type: ignore[misc]
+_DEFAULT = FailOn("high")
 
 
 class Color(StrEnum):
@@ -23,42 +26,25 @@ class Color(StrEnum):
     NEVER = "never"
 
 
-Format = Annotated[
+class Listing(StrEnum):
+    """How commands that only list something show it."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+class Trust(StrEnum):
+    """What may run code while it is loaded."""
+
+    PICKLE = "pickle"
+
+
+ListFormat = Annotated[Listing, typer.Option("--format", "-f", help="How to show it.")]
+Device = Annotated[
     str,
     typer.Option(
-        "--format", "-f", metavar="FORMAT", help="What stdout carries: table, json, jsonl, csv."
+        metavar="DEVICE", help="cpu, cuda, cuda:1 or auto. A device that is absent is an error."
     ),
-]
-Reports = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--report", metavar="FORMAT=PATH", help="Also write a report to a file (repeatable)."
-    ),
-]
-FailOnOption = Annotated[
-    FailOn, typer.Option("--fail-on", help="Exit 1 when a finding is at least this severe.")
-]
-Select = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="RULE", help="Only these rules: codes, prefixes or names (repeatable, commas)."
-    ),
-]
-Ignore = Annotated[
-    list[str] | None, typer.Option(metavar="RULE", help="Not these rules (repeatable, commas).")
-]
-AllowEmpty = Annotated[
-    bool, typer.Option("--allow-empty", help="Exit 0, not 4, when there is nothing to analyse.")
-]
-KeepGoing = Annotated[
-    bool,
-    typer.Option(
-        "--keep-going",
-        help="When a file fails while it is read, analyse the rest of its checkpoint.",
-    ),
-]
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1 or auto. A device that is absent is an error.")
 ]
 Jobs = Annotated[
     int | None,
@@ -66,77 +52,132 @@ Jobs = Annotated[
         "--jobs",
         "-j",
         min=1,
-        help="Threads; the cores there are by default. Results do not depend on it.",
+        metavar="N",
+        help="Threads; by default one per core. Results do not depend on it.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Findings and verdict only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every tensor and every finding.")]
-ColorOption = Annotated[Color, typer.Option("--color", help="Colour the table.")]
-NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")]
-Seed = Annotated[
-    int, typer.Option(help="Seed of what is random; nothing in this command is.", hidden=True)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the report goes, and how it looks."""
+
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format", "-f", metavar="FORMAT", help=f"What stdout carries: {', '.join(BUILT_IN)}."
+        ),
+    ] = "table"
+    report: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--report", metavar="FORMAT=PATH", help="Also write a report to a file (repeatable)."
+        ),
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Findings and verdict only.")] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Every tensor and every finding.")
+    ] = False
+    color: Annotated[Color, typer.Option("--color", help="Colour the table.")] = Color.AUTO
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False
+
+    @property
+    def detail(self) -> int:
+        """0 findings and verdict, 1 the usual, 2 everything."""
+        return 2 if self.verbose else 0 if self.quiet else 1
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress may be shown."""
+        return not (self.no_progress or self.quiet)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which rules are evaluated, and when the run fails."""
+
+    fail_on: Annotated[
+        FailOn, typer.Option("--fail-on", help="Exit 1 when a finding is at least this severe.")
+    ] = _DEFAULT
+    select: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE", help="Only these rules: codes, prefixes or names (repeatable, commas)."
+        ),
+    ] = None
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="RULE", help="Not these rules (repeatable, commas).")
+    ] = None
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Exit 0, not 4, when there is nothing to analyse.")
+    ] = False
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """As the functions of the Python API take it."""
+        return {
+            "fail_on": self.fail_on.value,
+            "select": split_commas(self.select),
+            "ignore": split_commas(self.ignore),
+            "allow_empty": self.allow_empty,
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A saved vision model, and how it is loaded."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="TorchScript, .pt2, a state dict (with --arch), or a pickled module (--trust).",
+            show_default=False,
+        ),
+    ]
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="The code of a state dict: package.module:factory or file.py:factory, with "
+            "options in brackets: resnet18(num_classes=10).",
+        ),
+    ] = None
+    key: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Which nested dict is the state dict.")
+    ] = None
+    trust: Annotated[
+        list[Trust] | None,
+        typer.Option(metavar="pickle", help="Load a pickled module, which runs code of the file."),
+    ] = None
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="imagenet, a preprocessor_config.json, or key=value pairs: "
+            "image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=224.",
+        ),
+    ] = None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How it is loaded, as the functions of the Python API take it."""
+        return {
+            "arch": self.arch,
+            "key": self.key,
+            "trust": [t.value for t in self.trust or ()],
+            "preprocess": self.preprocess,
+        }
+
+
+Labels = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Class names: text, JSON, or a config.json.")
 ]
-
-
-def use_threads(jobs: int | None) -> None:
-    """Let torch use so many threads; by default the cores there are."""
-    if jobs is not None:
-        import torch
-
-        torch.set_num_threads(jobs)
+Folder = Annotated[
+    str, typer.Option("--output", "-o", metavar="DIR", help="Where pictures and arrays go.")
+]
 
 
 def split_commas(values: Sequence[str] | None) -> list[str]:
     """``--select A,B --select C`` as one list."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
-
-
-def check_request(format_: str, selected: Sequence[str], ignored: Sequence[str]) -> None:
-    """Refuse an unknown format or rule before anything heavy is imported. Raises UsageError."""
-    from gradscope.report.formats import renderer
-    from gradscope.report.rules import load_rules, select
-
-    renderer(format_)
-    select(load_rules().values(), selected, ignored)
-
-
-def parse_reports(values: Sequence[str] | None) -> list[tuple[str, Path]]:
-    """``FORMAT=PATH`` pairs, their formats checked before any work. Raises UsageError."""
-    from gradscope.report.formats import renderer
-
-    pairs = []
-    for value in values or ():
-        name, equals, path = value.partition("=")
-        if not equals or not path:
-            raise UsageError(f"--report takes FORMAT=PATH, e.g. json=report.json, not {value!r}")
-        renderer(name)
-        if not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"--report {value}: there is no folder {Path(path).parent}")
-        pairs.append((name, Path(path)))
-    return pairs
-
-
-def publish(
-    report: Any, format_: str, reports: Sequence[tuple[str, Path]], color: str, detail: int
-) -> None:
-    """Print a report on stdout and write the others; "wrote X" goes to stderr."""
-    import sys
-
-    from gradscope.cli.terminal import coloured, columns, emit, say
-    from gradscope.report.formats import Display, renderer
-
-    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    screen = Display(columns(sys.stdout), coloured(sys.stdout, color), unicode, detail)
-    emit(renderer(format_)(report, screen))
-    for name, path in reports:
-        try:
-            path.write_text(
-                renderer(name)(report, Display(detail=2)),
-                encoding="utf-8",
-                errors="backslashreplace",
-            )
-        except OSError as error:
-            raise UsageError(f"--report {name}={path}: {error.strerror}") from error
-        if detail:
-            say(f"wrote {path}")

@@ -7,26 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from gradscope.cli import options as o
+from gradscope.cli.command import command
+from gradscope.cli.options import ListFormat, Listing
 from gradscope.cli.terminal import emit
-from gradscope.errors import UsageError
 
 
+@command
 def rules(
     rule: Annotated[
         str | None,
         typer.Argument(metavar="[ID]", help="A code, a prefix or a name.", show_default=False),
     ] = None,
-    format_: Annotated[str, typer.Option("--format", "-f", help="table or json.")] = "table",
-    debug: o.Debug = False,
+    format_: ListFormat = Listing.TABLE,
 ) -> int:
     """Every rule: what it finds, why, its thresholds, and how often it is wrong."""
     from gradscope.report.rules import load_rules, select
 
-    if format_ not in ("table", "json"):
-        raise UsageError(f"rules are shown as table or json, not {format_!r}")
     chosen = select(load_rules().values(), [rule] if rule else ())
-    if format_ == "json":
+    if format_ is Listing.JSON:
         emit(json.dumps([_record(r) for r in chosen], indent=1) + "\n")
     elif rule:
         emit("\n\n".join(_described(r) for r in chosen) + "\n")
@@ -49,6 +47,7 @@ def _record(r: Any) -> dict[str, Any]:
         "code": r.code,
         "name": r.name,
         "severity": r.severity,
+        "command": r.reads.command,
         "needs": r.needs,
         "summary": r.summary,
         "documentation": r.documentation,

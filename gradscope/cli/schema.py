@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from gradscope.cli import options as o
+from gradscope.cli.command import command
 from gradscope.cli.terminal import emit
 
 
@@ -19,12 +20,39 @@ class Subject(StrEnum):
     HISTORY = "history"
 
 
-def schema(
-    subject: Annotated[Subject, typer.Argument(help="Whose schema.")],
-    debug: o.Debug = False,
-) -> int:
+@command
+def schema(subject: Annotated[Subject, typer.Argument(help="Whose schema.")]) -> int:
     """The JSON Schema of what gradscope writes."""
-    from gradscope.cli.schemas import SCHEMAS
-
-    emit(json.dumps(SCHEMAS[subject](), indent=1) + "\n")
+    emit(json.dumps(_SCHEMAS[subject](), indent=1) + "\n")
     return 0
+
+
+def report_schema() -> dict[str, Any]:
+    """The schema of the JSON report of any command, draft 2020-12."""
+    from pydantic import TypeAdapter
+
+    from gradscope.attribution.result import ExplainReport, VisualizeReport
+    from gradscope.flow.result import FlowReport
+    from gradscope.report.model import SCHEMA_VERSION
+    from gradscope.weights.result import WeightsReport
+
+    reports: TypeAdapter[Any] = TypeAdapter(
+        WeightsReport | FlowReport | ExplainReport | VisualizeReport
+    )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:gradscope:report:{SCHEMA_VERSION}",
+        "title": "gradscope report",
+    } | reports.json_schema(mode="serialization")
+
+
+def _history() -> dict[str, Any]:
+    from gradscope.histories.format import meta_schema
+
+    return meta_schema()
+
+
+_SCHEMAS: Mapping[Subject, Callable[[], dict[str, Any]]] = {
+    Subject.REPORT: report_schema,
+    Subject.HISTORY: _history,
+}

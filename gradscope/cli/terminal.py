@@ -1,76 +1,66 @@
-"""What commands share of the outside world: printing, colours, progress, errors to exit codes."""
+"""What commands share of the outside world: streams, colours, progress, the end of the process."""
 
 from __future__ import annotations
 
 import atexit
-import functools
 import importlib
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, Literal, NoReturn, TextIO
 
-from gradscope.errors import GradscopeError
+from gradscope.errors import OutputError
+from gradscope.report.formats import Display
+from gradscope.text import escaped
 
-ISSUES = "https://github.com/gradscope/gradscope/issues"
 #: Seconds before anything is drawn.
 _PATIENCE = 0.8
 
 
-def guarded(command: Callable[..., int]) -> Callable[..., None]:
-    """Turn what a command returns or raises into an exit code; a bug is 70, never 1."""
+def hold_streams() -> None:
+    """Put the null device in the place of each standard stream that was closed.
 
-    @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> None:
+    A file opened later would take its number, and be written to by whatever prints.
+    """
+    for number in range(3):
         try:
-            code = command(*args, **options)
-        except KeyboardInterrupt:
-            say("interrupted")
-            code = 130
-        except GradscopeError as error:
-            say(f"error: {error}")
-            code = error.exit_code
-        except MemoryError:
-            say("error: out of memory; use fewer --jobs")
-            code = 70
-        except Exception as error:
-            code = _bug(error, debug=bool(options.get("debug")))
-        leave(code)
-
-    return run
-
-
-def _bug(error: Exception, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    first = str(error).split("\n", 1)[0]
-    say(
-        f"internal error: {type(error).__name__}: {first}. This is a bug in gradscope; please "
-        f"report it at {ISSUES}" + ("" if debug else " with the output of --debug")
-    )
-    return 70
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  for the process's life
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def leave(code: int) -> NoReturn:
-    """End a command; a closed pipe is no error and gives no traceback."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _close_stdout()
+    """End a command."""
     sys.exit(code)
 
 
 def end_process(code: int) -> NoReturn:
     """Exit without unloading the compiler behind the kernels, which takes a third of a second."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError, ValueError):
+        with suppress(OSError, ValueError):
             stream.flush()
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+@contextmanager
+def without_prints() -> Iterator[None]:
+    """Send what a model's own code prints to stderr: stdout is the report's."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def use_threads(jobs: int | None) -> None:
+    """Let torch use so many threads; by default one per core."""
+    if jobs is not None:
+        import torch
+
+        torch.set_num_threads(jobs)
 
 
 def load_compiler() -> None:
@@ -89,27 +79,38 @@ def load_compiler() -> None:
             del sys.modules["scipy"]
 
 
-def _close_stdout() -> None:
-    """Let whatever is still written to a closed pipe vanish."""
+def _discard_stdout() -> None:
+    """Let whatever is still written, and what is still buffered, vanish."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(message: str) -> None:
     """One line on stderr, control characters escaped."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    with suppress(BrokenPipeError, ValueError):
-        sys.stderr.write(f"gradscope: {line}\n")
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"gradscope: {escaped(message)}\n")
         sys.stderr.flush()
 
 
 def emit(text: str) -> None:
-    """The report, on stdout and nowhere else; whatever the stream's encoding can show of it."""
+    """The report, on stdout and nowhere else; whatever the stream's encoding can show of it.
+
+    A reader that has gone away is no error. Raises OutputError for a full disk.
+    """
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        _close_stdout()
+        _discard_stdout()
+    except OSError as error:
+        _discard_stdout()
+        raise OutputError("stdout", error.strerror or str(error)) from error
+
+
+def screen(color: str, detail: int) -> Display:
+    """How a report is shown on stdout."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    return Display(columns(sys.stdout), coloured(sys.stdout, color), unicode, detail)
 
 
 def coloured(stream: TextIO, wish: str) -> bool:
@@ -141,7 +142,8 @@ def columns(stream: TextIO) -> int | None:
         width = os.get_terminal_size(stream.fileno()).columns
     except OSError:
         width = 0
-    return int(os.environ.get("COLUMNS", "0") or 0) or width or 80
+    wish = os.environ.get("COLUMNS", "")
+    return int(wish) if wish.isdecimal() and int(wish) > 0 else width or 80
 
 
 Tick = Callable[[int, int], None]

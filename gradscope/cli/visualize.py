@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
 
-from gradscope.cli import options as o
-from gradscope.cli.explain import Arch, Key, Labels, Preprocess, TrustOption
+from gradscope.cli.command import Reported, analysis
+from gradscope.cli.options import Device, Folder, Jobs, Labels, Model, Output
 
 
+@analysis
 def visualize(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="As for explain.", show_default=False)
-    ],
+    model: Model,
+    *,
     target: Annotated[
         str | None, typer.Option(metavar="CLASS", help="A class: its index or its label.")
     ] = None,
@@ -25,56 +23,35 @@ def visualize(
     channel: Annotated[
         int | None, typer.Option(min=0, metavar="K", help="The layer's channel.")
     ] = None,
-    output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="Where the picture goes.")
-    ] = "explanations",
-    arch: Arch = None,
-    preprocess: Preprocess = None,
+    folder: Folder = "explanations",
     labels: Labels = None,
-    key: Key = None,
-    trust: TrustOption = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of ascent.")] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the start and of the views.")] = 0,
-    format_: o.Format = "table",
-    report: o.Reports = None,
-    device: o.Device = "cpu",
-    jobs: o.Jobs = None,
-    quiet: o.Quiet = False,
-    verbose: o.Verbose = False,
-    color: o.ColorOption = o.Color.AUTO,
-    no_progress: o.NoProgress = False,
-    debug: o.Debug = False,
-) -> int:
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of ascent.")] = 256,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the start and of the views.")] = 0,
+    device: Device = "cpu",
+    jobs: Jobs = None,
+    output: Output,
+) -> Reported:
     """Synthesise the image that most activates a class, or a channel of a layer."""
-    o.check_request(format_, (), ())
-    reports = o.parse_reports(report)
-    from gradscope.cli.terminal import progress_bar, say
+    from gradscope.cli.terminal import progress_bar, say, use_threads, without_prints
 
-    o.use_threads(jobs)
-    bar = progress_bar("synthesising", wanted=not (no_progress or quiet), of="share")
-    with redirect_stdout(sys.stderr), bar as tick:
+    use_threads(jobs)
+    bar = progress_bar("synthesising", wanted=output.progress, of="share")
+    with without_prints(), bar as tick:
         from gradscope.attribution.visualize import visualize as synthesised
 
-        result = synthesised(
-            model,
+        report = synthesised(
+            model.model,
             target,
             layer=layer,
             channel=channel,
-            arch=arch,
-            key=key,
-            trust=[t.value for t in trust or ()],
-            preprocess=preprocess,
             labels=labels,
-            output=output,
+            output=folder,
             steps=steps,
             seed=seed,
             device=device,
             progress=tick,
+            **model.loading,
         )
-    if "table" in (format_, *(name for name, _ in reports)):
-        from gradscope.attribution import table as _table  # noqa: F401  registers what it shows
-
-    o.publish(result, format_, reports, color.value, detail=2 if verbose else 0 if quiet else 1)
-    if result.result is not None and not quiet:
-        say(f"wrote {result.result.image} and the objective at each step beside it")
-    return result.gate.exit_code
+    if output.detail and report.result is not None:
+        say(f"wrote {report.result.image} and the objective at each step beside it")
+    return report

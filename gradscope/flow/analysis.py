@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from gradscope.flow.norms import above, explosion
 from gradscope.flow.oscillation import current_rate, oscillations
 from gradscope.flow.paths import critical_paths
 from gradscope.flow.recent import recent
-from gradscope.flow.result import FlowReport, FlowResult
+from gradscope.flow.result import FlowReport, FlowResult, Need
 from gradscope.flow.rules.magnitudes import exploding_gradient, vanishing_gradient
 from gradscope.flow.rules.motion import oscillation as oscillation_rule
 from gradscope.flow.rules.paths import dead_zone
@@ -37,18 +37,8 @@ from gradscope.flow.temporal import WINDOW, directions, recent_records, temporal
 from gradscope.flow.vanishing import vanishing, vanishing_candidates
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
-from gradscope.report.gate import gate
-from gradscope.report.model import (
-    Coverage,
-    Finding,
-    Input,
-    InputFailure,
-    NotEvaluated,
-    Severity,
-    Skip,
-)
-from gradscope.report.rules import evaluate, load_rules
-from gradscope.report.rules import select as selection
+from gradscope.report.model import Coverage, Input, InputFailure, Skip
+from gradscope.report.request import failure, requested
 
 #: Rows of (layer, record) that the report holds unless all are asked for.
 SERIES_ROWS = 100_000
@@ -80,26 +70,32 @@ def analyze_flow(
     Raises UsageError for an unknown rule or severity, a window that is too short, and a file that
     does not say what it holds.
     """
-    if fail_on not in (*Severity, "never"):
-        raise UsageError(f"fail_on is {fail_on!r}; it is one of {', '.join(Severity)} or never")
+    request = requested(
+        FlowResult, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+    )
     if window < 8:
         raise UsageError(f"a window of {window} records says nothing; it takes at least 8")
     if by not in ("layer", "param"):
         raise UsageError(f"by is {by!r}; it is layer or param")
-    rules = selection([r for r in load_rules().values() if r.code[0] == "F"], select, ignore)
     try:
         read = history if isinstance(history, History) else open_history(str(history), as_=as_)
         _refuse_negative(read)
     except InputError as error:
-        failure = InputFailure(input=error.path, kind=error.kind, message=error.message)
-        return _report(None, None, [], (failure,), fail_on, allow_empty)
+        return request.report(
+            FlowReport, None, inputs=(), coverage=_NOTHING, errors=[failure(error)]
+        )
     part = between(read, from_step, to_step)
     result = analyze(part, by=by, window=window, all_series=all_series, threshold=threshold)
-    found = list(evaluate(rules, result, frozenset(result.measured)))
-    failures = tuple(
-        InputFailure(input=read.path, kind=f.kind, message=f.message) for f in read.failures
+    return request.report(
+        FlowReport,
+        result,
+        inputs=[Input(path=part.path, format=part.format, bytes=part.nbytes)],
+        coverage=_coverage(part, result),
+        judged=[request.judged(result, read.path)],
+        errors=[
+            InputFailure(input=read.path, kind=f.kind, message=f.message) for f in read.failures
+        ],
     )
-    return _report(part, result, found, failures, fail_on, allow_empty)
 
 
 def _refuse_negative(history: History) -> None:
@@ -200,22 +196,21 @@ def _span(recent: Sequence[int], total: int) -> tuple[int, int]:
     return (recent[0], total) if total and recent else (0, total)
 
 
-def _measured(s: Series, graph: Graph, compared: Cosines | None) -> list[str]:
-    """The kinds of facts that a rule may need, in the words its reason is given in."""
-    facts = ["norms"]
+def _measured(s: Series, graph: Graph, compared: Cosines | None) -> Iterator[Need]:
+    """The kinds of facts that the history has."""
+    yield Need.NORMS
     if len(s.steps) >= MIN_TREND:
-        facts.append("8 records")
+        yield Need.RECORDS
     if len([r for r in graph.rows if s.group(r) == "weight"]) >= 2:
-        facts.append("comparable layers")
+        yield Need.COMPARABLE
     if compared is not None:
-        facts.append("directions")
+        yield Need.DIRECTIONS
     if s.update_ratio is not None:
-        facts.append("update norms")
+        yield Need.UPDATES
     if graph.topology != "assumed-chain":
-        facts.append("a recorded topology")
+        yield Need.TOPOLOGY
     if s.zero_fraction is not None:
-        facts.append("zero fractions")
-    return facts
+        yield Need.ZEROS
 
 
 def _notes(s: Series) -> list[str]:
@@ -228,36 +223,10 @@ def _notes(s: Series) -> list[str]:
     return notes
 
 
-def _report(
-    history: History | None,
-    result: FlowResult | None,
-    found: Sequence[Finding | NotEvaluated],
-    failures: tuple[InputFailure, ...],
-    fail_on: str,
-    allow_empty: bool,
-) -> FlowReport:
-    findings = tuple(
-        sorted((f for f in found if isinstance(f, Finding)), key=lambda f: -f.severity.rank)
-    )
-    coverage = _coverage(history, result, found)
-    return FlowReport(
-        command="flow",
-        inputs=()
-        if history is None
-        else (Input(path=history.path, format=history.format, bytes=history.nbytes),),
-        coverage=coverage,
-        findings=findings,
-        result=result,
-        gate=gate(findings, failures, coverage, fail_on=fail_on, allow_empty=allow_empty),
-        errors=failures,
-    )
+_NOTHING = Coverage(analyzed=0, total=0, unit="layers", bytes=0)
 
 
-def _coverage(
-    history: History | None, result: FlowResult | None, found: Sequence[Finding | NotEvaluated]
-) -> Coverage:
-    if history is None or result is None:
-        return Coverage(analyzed=0, total=0, unit="layers", bytes=0)
+def _coverage(history: History, result: FlowResult) -> Coverage:
     skipped = [Skip(subject=s, reason=why) for s, why in history.skipped_parts]
     skipped += [
         Skip(subject=m.layer_name, reason=_MISSING[m.state])
@@ -275,7 +244,6 @@ def _coverage(
         unit="layers",
         bytes=history.nbytes,
         skipped=tuple(skipped),
-        not_evaluated=tuple(dict.fromkeys(f for f in found if isinstance(f, NotEvaluated))),
     )
 
 

@@ -7,7 +7,8 @@ a number rests on: "exact" gradients, "sketch" (unbiased estimates from count-sk
 
 from __future__ import annotations
 
-from typing import Literal
+from enum import StrEnum
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -69,6 +70,11 @@ class LayerFlow(Record):
     noise_scale: float | None
     records: int
     missing: int
+
+    @property
+    def subject(self) -> str:
+        """What findings about it name."""
+        return self.layer_name
 
 
 class TemporalFlow(Record):
@@ -188,7 +194,7 @@ class Region(Record):
     cause: str
     mitigation_suggestions: tuple[str, ...]
     #: What the level was judged by; not part of the report.
-    facts: VanishingFacts | ExplodingFacts | None = Field(None, exclude=True, repr=False)
+    facts: VanishingFacts | ExplodingFacts | None = Field(default=None, exclude=True, repr=False)
 
 
 class DeadZone(Record):
@@ -205,7 +211,7 @@ class DeadZone(Record):
     extent: Extent
     past_recoveries: int
     #: What recovery was judged by; not part of the report.
-    facts: DeadFacts | None = Field(None, exclude=True, repr=False)
+    facts: DeadFacts | None = Field(default=None, exclude=True, repr=False)
 
 
 class ExplodingLayer(Record):
@@ -311,7 +317,7 @@ class Stagnation(Record):
     reason: Standstill
     converged: bool
     #: The greatest median update ratio of its records, where they tell; not part of the report.
-    fastest: float | None = Field(None, exclude=True, repr=False)
+    fastest: float | None = Field(default=None, exclude=True, repr=False)
 
 
 class UpdateRatio(Record):
@@ -340,8 +346,23 @@ class Convergence(Record):
     loss_fell: bool | None
 
 
+class Need(StrEnum):
+    """The kinds of facts that a rule about a history can need."""
+
+    NORMS = "norms"
+    RECORDS = "8 records"
+    COMPARABLE = "comparable layers"
+    DIRECTIONS = "directions"
+    UPDATES = "update norms"
+    TOPOLOGY = "a recorded topology"
+    ZEROS = "zero fractions"
+
+
 class FlowResult(Record):
     """The result of one run."""
+
+    command: ClassVar[str] = "flow"
+    Needs: ClassVar[type[StrEnum]] = Need
 
     layers: tuple[LayerFlow, ...]
     temporal: tuple[TemporalFlow, ...]
@@ -366,7 +387,7 @@ class FlowResult(Record):
     missing: tuple[Missing, ...] = ()
     convergence: Convergence | None = None
     #: Kinds of facts the history has: what a rule may need.
-    measured: tuple[str, ...] = ()
+    measured: tuple[Need, ...] = ()
     #: (layer, record) rows that the series leave out: all but the most recent ones.
     rows_omitted: int = 0
     notes: tuple[str, ...] = ()

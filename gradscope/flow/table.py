@@ -10,7 +10,8 @@ from rich.text import Text
 
 from gradscope.flow.result import CriticalPath, FlowResult, LayerFlow
 from gradscope.report.formats import Display
-from gradscope.report.formats.table_ import clean, facts, number, section, table
+from gradscope.report.formats.cells import facts, number, table
+from gradscope.text import escaped, shortened
 
 _SHOWN = 40
 _PATHS = 3
@@ -21,11 +22,10 @@ _SHADES = " ░▒▓█"
 _ASCII_SHADES = " .:*#"
 
 
-@section("flow")
-def parts(result: FlowResult, display: Display) -> Iterator[RenderableType]:
+def flow(result: FlowResult, display: Display) -> Iterator[RenderableType]:
     """Notes, the network, its layers, layers over time, the critical paths."""
     for note in result.notes:
-        yield Text.assemble(("note ", "dim"), clean(note, None))
+        yield Text.assemble(("note ", "dim"), escaped(note))
     if result.steps:
         yield Text("")
         yield _network(result)
@@ -81,7 +81,7 @@ def _layers(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderabl
 
 def _label(name: str, narrow: bool) -> str:
     """A layer's name, of a long one its end: that is where names differ."""
-    shown = clean(name) or "(root)"
+    shown = shortened(name) or "(root)"
     return "…" + shown[1 - _NARROW_NAME :] if narrow and len(shown) > _NARROW_NAME else shown
 
 
@@ -184,12 +184,12 @@ def _paths(paths: Sequence[CriticalPath], display: Display) -> Iterator[Renderab
     if shown:
         yield Text("\nWidest paths from the loss", style="bold")
     for path in shown:
-        names = [clean(name) for name in path.layers]
+        names = [shortened(name) for name in path.layers]
         way = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]
         weak = (
             ""
             if path.weakest_link is None
-            else f"weakest link {' → '.join(map(clean, path.weakest_link))}, "
+            else f"weakest link {' → '.join(map(shortened, path.weakest_link))}, "
         )
         yield Text.assemble(
             f"  {' ← '.join(way)}",

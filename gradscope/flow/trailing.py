@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradscope.compiled import kernel
 from gradscope.flow.robust import GAUSSIAN, Array
-from gradscope.statistics.kernels import kernel
 
 
 def trailing(values: Array, window: int, least: int) -> tuple[Array, Array]:

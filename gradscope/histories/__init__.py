@@ -1,1 +1,1 @@
-"""Recorded gradients: one ``History``, its file format, a reader for each format people have."""
+"""Recorded gradients: one ``History``, its own file format, and a reader for each other format."""

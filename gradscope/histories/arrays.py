@@ -16,16 +16,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import WHOLE
 from gradscope.checkpoints.tensors import Checkpoint, Failure, TensorRef
+from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
+from gradscope.formats import find
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import guessed_kind
 from gradscope.histories.steps import ordered
 from gradscope.histories.vectors import Keyed, Slice, measure, values_of
 from gradscope.histories.vectors import measured as measured
+from gradscope.text import quoted
 
 As = Literal["norms", "vectors"]
 Values = NDArray[np.float64]
@@ -43,10 +47,20 @@ _BY_RECORD = {
 _MARKS = ("/", ":")
 
 
+def recognises(file: Beginning) -> bool:
+    """A checkpoint of tensors alone. Raises InputError for one that is damaged."""
+    try:
+        return find(sniff(file.path)).kind == "tensors"
+    except InputError as error:
+        if error.kind == "unsupported" or file.start[:4096].isascii():
+            return False
+        raise
+
+
 def read_arrays(path: str, as_: As | None = None) -> History:
     """A history from a file of arrays. Raises InputError, and UsageError when ``as_`` is needed."""
-    torch_file = sniff(path) in ("zip-torch", "torch-legacy")
-    checkpoint = open_checkpoint(path, WHOLE if torch_file else None)
+    torch_file = find(sniff(path)).takes == "key"
+    checkpoint = verified(open_checkpoint(path, WHOLE if torch_file else None))
     refs = {ref.name: ref for ref in checkpoint.tensors}
     rest = {n: r for n, r in refs.items() if n not in _STEPS and n not in _BY_RECORD}
     if not rest:
@@ -90,10 +104,11 @@ def read_records(path: str, files: Sequence[str]) -> History:
     for file in files:
         found = _STEP.match(os.path.splitext(os.path.basename(file))[0])
         try:
-            checkpoint = open_checkpoint(file)
+            checkpoint = verified(open_checkpoint(file))
         except InputError as error:
             failures.append(error)
             continue
+        failures.extend(InputError(file, f.kind, f.message) for f in checkpoint.failures)
         if found:
             table[int(found[1])] = {ref.name: Slice.whole(ref) for ref in checkpoint.tensors}
     if not table:
@@ -119,7 +134,7 @@ def _are_norms(refs: _Refs, rest: _Refs) -> bool:
 def _ambiguous(path: str, rest: _Refs) -> UsageError:
     name, ref = next(iter(rest.items()))
     return UsageError(
-        f"{path}: {name!r} of shape {list(ref.shape)} may hold one norm a step or gradients; "
+        f"{path}: {quoted(name)} of shape {list(ref.shape)} may hold one norm a step or gradients; "
         "say which with --as norms or --as vectors"
     )
 

@@ -1,4 +1,4 @@
-"""How people name what they log: one table of patterns for every format that has names."""
+"""How loggers name what they write: one table of patterns for every format that has names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 
 from gradscope.histories.history import Kind
+
+#: The note on a run that logged nothing of its layers.
+ONLY_TOTAL = "only the total gradient norm was logged, so nothing is known of single layers"
 
 #: How a parameter's gradient norm is named. What is not an L2 norm (``grad_inf_norm``) is not here.
 _GRADIENTS = tuple(

@@ -8,25 +8,26 @@ from itertools import pairwise
 import numpy as np
 
 from gradscope.histories.history import Integers
+from gradscope.text import plural
 
 #: A counter that falls back and then climbs for this many records was restarted; one that jumps
 #: about was not recorded in order.
 _RUN = 8
 
 
-def ordered(steps: Integers) -> tuple[Integers, list[str]]:
+def ordered(steps: Integers, *, note_repeats: bool = True) -> tuple[Integers, list[str]]:
     """Which records to keep, in the order of their steps, and notes of what was done.
 
     Of records with one step the last stays. A restart (from step 400, of a run that had reached
     500) supersedes what the earlier segment recorded from its first step on; otherwise records out
-    of order are sorted.
+    of order are sorted. Without ``note_repeats`` repeated steps are taken as normal.
     """
     if len(steps) < 2 or bool(np.all(np.diff(steps) > 0)):
         return np.arange(len(steps)), []
     segments = _segments(steps)
     if len(segments) > 1 and all(last - first >= _RUN for first, last in segments):
-        return _restarted(steps, segments)
-    return _sorted(steps, np.arange(len(steps)))
+        return _restarted(steps, segments, note_repeats)
+    return _sorted(steps, np.arange(len(steps)), note_repeats)
 
 
 def _segments(steps: Integers) -> list[tuple[int, int]]:
@@ -35,27 +36,30 @@ def _segments(steps: Integers) -> list[tuple[int, int]]:
     return list(pairwise([0, *falls.tolist(), len(steps)]))
 
 
-def _restarted(steps: Integers, segments: list[tuple[int, int]]) -> tuple[Integers, list[str]]:
+def _restarted(
+    steps: Integers, segments: list[tuple[int, int]], note_repeats: bool
+) -> tuple[Integers, list[str]]:
     kept, notes = np.ones(len(steps), dtype=bool), []
     for first, _ in segments[1:]:
         stale = kept[:first] & (steps[:first] >= steps[first])
         kept[:first] &= ~stale
         notes.append(
-            f"the step counter restarts at {steps[first]}; {int(stale.sum())} earlier records from "
-            "that step on were superseded"
+            f"the step counter restarts at {steps[first]}, which supersedes "
+            f"{plural(int(stale.sum()), 'earlier record')} from that step on"
         )
-    chosen, more = _sorted(steps, np.flatnonzero(kept))
+    chosen, more = _sorted(steps, np.flatnonzero(kept), note_repeats)
     return chosen, [*notes, *more]
 
 
-def _sorted(steps: Integers, records: Integers) -> tuple[Integers, list[str]]:
+def _sorted(steps: Integers, records: Integers, note_repeats: bool) -> tuple[Integers, list[str]]:
     order = records[np.argsort(steps[records], kind="stable")]
     last = np.append(np.diff(steps[order]) > 0, True)[: len(order)]
-    return order[last], list(_said(steps[records], int((~last).sum())))
+    repeated = int((~last).sum()) if note_repeats else 0
+    return order[last], list(_said(steps[records], repeated))
 
 
 def _said(steps: Integers, repeated: int) -> Iterator[str]:
     if bool(np.any(np.diff(steps) < 0)):
-        yield "the steps were not in order and have been sorted"
+        yield "the steps were out of order and have been sorted"
     if repeated:
-        yield f"{repeated} records repeat a step; the last of each was kept"
+        yield f"{plural(repeated, 'record')} repeated a step; the last of each step was kept"

@@ -16,6 +16,7 @@ from gradscope.histories.history import Exact, Layer, Sketches, Status
 from gradscope.histories.names import guessed_kind
 from gradscope.histories.sketching import WIDTH, seed_of, sketch
 from gradscope.statistics.codings import CODED, code_values, is_float
+from gradscope.text import quoted
 
 Values = NDArray[np.float64]
 
@@ -51,9 +52,13 @@ Keyed = dict[int, dict[str, Slice]]
 
 
 def values_of(where: Slice) -> Values:
-    """The elements as float64, flat. Raises InputError for what is no real number."""
+    """The elements as float64, flat. Raises InputError if they are complex."""
     if where.ref.dtype in ("C64", "C128"):
-        raise InputError(where.ref.file, "unsupported", f"{where.ref.name} is complex")
+        raise InputError(
+            where.ref.file,
+            "unsupported",
+            f"{quoted(where.ref.name)} is complex: only real gradients are read",
+        )
     out = np.empty(where.numel)
     for first in range(where.start, where.stop, PIECE):
         last = min(first + PIECE, where.stop)

@@ -18,8 +18,8 @@ from torch import nn
 from gradscope.errors import UsageError
 from gradscope.models.model import nearest
 
-_FORM = "--arch is package.module:factory, or path/to/file.py:factory, with options in brackets"
-#: Libraries whose models have names of their own: where one is asked for, and without weights.
+_FORM = "write package.module:factory or path/to/file.py:factory, options in parentheses"
+#: Libraries that name their models: module, function, and the options that leave out weights.
 _LIBRARIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "timm": ("timm", "create_model", {"pretrained": False}),
     "torchvision": ("torchvision.models", "get_model", {}),
@@ -27,11 +27,11 @@ _LIBRARIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 
 
 def build(spec: str) -> nn.Module:
-    """What ``--arch`` names, called with the options in its brackets, which are literals.
+    """The module that ``--arch`` names, built with the options in its parentheses (literals).
 
-    ``timm:name`` and ``torchvision:name`` are their libraries' models, without weights. The working
-    directory is importable meanwhile. Raises UsageError naming what cannot be found,
-    and with the factory's own words when it fails.
+    ``timm:name`` and ``torchvision:name`` are these libraries' models, without weights. Meanwhile
+    modules in the working directory can be imported. Raises UsageError naming what cannot be
+    found, and quoting the factory's own error when it fails.
     """
     place, colon, call = spec.partition(":")
     if not colon or not place or not call:
@@ -47,12 +47,12 @@ def build(spec: str) -> nn.Module:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = factory(*positional, **named)
-        # It is the user's code: whatever it raises, they want to read.
+        # The user's code: they want to read whatever it raises.
         except (Exception, SystemExit) as error:
             raise UsageError(f"--arch {spec} failed: {type(error).__name__}: {error}") from error
     if isinstance(found, nn.Module):
         return found
-    raise UsageError(f"--arch {spec} gives a {type(found).__name__}, not an nn.Module")
+    raise UsageError(f"--arch {spec} returns a {type(found).__name__}, not an nn.Module")
 
 
 def _parsed(spec: str, call: str) -> tuple[Sequence[str], list[Any], dict[str, Any]]:
@@ -61,16 +61,16 @@ def _parsed(spec: str, call: str) -> tuple[Sequence[str], list[Any], dict[str, A
         function = tree.func if isinstance(tree, ast.Call) else tree
         path = ast.unparse(function).split(".")
         if not all(part.isidentifier() for part in path):
-            raise ValueError(f"{ast.unparse(function)} is no name")
+            raise ValueError(f"{ast.unparse(function)} is not a name")
         if not isinstance(tree, ast.Call):
             return path, [], {}
         positional = [ast.literal_eval(argument) for argument in tree.args]
         pairs = [(k.arg, ast.literal_eval(k.value)) for k in tree.keywords]
         if any(name is None for name, _ in pairs):
-            raise ValueError("** is not taken")
+            raise ValueError("** is not allowed")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UsageError(
-            f"--arch {spec}: {_FORM}, and options are literals, as in resnet18(num_classes=10) "
+            f"--arch {spec}: {_FORM}; options are literals, as in resnet18(num_classes=10) "
             f"({error})"
         ) from None
     return path, positional, {str(name): value for name, value in pairs}
@@ -84,8 +84,8 @@ def _module(spec: str, place: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (place == error.name or place.startswith(error.name + ".")):
             raise UsageError(
-                f"--arch {spec}: there is no module {error.name}; install it, or run from the "
-                "folder that holds it"
+                f"--arch {spec}: module {error.name} not found; install it, or run in the folder "
+                "that contains it"
             ) from None
         raise UsageError(f"--arch {spec}: importing {place} failed: {error}") from error
     except UsageError:
@@ -98,7 +98,7 @@ def _module(spec: str, place: str) -> ModuleType:
 
 def _from_file(spec: str, file: Path) -> ModuleType:
     if not file.is_file():
-        raise UsageError(f"--arch {spec}: there is no file {file}")
+        raise UsageError(f"--arch {spec}: file {file} not found")
     description = importlib.util.spec_from_file_location(file.stem, file)
     if description is None or description.loader is None:
         raise UsageError(f"--arch {spec}: {file} cannot be imported")
@@ -120,7 +120,7 @@ def _attribute(spec: str, module: ModuleType, path: Sequence[str]) -> Any:
     for name in path:
         try:
             there = hasattr(found, name)
-        # A package that imports its parts only when they are asked for.
+        # A package may import its parts lazily.
         except Exception as error:
             message = f"importing {name} failed: {type(error).__name__}: {error}"
             raise UsageError(f"--arch {spec}: {message}") from error
@@ -135,9 +135,9 @@ def _attribute(spec: str, module: ModuleType, path: Sequence[str]) -> Any:
 
 @contextmanager
 def importable(folder: str) -> Iterator[None]:
-    """A folder whose modules can be imported meanwhile."""
+    """Meanwhile, modules in the folder can be imported."""
     sys.path.insert(0, folder)
-    # Python forgets to look again at a folder that has just been written to.
+    # Python caches what a folder contains, even if it has just been written to.
     importlib.invalidate_caches()
     try:
         yield

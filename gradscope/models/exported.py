@@ -1,4 +1,4 @@
-"""Programs of ``torch.export``: their modules are restored, so that layers have names and hooks."""
+"""Programs of ``torch.export``: unflattened, so that their layers have names and hooks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gradscope.models.model import Model, hooked
 def exported_model(program: ExportedProgram) -> Model:
     """An exported program as a Model.
 
-    Guards that the file brings along are never compiled. What was exported in training mode is
-    put in evaluation mode: batch statistics and dropout are constants of its graph. Raises
-    UsageError for a program that does not take one image batch.
+    Guards in the file are never compiled. A program exported in training mode is rewritten to
+    evaluation mode, since training is a constant of its graph. Raises UsageError for a program
+    that does not take one image batch.
     """
     name, shape = _image_input(program)
-    notes = ("it was exported in training mode; evaluation mode is used",) * _in_evaluation(program)
+    notes = ("exported in training mode; evaluation mode is used",) * _in_evaluation(program)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module: nn.Module = torch.export.unflatten(program)
@@ -48,12 +48,14 @@ def _image_input(program: ExportedProgram) -> tuple[str | None, list[Any]]:
     shapes = [list(n.meta["val"].shape) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
     if len(nodes) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
         given = ", ".join(f"{n.name} {s}" for n, s in zip(nodes, shapes, strict=False))
-        raise UsageError(f"this program takes {given or 'no tensor'}; images are one [N, C, H, W]")
+        raise UsageError(
+            f"this program takes {given or 'no tensor'}; it has to take images [N, C, H, W]"
+        )
     arguments, keywords = program.call_spec.in_spec.children()
     return (keywords.context[0] if not arguments.num_children else None), shapes[0]
 
 
-#: Which argument of an operator says that it trains.
+#: The position of the argument that says "training".
 _TRAINING = {
     torch.ops.aten.batch_norm.default: 5,
     torch.ops.aten.dropout.default: 2,
@@ -64,7 +66,7 @@ _TRAINING = {
 
 
 def _in_evaluation(program: ExportedProgram) -> int:
-    """Switch off what trains; 1 if there was any."""
+    """Switch training off; 1 if it was on anywhere."""
     changed = 0
     for node in program.graph_module.graph.nodes:
         flag = _TRAINING.get(node.target)

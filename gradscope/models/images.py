@@ -1,4 +1,4 @@
-"""Pictures as people have them: found, read, upright, in three channels."""
+"""Pictures: found, read, turned upright, in three channels."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from gradscope.errors import InputError
 Array = npt.NDArray[np.generic]
 #: What Pillow keeps in more than eight bits a pixel.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-#: What Pillow recognises but cannot decode alone: EPS would start Ghostscript, the rest need a
-#: handler that the caller brings.
+#: Formats that Pillow recognises but does not decode by itself: EPS would start Ghostscript, the
+#: others need a handler from the caller.
 _NOT_DECODED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
-#: How the common formats begin, for files whose names do not say it.
+#: How the common formats begin, for files without a telling suffix.
 _STARTS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
-#: More bytes than a picture within Pillow's limit of pixels has.
+#: Above the size of any picture within Pillow's limit of pixels.
 _LARGEST = 2**30
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Picture:
-    """An upright picture in three channels: uint8, or float32 in 0..1 where it is deeper."""
+    """An upright picture in three channels: uint8, or float32 in 0..1 for more than 8 bits."""
 
     path: str
     format: str
-    #: As the file has it, before it became RGB.
+    #: Pillow's mode of the file, before the conversion to RGB.
     mode: str
     bytes: int
     sha256: str
@@ -60,10 +60,10 @@ class Picture:
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
-    """Files as they are given; of a folder, every picture in it and below, img2 before img10.
+    """Files as given; for a folder, every picture in it and below, img2 before img10.
 
-    A picture is what has a suffix of Pillow's, or begins like a PNG, JPEG, GIF or WebP. Hidden
-    files and folders are left out. Raises InputError for a folder without any.
+    A picture has a suffix that Pillow knows, or begins like a PNG, JPEG, GIF or WebP. Hidden
+    files and folders are left out. Raises InputError for a folder without pictures.
     """
     for path in paths:
         if not Path(path).is_dir():
@@ -74,7 +74,7 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
             raise InputError(
                 path,
                 "missing",
-                "there is no picture in this folder; name a file, or another folder",
+                "no pictures found in this folder; name a file, or another folder",
             )
         yield from map(str, found)
 
@@ -109,42 +109,42 @@ def _is_picture(path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key that compares runs of digits as numbers, of any length, and letters without case."""
+    """A sort key: runs of digits compare as numbers, of any length, letters ignoring case."""
     runs = re.findall(r"([0-9]+)|([^0-9]+)", str(path))
     key = [(len(d.lstrip("0")), d.lstrip("0")) if d else (-1, t.casefold()) for d, t in runs]
     return [*key, (-1, str(path))]
 
 
 def open_image(path: str) -> Picture:
-    """A picture of any format that Pillow reads; of an animated one the first frame.
+    """A picture of any format that Pillow reads; the first frame of an animated one.
 
-    EXIF's orientation is applied; colour profiles are not. What is transparent lies over white.
-    Grey pictures have three equal channels; of 16 bits they keep their depth, 65535 becoming 1.
-    Integers of 32 bits are taken for 16 where they fit. Floats are taken for 0..1, or for 0..255,
-    where they fit. What fits nowhere is scaled by its own range. Pixels that are no number are
-    black. Raises InputError for everything else.
+    EXIF orientation is applied; colour profiles are not. Transparent pixels lie over white. Grey
+    pictures get three equal channels; 16 bits keep their depth, 65535 becoming 1. 32-bit integers
+    are read as 16-bit where they fit, floats as 0..1 or 0..255; anything else is scaled by its own
+    range. NaN becomes black. Raises InputError for files that are missing, damaged, too large or
+    not pictures.
     """
     data = _bytes(path)
     try:
         with warnings.catch_warnings():
-            # Half of what Pillow refuses is a large photograph, of which it only warns.
+            # Pillow warns from half of the size that it refuses; large photographs are that big.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 kind, mode = image.format or "?", image.mode
                 pixels = _pixels(_upright(image))
     except Image.DecompressionBombError as error:
         raise InputError(
-            path, "unsupported", f"it is too large to be a picture for a model ({error}); shrink it"
+            path, "unsupported", f"it is too large for a model's input ({error}); shrink it"
         ) from None
     except UnidentifiedImageError:
         raise InputError(path, "malformed", _unknown(data)) from None
-    # Pillow's plugins raise whatever their parsing meets.
+    # Pillow's plugins raise any exception that their parsing meets.
     except Exception as error:
         cause = str(error) or type(error).__name__
         raise InputError(
             path,
             "truncated" if "truncated" in cause.lower() else "malformed",
-            f"the picture cannot be decoded ({cause}); fetch or save it again",
+            f"it cannot be decoded ({cause}); download or save it again",
         ) from None
     digest = hashlib.sha256(data).hexdigest()
     return Picture(path, kind, mode, len(data), digest, pixels)
@@ -155,38 +155,38 @@ def _bytes(path: str) -> bytes:
         with Path(path).open("rb") as file:
             data = file.read(_LARGEST + 1)
     except FileNotFoundError:
-        raise InputError(path, "missing", "there is no such file") from None
+        raise InputError(path, "missing", "file not found") from None
     except IsADirectoryError:
         raise InputError(path, "missing", "it is a folder; name a picture in it") from None
     except OSError as error:
         raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
-    # A name with a NUL in it.
+    # A name that contains NUL.
     except ValueError as error:
-        raise InputError(path, "missing", f"no file has this name ({error})") from None
+        raise InputError(path, "missing", f"not a valid file name ({error})") from None
     if not data:
-        raise InputError(path, "truncated", "the file is empty; fetch or save it again")
+        raise InputError(path, "truncated", "the file is empty; download or save it again")
     if len(data) > _LARGEST:
-        raise InputError(path, "unsupported", "it has more than 1 GiB; no picture needs as much")
+        raise InputError(path, "unsupported", "it is larger than 1 GiB: not a picture")
     return data
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # First of all: some decoders fail once only, and leave black behind.
+    # First of all: some decoders fail only once, and leave black pixels.
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    # Damaged metadata does not make the pixels unreadable; Pillow says so here in many ways.
+    # Damaged metadata does not make the pixels unreadable; Pillow has many errors for it.
     except Exception:
         return image
 
 
 _CONVERT = "convert it to PNG or JPEG"
-#: What else is given for a picture: how it begins, and what to say.
+#: Other files that are mistaken for pictures: how they begin, and what to say.
 _OTHERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb".*<svg|<\?xml", re.DOTALL), "it is a drawing (SVG or XML); export it as PNG"),
     (
         re.compile(rb"<html|<!doctype|<head"),
-        "it is a web page, probably of a failed download; fetch the picture itself",
+        "it is a web page, probably from a failed download; download the picture itself",
     ),
     (
         re.compile(rb"version https://git-lfs"),
@@ -208,7 +208,7 @@ def _unknown(data: bytes) -> str:
     for begins, said in _OTHERS:
         if begins.match(start) or begins.match(start.lstrip()):
             return said
-    return f"it is no picture that Pillow can read; {_CONVERT}"
+    return f"it is not a picture that Pillow can read; {_CONVERT}"
 
 
 def _pixels(image: Image.Image) -> Array:
@@ -226,7 +226,7 @@ def _deep(values: Array, mode: str) -> npt.NDArray[np.float32]:
     grey = values.astype(np.float64)
     numbers = grey[np.isfinite(grey)]
     if not numbers.size:
-        raise ValueError("none of its pixels is a finite number")
+        raise ValueError("no pixel is finite")
     low, high = float(numbers.min()), float(numbers.max())
     if mode.startswith("I;16"):
         low, high = 0.0, 65535.0

@@ -1,4 +1,4 @@
-"""What classes are called, and which of them is meant."""
+"""Names of classes, and targets by index, rank or name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 from gradscope.errors import InputError, UsageError
+from gradscope.text import escaped, listed
 
 #: Names by class index.
 Labels = Mapping[int, str]
+
+#: A target by rank: ``top1``, ``top-5``.
+RANKED = re.compile(r"top-?([0-9]+)", re.IGNORECASE)
 
 _IMAGENET_CLASSES = 1000
 _BESIDE = ("labels.txt", "classes.txt", "imagenet_classes.txt", "labels.json", "classes.json")
@@ -26,20 +30,20 @@ _BESIDE = ("labels.txt", "classes.txt", "imagenet_classes.txt", "labels.json", "
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The ``count`` classes that the model finds likeliest."""
+    """The ``count`` classes with the greatest logits."""
 
     count: int
 
 
 @cache
 def imagenet() -> Labels:
-    """ImageNet's 1000 classes in the order, and the words, of torchvision (BSD-3-Clause)."""
+    """ImageNet's 1000 classes, in torchvision's order and wording (BSD-3-Clause)."""
     text = files("gradscope.models").joinpath("imagenet.txt").read_text(encoding="utf-8")
     return MappingProxyType(dict(enumerate(text.splitlines())))
 
 
 def read_labels(path: str) -> Labels:
-    """Names from a file: a line each (with or without its index), a JSON list or a JSON object.
+    """Names from a file: one per line (with or without its index), a JSON list or a JSON object.
 
     Also ``imagenet_class_index.json``, the ``id2label`` of a Hugging Face ``config.json`` and a
     dictionary as Python prints it. Raises InputError.
@@ -47,36 +51,34 @@ def read_labels(path: str) -> Labels:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(path, "missing", "there is no such file") from None
+        raise InputError(path, "missing", "file not found") from None
     except OSError as error:
         raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise InputError(
-            path, "malformed", "labels are text in UTF-8; save it again as that"
-        ) from None
-    # A name with a NUL in it.
+        raise InputError(path, "malformed", "it is not UTF-8 text; save it as UTF-8") from None
+    # A name that contains NUL.
     except ValueError as error:
-        raise InputError(path, "missing", f"no file has this name ({error})") from None
+        raise InputError(path, "missing", f"not a valid file name ({error})") from None
     value = _literal(text)
     if value is None and _OBJECT.match(text):
-        message = f"it begins like JSON but cannot be read as such; {_FORMS}"
+        message = f"it begins like JSON but is not valid; {_FORMS}"
         raise InputError(path, "malformed", message)
     try:
         found = dict(_from_lines(text)) if value is None else _from_literal(value)
     except ValueError as error:
         raise InputError(path, "malformed", f"{error}; {_FORMS}") from None
     if not found:
-        raise InputError(path, "malformed", f"it holds no labels; {_FORMS}")
+        raise InputError(path, "malformed", f"no labels found; {_FORMS}")
     return MappingProxyType(found)
 
 
-#: An object or a list that goes on; ``[CLS]`` on a line of its own is a name.
+#: The start of an object or a list; ``[CLS]`` on a line of its own is a name.
 _OBJECT = re.compile(r"\s*(?:\{|\[(?![^\[\]\"',\n]*\]\s*\n))")
-_FORMS = "labels are a line each, or JSON: a list, or an object of index to name"
+_FORMS = "a file of labels has one per line, or is JSON: a list, or an object {index: name}"
 
 
 def beside(model: str) -> Labels | None:
-    """The names in a file next to the model, if there is one."""
+    """The names in a file next to the model; None without one."""
     folder = Path(model) if Path(model).is_dir() else Path(model).parent
     for name in _BESIDE:
         if (folder / name).is_file():
@@ -90,41 +92,41 @@ def beside(model: str) -> Labels | None:
 
 
 def of_model(module: object, classes: int) -> Labels | None:
-    """The names that a model brings along, or ImageNet's where it has as many classes."""
+    """The names in the model itself, or ImageNet's where it has as many classes."""
     named = getattr(getattr(module, "config", None), "id2label", None)
     if isinstance(named, Mapping) and named:
         try:
             return MappingProxyType({_index(i): str(name) for i, name in named.items()})
-        # Another library's attribute of this name.
+        # Another library's attribute with this name.
         except ValueError:
             pass
     return imagenet() if classes == _IMAGENET_CLASSES else None
 
 
 def _literal(text: str) -> Any:
-    """What JSON or Python reads from text in brackets; None where neither does."""
+    """The JSON or Python literal in a text; None where it is neither."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     for read in (json.loads, ast.literal_eval):
         try:
             with warnings.catch_warnings():
-                # Python's, of backslashes in names.
+                # Python warns of backslashes in names.
                 warnings.simplefilter("ignore")
                 return read(text.strip())
-        # Python's parser has its own limits of depth, and says so in several ways.
+        # Python's parser has limits of depth, and several errors for them.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return None
 
 
 def _from_literal(value: Any) -> dict[int, str]:
-    """Raises ValueError for what is not index and name, either way round."""
+    """Raises ValueError for anything but indices and names, either way round."""
     if isinstance(value, dict) and "id2label" in value:
         value = value["id2label"]
     if isinstance(value, list):
         return {index: _name(name) for index, name in enumerate(value)}
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {value!r:.40}")
+        raise ValueError(f"it contains {value!r:.40}")
     # Otherwise label2id: names to indices.
     named = value.items() if all(map(_is_index, value)) else ((i, n) for n, i in value.items())
     return dict(_unique(sorted((_index(index), _name(name)) for index, name in named)))
@@ -136,15 +138,15 @@ def _is_index(value: Any) -> bool:
 
 def _index(value: Any) -> int:
     if not _is_index(value):
-        raise ValueError(f"{value!r:.40} is no index of a class")
+        raise ValueError(f"{value!r:.40} is not a class index")
     return int(value)
 
 
 def _name(value: Any) -> str:
-    # ["n01440764", "tench"], as Keras has it.
+    # ["n01440764", "tench"], as in Keras.
     name = value[-1] if isinstance(value, list | tuple) and value else value
     if not isinstance(name, str | int) or isinstance(name, bool):
-        raise ValueError(f"{value!r:.40} is no name of a class")
+        raise ValueError(f"{value!r:.40} is not a class name")
     return str(name)
 
 
@@ -158,7 +160,7 @@ def _unique(pairs: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
 
 
 _NUMBERED = re.compile(r"([0-9]{1,9})\s*[:;,\t]\s*(.+)")
-#: With a space alone, as in `0 tench`: a name may begin with a number, so all have to be in order.
+#: Only a space, as in `0 tench`: names may begin with a number, so these have to be in order.
 _SPACED = re.compile(r"([0-9]{1,9})\s+(?:-\s+)?(.+)")
 _SYNSET = re.compile(r"n[0-9]{8}[\s,]+(.+)")
 
@@ -167,7 +169,7 @@ def _from_lines(text: str) -> Iterator[tuple[int, str]]:
     """Raises ValueError for an index with two names."""
     lines = text.rstrip().split("\n")
     filled = [line.strip() for line in lines if line.strip()]
-    # A table may have a heading, which is no number.
+    # A table may have a heading, which does not begin with a digit.
     headed = bool(filled) and not filled[0][0].isdigit()
     for rows in (filled, filled[headed:]):
         numbered = [_NUMBERED.fullmatch(row) for row in rows]
@@ -189,13 +191,13 @@ def _plain(name: str) -> str:
 def parse_target(text: str, labels: Labels | None, classes: int) -> int | Ranked:
     """``281``, ``top1``, ``top5``, or a label; a number is always an index.
 
-    A label is matched whole, then whatever its case, then one of its comma-separated synonyms,
-    then a part that only one label has. Raises UsageError for what names no class, or several.
+    A label is matched whole, then ignoring case, then by one of its comma-separated synonyms,
+    then by a part that only one label has. Raises UsageError for no match, or several.
     """
     text = text.strip()
     if not text:
-        raise UsageError("--target is empty; give an index, top1, or a label")
-    ranked = re.fullmatch(r"top-?([0-9]+)", text, re.IGNORECASE)
+        raise UsageError("--target is empty; give an index, top1 or a label")
+    ranked = RANKED.fullmatch(text)
     if ranked:
         count = _within(ranked[1], classes + 1)
         if not count:
@@ -204,22 +206,22 @@ def parse_target(text: str, labels: Labels | None, classes: int) -> int | Ranked
     if re.fullmatch(r"[+-]?[0-9]+", text):
         index = None if text.startswith("-") else _within(text.removeprefix("+"), classes)
         if index is None:
-            raise UsageError(f"--target {text}: classes go from 0 to {classes - 1}")
+            raise UsageError(f"--target {text}: class indices are 0 to {classes - 1}")
         return index
     if labels is None:
         raise UsageError(
-            f"--target {text}: the classes have no names; give an index, top1, or --labels FILE"
+            f"--target {text}: the classes have no names; give an index, top1 or --labels FILE"
         )
-    return _named(text, {i: n for i, n in labels.items() if 0 <= i < classes})
+    return _by_name(text, {i: n for i, n in labels.items() if 0 <= i < classes})
 
 
 def _within(digits: str, end: int) -> int | None:
-    """The number if it is below ``end``; Python refuses to read thousands of digits."""
+    """The number if it is below ``end``; Python refuses to parse thousands of digits."""
     digits = digits.lstrip("0") or "0"
     return int(digits) if len(digits) <= len(str(end)) and int(digits) < end else None
 
 
-def _named(text: str, labels: Labels) -> int:
+def _by_name(text: str, labels: Labels) -> int:
     wanted = text.casefold()
     ways = (
         lambda name: name == text,
@@ -232,10 +234,12 @@ def _named(text: str, labels: Labels) -> int:
         if len(found) == 1:
             return found[0]
         if found:
-            listed = ", ".join(f"{index} ({labels[index]})" for index in found[:8])
-            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-            raise UsageError(f"--target {text}: several classes fit, give an index: {listed}{more}")
-    by_case = {name.casefold(): f"{name} ({index})" for index, name in labels.items()}
+            fitting = (f"{index} ({escaped(labels[index], 60)})" for index in found)
+            raise UsageError(
+                f"--target {text}: several classes match, give an index: "
+                f"{listed(fitting, len(found), 8)}"
+            )
+    by_case = {name.casefold(): f"{escaped(name, 60)} ({i})" for i, name in labels.items()}
     close = [by_case[name] for name in get_close_matches(wanted, by_case, n=3, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(close)}?" if close else "; give an index"
-    raise UsageError(f"--target {text}: no class has this name{hint}")
+    raise UsageError(f"--target {text}: no such class{hint}")

@@ -1,28 +1,31 @@
-"""Models from files, whatever form they were saved in; told apart by content."""
+"""Models from files, in whatever form they were saved; content decides, not the name."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
-from gradscope.checkpoints.sniff import sniff
+from gradscope.checkpoints.sniff import FOLDER, sniff
 from gradscope.checkpoints.statedict import KNOWN_NAMES
-from gradscope.checkpoints.tensors import Checkpoint, TensorRef
-from gradscope.checkpoints.tiles import tiles
+from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.device import resolve
 from gradscope.errors import GradscopeError, InputError, UsageError
+from gradscope.formats import find, function
 from gradscope.models.architecture import build, importable
-from gradscope.models.archives import check_program
-from gradscope.models.model import Model, as_model
-from gradscope.statistics.device import resolve
+from gradscope.models.fit import fit, fit_tensors
+from gradscope.models.forms import as_model
+from gradscope.models.model import Model
+from gradscope.models.program_check import check_program
+from gradscope.text import escaped, listed, plural, quoted
 
 #: ``--trust``: formats that may run code of their own while they are loaded.
 Trust = frozenset[str]
@@ -54,8 +57,8 @@ def load_model(
 
     A state dict (torch, safetensors, sharded, or a folder of these) needs ``arch``, see
     ``architecture.build``; ``key`` is the dotted path to it in a larger file. TorchScript and
-    ``torch.export`` programs bring their code along. A whole pickled module runs code while it is
-    loaded, which ``trust`` must allow with "pickle".
+    ``torch.export`` programs contain their code. Loading a whole pickled module runs code, which
+    ``trust`` must allow with "pickle".
 
     Raises InputError for a file that is missing, damaged, unsafe, or does not fit the
     architecture, and UsageError for a wrong ``arch``.
@@ -63,6 +66,7 @@ def load_model(
     place = resolve(device)
     kind, made, notes = _made(path, arch, key, trust)
     model = _seen_into(path, made)
+    kind = kind or model.format
     _moved(model, place, kind)
     return Loaded(
         model, path, kind, _digest(path), arch if kind == "state-dict" else None,
@@ -75,24 +79,23 @@ def _seen_into(path: str, made: object) -> Model:
         return as_model(made)
     except GradscopeError:
         raise
-    # A graph that was damaged, or written by another version, fails wherever it is first used.
+    # A graph that is damaged, or was written by another version, fails wherever it is first used.
     except Exception as error:
-        message = f"its program cannot be taken apart ({_first_line(error)}); save it again"
+        message = f"its graph cannot be read ({_first_line(error)}); save it again"
         raise InputError(path, "malformed", message) from None
 
 
-#: The format, what was loaded, and notes.
-_Made = tuple[str, object, tuple[str, ...]]
+#: The format (None: as the model says), what was loaded, and notes.
+_Made = tuple[str | None, object, tuple[str, ...]]
 
 
 def _made(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     found = sniff(path)
-    if found not in ("torchscript", "pt2"):
+    load = None if found == FOLDER else find(found).model
+    if load is None:
         return _eager(path, arch, key, trust)
-    notes = () if arch is None else ("--arch is not needed: the file holds its own code",)
-    if found == "pt2":
-        return "export", _exported(path, trust), notes
-    return "torchscript", _script(path), notes
+    notes = () if arch is None else ("--arch is ignored: the file contains its own code",)
+    return None, function(load)(path, trust), notes
 
 
 def _moved(model: Model, device: torch.device, kind: str) -> None:
@@ -100,8 +103,8 @@ def _moved(model: Model, device: torch.device, kind: str) -> None:
         return
     if kind == "export":
         raise UsageError(
-            "an exported program stays on the device that it was exported for; run it with "
-            "--device cpu, or export it there"
+            "an exported program cannot move to another device; use --device cpu, or export it "
+            "on that device"
         )
     model.module.to(device)
 
@@ -127,7 +130,8 @@ def _files(path: str) -> list[str]:
 # --- programs -------------------------------------------------------------------------------------
 
 
-def _script(path: str) -> torch.jit.ScriptModule:
+def read_torchscript(path: str, _trust: Trust) -> torch.jit.ScriptModule:
+    """A TorchScript program, on the CPU, in evaluation mode. Raises InputError."""
     with _silent():
         try:
             module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")
@@ -136,7 +140,7 @@ def _script(path: str) -> torch.jit.ScriptModule:
             said = _first_line(error)
             if "Unknown builtin op" in str(error) or "Unknown type name" in str(error):
                 lost = next((li for li in str(error).splitlines() if "Unknown" in li), said)
-                message = f"it needs operators that are not installed ({lost.strip()}); import them"
+                message = f"it needs operators that are not loaded ({lost.strip()}); import them"
                 raise InputError(path, "unsupported", message) from None
             message = f"TorchScript cannot read it ({said}); save it again"
             raise InputError(path, "malformed", message) from None
@@ -145,7 +149,8 @@ def _script(path: str) -> torch.jit.ScriptModule:
     return module
 
 
-def _exported(path: str, trust: Trust) -> torch.export.ExportedProgram:
+def read_exported(path: str, trust: Trust) -> torch.export.ExportedProgram:
+    """An exported program, checked first unless ``trust`` has "pickle". Raises InputError."""
     if "pickle" not in trust:
         check_program(path)
     with _silent():
@@ -155,13 +160,13 @@ def _exported(path: str, trust: Trust) -> torch.export.ExportedProgram:
             raise InputError(
                 path,
                 "malformed",
-                f"torch.export cannot read it ({_first_line(error)}); it may be of another "
+                f"torch.export cannot read it ({_first_line(error)}); it may come from another "
                 f"version of torch than {torch.__version__}: export it again with this one",
             ) from None
 
 
 class _silent(warnings.catch_warnings):  # noqa: N801  reads as what it does
-    """Torch's loaders warn of deprecations that the user of a file cannot help."""
+    """Torch's loaders warn of deprecations that the user of a file can do nothing about."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()
@@ -179,7 +184,7 @@ def _first_line(error: BaseException) -> str:
 
 def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     try:
-        checkpoint = open_checkpoint(path, key)
+        checkpoint = verified(open_checkpoint(path, key))
     except InputError as error:
         if error.kind != "unsafe":
             raise
@@ -188,11 +193,11 @@ def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
         raise InputError(path, failure.kind, failure.message)
     if arch is None:
         raise UsageError(
-            f"{path} holds {len(checkpoint.tensors)} tensors and no code: name the architecture "
-            f"with --arch package.module:factory{_guess(checkpoint)}"
+            f"{path} holds {plural(len(checkpoint.tensors), 'tensor')} and no code: name the "
+            f"architecture with --arch package.module:factory{_guess(checkpoint)}"
         )
     module = build(arch)
-    notes = _fit(module, checkpoint, arch)
+    notes = fit(module, checkpoint, arch)
     return "state-dict", module.eval(), (*checkpoint.notes, *notes)
 
 
@@ -203,8 +208,8 @@ def _pickled(refusal: InputError, arch: str | None, key: str | None, trust: Trus
         raise InputError(
             path,
             "unsafe",
-            f"a pickled module: loading it runs whatever code the file names ({needed}). If you "
-            "trust where it comes from, say --trust pickle; better, save its state dict, or the "
+            f"a pickled module: loading it runs any code that the file names ({needed}). If you "
+            "trust its source, pass --trust pickle; better, save its state dict, or export the "
             "model with torch.export.save",
         ) from None
     with _silent(), importable(str(Path.cwd())):
@@ -220,18 +225,21 @@ def _pickled(refusal: InputError, arch: str | None, key: str | None, trust: Trus
     if inner is not None:
         return "module", inner.eval(), ()
     if arch is None:
-        raise UsageError(f"{path} holds a {type(found).__name__}, no module; name it with --arch")
+        raise UsageError(
+            f"{path} holds a {type(found).__name__}, not a module; name its class with --arch"
+        )
     module = build(arch)
-    notes = _fit_tensors(module, _tensors_in(found), path, arch)
+    notes = fit_tensors(module, _tensors_in(found), path, arch)
     return "state-dict", module.eval(), notes
 
 
 def _entry(found: object, key: str | None, path: str) -> object:
-    """What lies at a dotted path of keys."""
+    """The value at a dotted path of keys."""
     for part in () if key is None else key.split("."):
         if not isinstance(found, Mapping) or part not in found:
-            names = ", ".join(map(str, found)) if isinstance(found, Mapping) else "no entries"
-            raise UsageError(f"--key {key}: no {part} in {path}; there it holds {names[:300]}")
+            names = [escaped(str(name), 60) for name in found] if isinstance(found, Mapping) else []
+            there = f"it has {listed(names, len(names), 12)}" if names else "it has no entries"
+            raise UsageError(f"--key {key}: no {quoted(part)} in {path}; {there}")
         found = found[part]
     return found
 
@@ -267,129 +275,3 @@ def _guess(checkpoint: Checkpoint) -> str:
         if any(name.endswith(telling) for name in names):
             return f" (the tensors look like a {architecture})"
     return ""
-
-
-def _fit(module: nn.Module, checkpoint: Checkpoint, arch: str) -> tuple[str, ...]:
-    tied = checkpoint.metadata.get("tied")
-    by_name = {ref.name: ref for ref in checkpoint.tensors}
-    same = {**tied} if isinstance(tied, Mapping) else {}
-    by_name |= {other: by_name[kept] for other, kept in same.items() if kept in by_name}
-    _refuse_quantised(module, checkpoint)
-    wanted = _matched(module, {n: r.shape for n, r in by_name.items()}, checkpoint.path, arch)
-    state = {name: _tensor(by_name[stored]) for name, stored in wanted.items()}
-    return (*_left_out(by_name, wanted), *_assign(module, state))
-
-
-def _refuse_quantised(module: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raise InputError for a tensor that the architecture has and that has no plain elements."""
-    names = tuple(module.state_dict())
-    for item in checkpoint.skipped:
-        if item.subject.endswith(names) and not item.deliberate:
-            raise InputError(
-                checkpoint.path,
-                "unsupported",
-                f"tensor {item.subject} cannot be read: {item.reason}; load the model where it was "
-                "made and save its state dict in float32",
-            )
-
-
-def _left_out(stored: Iterable[str], wanted: Mapping[str, str]) -> tuple[str, ...]:
-    """A note of what lies beside the model, outside the prefix that its names share."""
-    taken = set(wanted.values())
-    left = [name for name in stored if name not in taken]
-    return (f"not loaded: {_named('outside the model', left)}",) if left else ()
-
-
-def _fit_tensors(
-    module: nn.Module, tensors: Mapping[str, Tensor], path: str, arch: str
-) -> tuple[str, ...]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = _matched(module, shapes, path, arch)
-    state = {name: tensors[stored] for name, stored in wanted.items()}
-    return (*_left_out(tensors, wanted), *_assign(module, state))
-
-
-def _assign(module: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    module.load_state_dict(state, strict=False)
-    halves = {str(t.dtype).removeprefix("torch.") for t in state.values()} & {
-        "float16", "bfloat16", "float64",
-    }  # fmt: skip
-    return (f"weights of {', '.join(sorted(halves))} are read as float32",) if halves else ()
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-def _tensor(ref: TensorRef) -> Tensor:
-    dtype = _DTYPES.get(ref.dtype)
-    if dtype is None:
-        raise InputError(
-            ref.file,
-            "unsupported",
-            f"tensor {ref.name} is stored as {ref.dtype}: quantised weights cannot be "
-            "differentiated; load the model where it was made and save it in float32",
-        )
-    found = torch.empty(ref.shape, dtype=dtype)
-    flat = found.view(-1).view(torch.uint8).numpy()
-    at = 0
-    for tile in tiles(ref):
-        for _, piece in tile.pieces():
-            raw = np.ascontiguousarray(piece).view(np.uint8)
-            flat[at : at + raw.size] = raw
-            at += raw.size
-    return found
-
-
-def _matched(
-    module: nn.Module, stored: Mapping[str, tuple[int, ...]], path: str, arch: str
-) -> dict[str, str]:
-    """Which stored tensor each of the module's takes. Raises InputError where they do not fit."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    prefix = _prefix(expected, stored)
-    pairs = {name: prefix + name for name in expected if prefix + name in stored}
-    missing = [n for n in expected if n not in pairs and not n.endswith("num_batches_tracked")]
-    taken = set(pairs.values())
-    unexpected = [n for n in stored if n not in taken and n.startswith(prefix)]
-    reshaped = [n for n, s in pairs.items() if expected[n] != stored[s]]
-    parts = [
-        _named("missing from the file", missing),
-        _named("not in the architecture", unexpected),
-        _named("of another shape", [
-            f"{n} (file {list(stored[pairs[n]])}, architecture {list(expected[n])})"
-            for n in reshaped
-        ]),
-    ]  # fmt: skip
-    if any(parts):
-        hint = _classes_hint(reshaped, missing or unexpected, {n: stored[pairs[n]] for n in pairs})
-        message = f"its tensors do not fit --arch {arch}: {'; '.join(p for p in parts if p)}{hint}"
-        raise InputError(path, "malformed", message)
-    return pairs
-
-
-def _named(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{len(names)} {what}: {', '.join(names[:5])}{more}"
-
-
-def _classes_hint(
-    reshaped: list[str], others: list[str], stored: Mapping[str, tuple[int, ...]]
-) -> str:
-    last = list(stored)[-2:]
-    if others or not reshaped or not set(reshaped) <= set(last):
-        return ""
-    return f"; only the last layer differs: try the option num_classes={stored[reshaped[0]][0]}"
-
-
-def _prefix(expected: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
-    """What wrappers (DataParallel, compile, Lightning, …) put before every name."""
-    first = next(iter(expected), "")
-    found = {s[: -len(first)] for s in stored if s.endswith("." + first)}
-    # A wrapper holds most of the file; else a part of another model is taken for the whole.
-    candidates = ["", *(p for p in found if 2 * sum(s.startswith(p) for s in stored) > len(stored))]
-    return max(candidates, key=lambda p: (sum(p + n in stored for n in expected), -len(p)))

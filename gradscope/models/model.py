@@ -1,4 +1,4 @@
-"""A model of any kind as one thing: inputs and taps at named layers go in, its answer comes out."""
+"""One interface to a model of any form: an input and taps at named layers in, its output out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_list
 
 from gradscope.errors import UsageError
+from gradscope.text import escaped, quoted
 
-#: Sees a layer's output; what it returns, unless None, goes on in its place.
+#: Sees a layer's output; what it returns, unless None, replaces that output.
 Tap = Callable[[Tensor], Tensor | None]
 Forward = Callable[[Tensor, Mapping[str, Tap]], Any]
 
@@ -26,7 +26,7 @@ class Model:
     #: Owns the parameters and the training flags.
     module: nn.Module
     format: str
-    #: The names that taps can have, in the order of definition.
+    #: The layers that can be tapped, in the order of definition.
     layers: tuple[str, ...]
     forward: Forward
     #: The one batch size that an exported program takes; None for any.
@@ -34,41 +34,24 @@ class Model:
     #: The one size [C, H, W] of its images, where it is known; each None where it is free.
     size: tuple[int | None, int | None, int | None] = (None, None, None)
     notes: tuple[str, ...] = ()
-    #: What was found out about the model and costs a pass to find again.
+    #: Facts about the model that cost a pass to find out, by what asked for them.
     known: dict[Any, Any] = field(default_factory=dict)
 
     def check_layers(self, names: Iterable[str]) -> None:
-        """Raise UsageError for a name that no layer has, with the nearest that are."""
+        """Raise UsageError for a name that no layer has, with the closest names."""
         for name in names:
             if name not in self.layers:
-                raise UsageError(f"the model has no layer {name!r}{nearest(name, self.layers)}")
+                raise UsageError(
+                    f"the model has no layer {quoted(name)}{nearest(name, self.layers)}"
+                )
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence that offers names like ``name``; ends alike count as like."""
+    """The end of a sentence that offers similar names; a common last part counts as similar."""
     offered = list(names)
     ends = [n for n in offered if n.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     close = list(dict.fromkeys(get_close_matches(name, offered, n=3) + ends))[:3]
-    return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def as_model(model: object) -> Model:
-    """Anything torch runs as a Model. Raises UsageError for what is none of them."""
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, torch.jit.ScriptModule):
-        from gradscope.models.torchscript import script_model
-
-        return script_model(model)
-    if isinstance(model, torch.export.ExportedProgram):
-        from gradscope.models.exported import exported_model
-
-        return exported_model(model)
-    if isinstance(model, nn.Module):
-        return module_model(model)
-    raise UsageError(
-        f"a model is an nn.Module, a ScriptModule or an ExportedProgram, not {type(model).__name__}"
-    )
+    return f"; did you mean {', '.join(map(escaped, close))}?" if close else ""
 
 
 def module_model(module: nn.Module) -> Model:
@@ -103,10 +86,10 @@ def hooked(module: nn.Module, call: Callable[[Tensor], Any]) -> Forward:
 
 
 def _through(tap: Tap, output: Any) -> Any:
-    """A layer that gives several things is tapped at the first, as attention blocks mean it.
+    """A layer with several outputs is tapped at the first, as attention blocks order them.
 
-    A part of an exported program also hands on what later parts need of its inside; what it gives
-    itself comes last.
+    A part of an exported program also returns intermediate values that later parts need; its own
+    output comes last.
     """
     if isinstance(output, Tensor):
         return tap(output)
@@ -122,7 +105,7 @@ def _through(tap: Tap, output: Any) -> Any:
 
 
 def _like(output: Any, parts: list[Any]) -> Any:
-    """Parts in the container that they were in; a named tuple has fields of its own."""
+    """Parts in a container of the same type; a named tuple keeps its fields."""
     return (
         output._replace(**dict(zip(output._fields, parts, strict=True)))
         if hasattr(output, "_replace")
@@ -144,7 +127,7 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def _image_size(module: nn.Module) -> tuple[int | None, int | None]:
-    """The size that vision transformers are built for, by the names libraries give it."""
+    """The image size of a vision transformer, under the names that libraries give it."""
     config = getattr(module, "config", None)
     embedding = getattr(module, "patch_embed", None)
     for holder, name in (

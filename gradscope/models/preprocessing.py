@@ -1,31 +1,23 @@
-"""How pictures become inputs, read from wherever it was written down, and how to find back.
+"""The steps from a picture to an input: resize, crop the centre, scale to 0..1, normalise.
 
-Torchvision's, timm's and Hugging Face's ways come to the same steps: resize with antialiasing,
-crop the centre, scale to 0..1, normalise. They are made with Pillow and in torchvision's rounding,
-so inputs are torchvision's to the bit.
+Torchvision's, timm's and Hugging Face's pipelines come down to these. They run in Pillow, with
+antialiasing and torchvision's rounding, so inputs equal torchvision's to the bit.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from gradscope.errors import InputError, UsageError
+from gradscope.errors import InputError
+from gradscope.models.geometry import Floats, Geometry
 from gradscope.models.images import Picture
-
-Floats = npt.NDArray[np.floating[Any]]
 
 #: Pillow's filters by name; Hugging Face writes their numbers.
 FILTERS = {f.name.lower(): f for f in Image.Resampling}
@@ -33,64 +25,9 @@ FILTERS = {f.name.lower(): f for f in Image.Resampling}
 _MOST_PIXELS = 2**27
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Where the inputs' pixels lie in the picture, down and across.
-
-    Pixel centre ``i`` of the input is at ``(i + 0.5) / scale + offset`` in the picture's pixels.
-    """
-
-    picture: tuple[int, int]
-    inputs: tuple[int, int]
-    scale: tuple[float, float]
-    offset: tuple[float, float]
-
-    def box(self) -> tuple[int, int, int, int]:
-        """Top, left, bottom and right of what the model sees, in the picture's pixels."""
-        (top, bottom), (left, right) = (self._seen(axis) for axis in (0, 1))
-        return top, left, bottom, right
-
-    def _seen(self, axis: int) -> tuple[int, int]:
-        places = np.flatnonzero(self._places(axis)[1])
-        return (int(places[0]), int(places[-1]) + 1) if places.size else (0, 0)
-
-    def of_size(self, height: int, width: int) -> Geometry:
-        """The same for the picture at another size."""
-        down, across = height / self.picture[0], width / self.picture[1]
-        return Geometry(
-            (height, width),
-            self.inputs,
-            (self.scale[0] / down, self.scale[1] / across),
-            (self.offset[0] * down, self.offset[1] * across),
-        )
-
-    def to_picture(self, values: Floats, fill: float = math.nan) -> Floats:
-        """A map [h, w] of the inputs as [H, W] of the picture, bilinearly; ``fill`` unseen."""
-        rows, inside_rows = self._places(0)
-        columns, inside_columns = self._places(1)
-        found = _interpolated(_interpolated(values, rows).T, columns).T
-        seen = inside_rows[:, None] & inside_columns[None, :]
-        return np.where(seen, found, fill)
-
-    def _places(self, axis: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """For each of the picture's rows or columns, where in the input it is, and if it is."""
-        centres = np.arange(self.picture[axis]) + 0.5
-        found = (centres - self.offset[axis]) * self.scale[axis]
-        inside = (found >= 0) & (found <= self.inputs[axis])
-        return np.clip(found - 0.5, 0, self.inputs[axis] - 1), inside
-
-
-def _interpolated(values: Floats, at: Floats) -> Floats:
-    low = np.floor(at).astype(int)
-    high = np.minimum(low + 1, len(values) - 1)
-    share = (at - low)[:, None]
-    mixed: Floats = values[low] * (1 - share) + values[high] * share
-    return mixed
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class Prepared:
-    """A picture as the model takes it, [C, h, w] float32, and the way back."""
+    """A picture as the model's input, [C, h, w] float32, and where it lies in the picture."""
 
     inputs: Tensor
     geometry: Geometry
@@ -98,7 +35,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """The steps from a picture to an input, and who said so."""
+    """The steps from a picture to an input, and where they were specified."""
 
     #: The shorter edge, or exactly (height, width); None leaves the size.
     resize: int | tuple[int, int] | None
@@ -107,15 +44,15 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
-    #: What multiplies bytes 0..255.
+    #: Factor for bytes 0..255.
     rescale: float = 1 / 255
     source: str = ""
-    #: Nothing said how; this is a guess.
+    #: Specified nowhere; this is a guess.
     assumed: bool = False
 
     @property
     def channels(self) -> int:
-        """Three, or one for grey inputs (weights of ITU-R 601)."""
+        """Three, or one for grey inputs (ITU-R 601 luma)."""
         return len(self.mean)
 
     @property
@@ -126,13 +63,15 @@ class Preprocessing:
         return self.resize if isinstance(self.resize, tuple) else None
 
     def __call__(self, picture: Picture) -> Prepared:
-        """An input of this picture.
+        """The input made from a picture.
 
-        Raises InputError where nothing of it would be left, or too much.
+        Raises InputError where resizing would leave no pixels, or too many.
         """
         height, width = self._resized((picture.height, picture.width))
         if height < 1 or width < 1:
-            raise InputError(picture.path, "unsupported", "it would be resized to nothing; crop it")
+            raise InputError(
+                picture.path, "unsupported", "it would be resized to no pixels; crop it"
+            )
         if height * width > _MOST_PIXELS:
             message = f"it would be resized to {height}×{width} pixels; crop it"
             raise InputError(picture.path, "unsupported", message)
@@ -145,16 +84,16 @@ class Preprocessing:
             scale,
             (offset[0] / scale[0], offset[1] / scale[1]),
         )
-        # In double: a byte times 1/255 is then the byte divided by 255, as in torchvision.
+        # In double, a byte times 1/255 equals the byte divided by 255, as in torchvision.
         return Prepared(self.normalise((cropped.double() * self.rescale).float()), geometry)
 
     def _bytes(self, picture: Picture, size: tuple[int, int]) -> Floats:
-        """The resized picture [C, h, w] in 0..255, with fractions where it is deeper."""
+        """The resized picture [C, h, w] in 0..255, fractional for more than 8 bits."""
         planes = (p.resize(size, FILTERS[self.interpolation]) for p in self._planes(picture))
         found = np.stack([np.asarray(plane, np.float32) for plane in planes])
         if picture.pixels.dtype == np.uint8:
             return found
-        # Filters that overshoot end at black and white, as they do for bytes.
+        # Filters that overshoot are clipped at black and white, as for bytes.
         return np.clip(found, 0, 1) * np.float32(255)
 
     def _planes(self, picture: Picture) -> list[Image.Image]:
@@ -169,7 +108,7 @@ class Preprocessing:
         if self.resize is None or isinstance(self.resize, tuple):
             return self.resize or size
         short = min(size)
-        # Torchvision's rounding: the longer edge is cut off.
+        # Torchvision's rounding: the longer edge is truncated.
         height, width = (
             self.resize if edge == short else int(self.resize * edge / short) for edge in size
         )
@@ -178,10 +117,6 @@ class Preprocessing:
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels 0..1 [..., C, h, w] in the model's units."""
         return (pixels - self._column(self.mean, pixels)) / self._column(self.std, pixels)
-
-    def denormalise(self, inputs: Tensor) -> Tensor:
-        """The model's units back to pixels 0..1."""
-        return inputs * self._column(self.std, inputs) + self._column(self.mean, inputs)
 
     @staticmethod
     def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
@@ -227,11 +162,11 @@ IMAGENET = Preprocessing(
 def fitted(
     preprocessing: Preprocessing, size: tuple[int | None, int | None], channels: int | None
 ) -> Preprocessing:
-    """The steps for a model that takes images of one size, or of one channel.
+    """The steps for a model that takes images of one size, or with one channel.
 
-    A guess keeps ImageNet's ratio of resize to crop; what was written down is only given a size
-    where it had none. Grey inputs take the mean of three channels' numbers, and a single number
-    stands for all three.
+    A guess keeps ImageNet's ratio of resize to crop; specified steps only get a size if they had
+    none. Grey inputs use the mean of three channels' numbers, and a single number stands for all
+    three.
     """
     height, width = size
     if height and width and (preprocessing.assumed or preprocessing.size is None):
@@ -247,343 +182,12 @@ def fitted(
 def _sized(preprocessing: Preprocessing, height: int, width: int) -> Preprocessing:
     edge: int | tuple[int, int]
     if height != width:
-        # No crop keeps the whole of a picture in a shape that is not square.
+        # Without a crop, a model that is not square sees the whole picture.
         edge = (height, width)
     elif preprocessing.assumed:
         edge = round(height * 256 / 224)
     else:
         written = preprocessing.resize if isinstance(preprocessing.resize, int) else height
-        # Far from the model's size it was written for another one; a corner would be left of it.
+        # Far from the model's size it was meant for another model; the crop would be a corner.
         edge = written if height <= written < 2 * height else height
     return replace(preprocessing, resize=edge, crop=(height, width))
-
-
-# --- where it is written down ---------------------------------------------------------------------
-
-
-def parse(text: str) -> Preprocessing:
-    """What ``--preprocess`` says: ``imagenet``, a JSON file or its folder, or ``key=value`` pairs.
-
-    Keys are Hugging Face's, or timm's where ``input_size`` and ``mean`` are among them. Mean and
-    standard deviation are ImageNet's where they are not given. ``size=N`` is the shorter edge.
-    Raises UsageError for a wrong value, InputError for a wrong file.
-    """
-    text = text.strip()
-    if text == "imagenet":
-        return IMAGENET
-    if _is(text, Path.is_file):
-        return read_preprocessing(text)
-    if "=" in text:
-        keys = _unique(_pairs(text))
-        timm = _from_timm(keys, _OPTION, _asked) if keys.keys() <= _TIMM else None
-        return timm or _from_keys(keys, _OPTION, _asked)
-    if not text:
-        raise _asked(f"it is empty; {_FORMS}")
-    found = beside(text) if _is(text, Path.is_dir) else None
-    return found or read_preprocessing(text)
-
-
-_OPTION = "--preprocess"
-_FORMS = (
-    "--preprocess takes imagenet, a JSON file or key=value pairs such as "
-    "image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=224"
-)
-
-
-def _asked(message: str) -> Exception:
-    return UsageError(f"{_OPTION}: {message}")
-
-
-def _is(text: str, kind: Callable[[Path], bool]) -> bool:
-    """Whether it is the name of such a thing; pairs may be longer than a name can be."""
-    try:
-        return bool(text) and kind(Path(text))
-    except OSError:
-        return False
-
-
-def read_preprocessing(path: str) -> Preprocessing:
-    """A ``preprocessor_config.json`` or a timm ``config.json``. Raises InputError."""
-
-    def wrong(message: str) -> Exception:
-        return InputError(path, "malformed", message)
-
-    try:
-        # Some editors mark UTF-8.
-        keys = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(path, "missing", f"there is no such file; {_FORMS}") from None
-    except IsADirectoryError:
-        message = "this folder has no preprocessor_config.json, and no timm config.json"
-        raise InputError(path, "missing", message) from None
-    except OSError as error:
-        raise InputError(path, "missing", f"it cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise wrong(f"it is no JSON ({error}); {_FORMS}") from None
-    if not isinstance(keys, dict):
-        raise wrong(f"it holds no JSON object of preprocessing keys; {_FORMS}")
-    return _from_timm(keys, path, wrong) or _from_keys(keys, path, wrong)
-
-
-def beside(model: str) -> Preprocessing | None:
-    """What a file next to the model says, if there is one that says it.
-
-    Raises InputError for a ``preprocessor_config.json`` that cannot be right.
-    """
-    folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    processor, config = folder / "preprocessor_config.json", folder / "config.json"
-    if {"image_mean", "do_normalize", "size", "crop_size"} & _json(processor).keys():
-        return read_preprocessing(str(processor))
-    return read_preprocessing(str(config)) if _is_timms(_json(config)) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _is_timms(keys: Mapping[str, Any]) -> bool:
-    config = keys.get("pretrained_cfg", keys)
-    return isinstance(config, Mapping) and {"mean", "input_size"} <= config.keys()
-
-
-def of_module(module: object) -> Preprocessing | None:
-    """What a timm model knows of its own inputs."""
-    configs = (getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg"))
-    for config in configs:
-        keys = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        try:
-            found = _from_timm({"pretrained_cfg": keys}, "timm's configuration", UsageError)
-        # Another library's attribute of this name.
-        except UsageError:
-            continue
-        if found is not None:
-            return found
-    return None
-
-
-def of_torchvision(factory: str) -> Preprocessing | None:
-    """What torchvision says of the weights of a model it knows by this name."""
-    try:
-        known = import_module("torchvision.models")
-        steps = known.get_model_weights(factory).DEFAULT.transforms()
-        mean, std = tuple(steps.mean), tuple(steps.std)
-        resize, crop = int(steps.resize_size[0]), int(steps.crop_size[0])
-        name = _filter(getattr(steps.interpolation, "value", steps.interpolation), ValueError)
-    # Absent, broken, or it does not know the name.
-    except Exception:
-        return None
-    source = f"torchvision's weights of {factory}"
-    return Preprocessing(resize, (crop, crop), mean, std, name, source=source)
-
-
-Wrong = Callable[[str], Exception]
-
-
-_TIMM = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
-
-
-def _from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing | None:
-    """The steps of ``timm.data.transforms_imagenet_eval``; None where the keys are not timm's."""
-    if not _is_timms(keys):
-        return None
-    config = keys.get("pretrained_cfg", keys)
-    channels, height, width = _whole(config["input_size"], "input_size", wrong, 3)
-    share = _positive(_numbers(config.get("crop_pct") or 0.875, "crop_pct", wrong, 1), "crop_pct",
-                      wrong)[0]  # fmt: skip
-    mode = config.get("crop_mode") or "center"
-    if mode not in ("center", "squash"):
-        raise wrong(f"crop_mode is {mode!r}; center and squash are supported")
-    scaled = (math.floor(min(height / share, 1e6)), math.floor(min(width / share, 1e6)))
-    found = Preprocessing(
-        scaled if mode == "squash" else min(scaled),
-        (height, width),
-        _numbers(config["mean"], "mean", wrong, channels),
-        _positive(_numbers(config.get("std"), "std", wrong, channels), "std", wrong),
-        _filter(config.get("interpolation") or "bilinear", wrong),
-        source=source,
-    )
-    return _checked(found, wrong)
-
-
-_KEYS = {
-    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
-    "do_normalize", "image_mean", "image_std", "crop_pct",
-}  # fmt: skip
-
-
-def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing:
-    """Hugging Face's keys. Those of other kinds that their files carry are not looked at."""
-    unknown = [key for key in given if key not in _KEYS]
-    if unknown and source == _OPTION:
-        known = f"{', '.join(sorted(_KEYS))}, or timm's {', '.join(sorted(_TIMM))}"
-        raise wrong(f"it has no key {unknown[0]!r}; there are {known}")
-    # Their files write null for what a processor does not have.
-    keys = {k: v for k, v in given.items() if v is not None or k in ("image_mean", "image_std")}
-    if not _KEYS & keys.keys():
-        raise wrong(f"none of the keys {', '.join(sorted(_KEYS))} is in it")
-    resize, crop = _sizes(keys, source, wrong)
-    rescale = _numbers(keys.get("rescale_factor", 1 / 255), "rescale_factor", wrong, 1)
-    mean, std = _normalisation(keys, wrong)
-    found = Preprocessing(
-        resize,
-        crop,
-        mean,
-        std,
-        _filter(keys.get("resample", "bilinear"), wrong),
-        _positive(rescale, "rescale_factor", wrong)[0]
-        if _flag(keys, "do_rescale", True, wrong)
-        else 1.0,
-        source,
-    )
-    return _checked(found, wrong)
-
-
-def _sizes(
-    keys: Mapping[str, Any], source: str, wrong: Wrong
-) -> tuple[int | tuple[int, int] | None, tuple[int, int] | None]:
-    """What to resize to, and the centre to cut out."""
-    resize: int | tuple[int, int] | None = None
-    crop = None
-    size = _size(keys.get("size", 224), "size", wrong)
-    if _flag(keys, "do_resize", "size" in keys, wrong):
-        resize = size
-    if _flag(keys, "do_center_crop", "crop_size" in keys, wrong):
-        found = _size(keys.get("crop_size", size), "crop_size", wrong)
-        crop = (found, found) if isinstance(found, int) else found
-    if not isinstance(resize, int) or crop is not None:
-        return resize, crop
-    if "crop_pct" in keys:
-        return _convnext(resize, keys, wrong)
-    # A plain number in a file without a crop is a square: older files of ViT, BEiT and Swin.
-    plain = source != _OPTION and not isinstance(keys.get("size"), Mapping)
-    return ((resize, resize) if plain else resize), None
-
-
-def _convnext(
-    edge: int, keys: Mapping[str, Any], wrong: Wrong
-) -> tuple[int | tuple[int, int], tuple[int, int]]:
-    """ConvNeXT's processor: small sizes are cropped, from 384 on the picture is squashed."""
-    share = _positive(_numbers(keys["crop_pct"], "crop_pct", wrong, 1), "crop_pct", wrong)[0]
-    return (int(min(edge / share, 1e6)) if edge < 384 else (edge, edge)), (edge, edge)
-
-
-def _flag(keys: Mapping[str, Any], key: str, default: bool, wrong: Wrong) -> bool:
-    value = keys.get(key, default)
-    if value not in (True, False):
-        raise wrong(f"{key} is {value!r}, neither true nor false")
-    return bool(value)
-
-
-def _normalisation(
-    keys: Mapping[str, Any], wrong: Wrong
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if not _flag(keys, "do_normalize", True, wrong):
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean = _numbers(keys.get("image_mean", IMAGENET.mean), "image_mean", wrong)
-    std = _numbers(keys.get("image_std", IMAGENET.std), "image_std", wrong)
-    if len(mean) != len(std) or len(mean) not in (1, 3):
-        raise wrong(
-            f"image_mean has {len(mean)} numbers and image_std {len(std)}; both have one (grey) "
-            "or three"
-        )
-    return mean, _positive(std, "image_std", wrong)
-
-
-def _size(value: Any, key: str, wrong: Wrong) -> int | tuple[int, int]:
-    if isinstance(value, Mapping):
-        if "shortest_edge" in value:
-            value = value["shortest_edge"]
-        elif "height" in value and "width" in value:
-            value = (value["height"], value["width"])
-        else:
-            raise wrong(f"{key} has neither shortest_edge nor height and width")
-    if isinstance(value, list | tuple):
-        height, width = _whole(value, key, wrong, 2)
-        return height, width
-    return _whole(value, key, wrong, 1)[0]
-
-
-def _whole(value: Any, key: str, wrong: Wrong, count: int) -> tuple[int, ...]:
-    numbers = _numbers(value, key, wrong, count)
-    if any(n != int(n) for n in numbers):
-        raise wrong(f"{key} is {value!r}; pixels are whole numbers")
-    return tuple(int(n) for n in numbers)
-
-
-def _numbers(value: Any, key: str, wrong: Wrong, count: int | None = None) -> tuple[float, ...]:
-    values = value if isinstance(value, list | tuple) else [value]
-    if not values or not all(map(_is_finite, values)) or (count and len(values) != count):
-        wanted = f"{count} finite number{'s'[: count - 1]}" if count else "a list of finite numbers"
-        raise wrong(f"{key} is {value!r}, not {wanted}")
-    return tuple(float(v) for v in values)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    # An integer that no float reaches.
-    except OverflowError:
-        return False
-
-
-def _positive(values: tuple[float, ...], key: str, wrong: Wrong) -> tuple[float, ...]:
-    if min(values, default=0) <= 0:
-        raise wrong(f"{key} holds {min(values, default=0):g}; it has to be above zero")
-    return values
-
-
-def _filter(value: Any, wrong: Wrong) -> str:
-    by_number = {f.value: name for name, f in FILTERS.items()}
-    number = isinstance(value, int) and not isinstance(value, bool)
-    name = by_number.get(value, "") if number else str(value).lower()
-    if name not in FILTERS:
-        raise wrong(f"no filter is called {value!r}; there are {', '.join(FILTERS)}")
-    return name
-
-
-def _checked(found: Preprocessing, wrong: Wrong) -> Preprocessing:
-    resize = [found.resize] if isinstance(found.resize, int) else found.resize or ()
-    for key, sizes in (("size", resize), ("the crop's size", found.crop or ())):
-        if not all(1 <= size <= 16384 for size in sizes):
-            raise wrong(f"{key} is {'×'.join(map(str, sizes))}; edges have 1 to 16384 pixels")
-    if found.channels not in (1, 3):
-        raise wrong(f"images of {found.channels} channels are not supported; of one or three are")
-    return found
-
-
-def _pairs(text: str) -> Iterator[tuple[str, Any]]:
-    """``key=value`` pairs; commas inside brackets belong to the value."""
-    for pair in re.split(r",(?![^\[{(]*[\]})])", text):
-        key, equals, value = pair.strip().partition("=")
-        if not equals:
-            raise _asked(f"{pair!r} is no key=value")
-        yield key.strip(), _value(value.strip())
-
-
-def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _asked(f"{key} is given twice")
-        found[key] = value
-    return found
-
-
-def _value(text: str) -> Any:
-    by_word = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in by_word:
-        return by_word[text.lower()]
-    sides = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
-    if sides:
-        return [int(side) for side in sides.groups()]
-    if "/" in text:
-        return [_value(part) for part in text.split("/")]
-    try:
-        return json.loads(re.sub(r"^\((.*)\)$", r"[\1]", text))
-    except (ValueError, RecursionError):
-        return text

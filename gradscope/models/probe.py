@@ -1,4 +1,4 @@
-"""Activations and gradients of a model at named layers, without leaving a trace in it."""
+"""Activations and gradients at named layers, leaving the model as it was."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from gradscope.errors import UsageError
 from gradscope.models.model import Model
+from gradscope.text import quoted
 
-#: What a model answers with: logits, probabilities already, or one logit for "yes".
+#: What a model returns: logits, probabilities, or one logit for "yes".
 Head = Literal["logits", "probabilities", "binary"]
 
 
 @contextmanager
 def held(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode with frozen parameters; all is put back, after an error too.
+    """The module in evaluation mode with frozen parameters; restored afterwards, after errors too.
 
     Training flags, ``requires_grad`` and the random state are restored; parameters, their
     gradients and buffers are never written.
     """
-    # A frozen ScriptModule has no flags, an exported one no use for them.
+    # A frozen ScriptModule has no such flags; an exported module ignores them.
     modes = [(m, m.training) for m in module.modules() if hasattr(m, "training")]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
     state = torch.get_rng_state()
@@ -45,10 +46,10 @@ def held(module: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Run:
-    """One forward pass: logits [N, K] and what each tapped layer gave, piece by piece.
+class Pass:
+    """One forward pass: logits [N, K] and the outputs of each tapped layer, piece by piece.
 
-    Pieces are the batches that a model of fixed batch size takes; else there is one.
+    Pieces are the batches of a model with a fixed batch size; otherwise there is one.
     """
 
     logits: Tensor
@@ -58,7 +59,7 @@ class Run:
     def gradients(self, objective: Tensor, layer: str) -> tuple[Tensor, ...]:
         """Gradients of a scalar by a layer's pieces; zero where it does not depend on one.
 
-        Keeps the graph, so that other objectives can be asked.
+        Keeps the graph for other objectives.
         """
         of = self.pieces[layer]
         found = torch.autograd.grad(objective, of, retain_graph=True, allow_unused=True)
@@ -73,13 +74,13 @@ class Run:
         return self.logits.sigmoid() if self.head == "binary" else self.logits.softmax(1)
 
 
-def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Run:
+def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Pass:
     """A forward pass of a held model with taps at ``layers``.
 
-    Where the inputs need no gradient, the graph begins at the taps: only the tail is ever
+    Where the inputs need no gradient, the graph begins at the taps: only what follows them is
     differentiated. A module that is called several times is tapped at its last call. Raises
-    UsageError for a layer that there is not, that is not called or gives no tensor, and for a
-    model whose output is no [N, K] tensor.
+    UsageError for a layer that does not exist, is not called or returns no tensor, and for a
+    model whose output is not an [N, K] tensor.
     """
     model.check_layers(layers)
     pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
@@ -91,27 +92,27 @@ def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Run:
         for layer in layers:
             if layer not in seen:
                 raise UsageError(
-                    f"layer {layer!r} is not called by this model's forward pass, or gives no "
-                    "tensor; `gradscope layers` lists those that do"
+                    f"layer {quoted(layer)} is not called in the forward pass, or returns no "
+                    "tensor; `gradscope layers` lists the layers that do"
                 )
             pieces[layer].append(seen[layer])
     found = [logits_of(answer) for answer in answers]
     logits = torch.cat([logits for logits, _ in found])[: len(inputs)]
-    return Run(logits, found[0][1], {layer: tuple(kept) for layer, kept in pieces.items()})
+    return Pass(logits, found[0][1], {layer: tuple(kept) for layer, kept in pieces.items()})
 
 
 def _keeper(seen: dict[str, Tensor], layer: str) -> Callable[[Tensor], Tensor]:
     def keep(output: Tensor) -> Tensor:
         kept = output if output.requires_grad else output.detach().requires_grad_()
         seen[layer] = kept
-        # A copy goes on: what follows may write to it in place.
+        # Pass on a copy: what follows may write to it in place.
         return kept.clone()
 
     return keep
 
 
 def _pieces(inputs: Tensor, batch: int | None) -> Iterator[Tensor]:
-    """Batches of the size that the model takes; the last one is filled up."""
+    """Batches of the size that the model takes; the last is padded with its last image."""
     if batch is None or batch == len(inputs):
         yield inputs
         return
@@ -121,16 +122,16 @@ def _pieces(inputs: Tensor, batch: int | None) -> Iterator[Tensor]:
 
 
 def logits_of(output: Any) -> tuple[Tensor, Head]:
-    """The [N, K] that a model's answer holds, K at least 2, and what kind of numbers they are.
+    """The scores [N, K] in a model's output, K at least 2, and what kind of numbers they are.
 
-    A single logit becomes two, its negative for "no" first. Raises UsageError for other answers.
+    A single logit becomes two, its negative for "no" first. Raises UsageError for other outputs.
     """
     answer = _first_tensor(output)
     if answer is None or (answer.dim() not in (1, 2) and answer.shape[2:].numel() != 1):
         shape = type(output).__name__ if answer is None else list(answer.shape)
         raise UsageError(
-            f"the model answers with {shape}; attribution needs one score a class, [N, classes]: "
-            "is it an image classifier?"
+            f"the model returns {shape}; attribution needs one score for each class, "
+            "[N, classes]: is it an image classifier?"
         )
     logits = answer.reshape(len(answer), -1).float() if answer.dtype in _HALF else answer
     logits = logits.reshape(len(answer), -1)

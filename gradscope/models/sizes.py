@@ -1,4 +1,4 @@
-"""What size of image a model takes, tried out where it is not written down."""
+"""The image size that a model takes, tried out where it is not written down."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch
 from gradscope.errors import UsageError
 from gradscope.models.model import Model
 from gradscope.models.probe import held, run
+from gradscope.text import plural
 
-#: ImageNet's first: a CNN that pools takes almost any size, and was most likely trained on this.
+#: ImageNet's first: a CNN with global pooling takes almost any size, most likely trained on 224.
 _TRIED = (224, 32, 28, 64, 96, 128, 256, 299, 336, 384, 448, 512, 48, 16, 8)
 
 
 def image_size(model: Model, channels: int | None = None) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model takes.
 
-    Raises UsageError, with the model's own words, when no usual size works.
+    Raises UsageError, quoting the model's error, when no common size works.
     """
     depth, height, width = model.size
     depth = depth or channels or 3
@@ -46,6 +47,7 @@ def _tried(model: Model, channels: int) -> int:
                 continue
             return side
     raise UsageError(
-        f"the model takes images of none of the sizes {', '.join(map(str, _TRIED))} with "
-        f"{channels} channels ({said}); is it an image classifier? --preprocess size=… says which"
+        f"the model accepts {plural(channels, 'channel')} in none of the sizes "
+        f"{', '.join(map(str, _TRIED))} ({said}); is it an image classifier? If so, name the size "
+        "with --preprocess size=…"
     )

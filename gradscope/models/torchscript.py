@@ -1,8 +1,8 @@
-"""TorchScript: named layers by a tap operator, put into the graph where a module's output is.
+"""TorchScript: named layers by a tap operator, inserted into the graph after a module's output.
 
-A ScriptModule refuses hooks. Its inlined graph knows which module each node came from, though, so
-an operator of ours is put behind the last one. It hands the tensor, gradient function and all, to
-Python, and whatever that returns goes on. Private parts of ``torch._C`` are used, here alone.
+A ScriptModule refuses hooks. Its inlined graph records which module each node came from, though,
+so our operator goes behind the last of them. It passes the tensor, with its gradient function, to
+Python, and what that returns replaces it. Only this module uses private parts of ``torch._C``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from gradscope.errors import UsageError
 from gradscope.models.model import Model, Tap, first_convolution
 
 _LISTS = ("ModuleList", "ModuleDict")
-#: What a frozen graph has left to be named by: the operators that give feature maps and tokens.
+#: All that is left to name in a frozen graph: the operators that return feature maps and tokens.
 _NAMED_OPERATORS = frozenset(
     f"aten::{name}"
     for base in ("_convolution", "conv2d", "relu", "hardtanh", "hardswish", "silu", "gelu", "add",
                  "batch_norm", "layer_norm", "linear", "leaky_relu", "elu", "cat", "mul")
     for name in (base, base + "_")
 )  # fmt: skip
-#: Fused attention of modules traced without gradients: it has no derivative.
+#: Fused attention, as traced without gradients: it has no derivative.
 _FUSED = "aten::_native_multi_head_attention"
-#: A program needs no trust because it cannot reach out; these could.
+#: TorchScript needs no trust because it cannot touch the system; these operators could.
 _TOUCHES_FILES = ("aten::save", "aten::from_file", "aten::load")
 _NO_DERIVATIVE = ("aten::_transformer_encoder_layer_fwd",)
 
@@ -52,7 +52,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, weight: Tensor, bias: Tensor,
     projection: Tensor, shift: Tensor, *_masks: object,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``aten::_native_multi_head_attention`` in operators that can be differentiated."""
+    """``aten::_native_multi_head_attention`` in differentiable operators."""
     sources = (query, key, value)
     parts = zip(sources, weight.chunk(3), bias.chunk(3), strict=True)
     linear = torch.nn.functional.linear
@@ -66,7 +66,7 @@ _LIBRARY: list[torch.library.Library] = []
 
 
 def _define_operators() -> None:
-    """Register the operators, once a process and only where TorchScript is used."""
+    """Register the operators, once per process and only where TorchScript is used."""
     if _LIBRARY:
         return
     library = torch.library.Library("gradscope", "DEF")
@@ -84,7 +84,7 @@ def _define_operators() -> None:
 def script_model(script: torch.jit.ScriptModule) -> Model:
     """A ScriptModule as a Model.
 
-    It is run without the profiling executor, which would hide operators from the probe. Raises
+    It runs without the profiling executor, which would hide operators from the probe. Raises
     UsageError for a program that does not take one tensor.
     """
     _define_operators()
@@ -115,7 +115,7 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801  reads as what it does
-    """Silence TorchScript's deprecation: the file is there, and the user did not call it."""
+    """Silence TorchScript's deprecation warnings, which the user of a file cannot act on."""
 
     def __enter__(self) -> Any:
         entered = super().__enter__()
@@ -131,20 +131,22 @@ def _inlined(script: torch.jit.ScriptModule) -> Any:
     tensor = torch._C.TensorType.get()
     if len(inputs) != 1 or not inputs[0].type().isSubtypeOf(tensor):
         given = ", ".join(f"{i.debugName()}: {i.type()}" for i in inputs)
-        raise UsageError(f"this program takes ({given}); images are one tensor [N, C, H, W]")
+        raise UsageError(f"this program takes ({given}), not images as one tensor [N, C, H, W]")
     for node in _nodes(graph):
         if node.kind() in _TOUCHES_FILES:
-            raise UsageError(f"it holds {node.kind()}, which reads or writes files, and is not run")
+            raise UsageError(
+                f"it contains {node.kind()}, which accesses files; such programs are not run"
+            )
         if node.kind() in _NO_DERIVATIVE:
             raise UsageError(
-                f"it was traced without gradients and holds {node.kind()}, which has no "
+                f"it was traced without gradients and contains {node.kind()}, which has no "
                 "derivative; trace it again outside torch.no_grad()"
             )
     return graph
 
 
 def _with_taps(graph: Any, names: frozenset[str], places: Mapping[str, int]) -> Callable[..., Any]:
-    """A graph as a function, with a tap behind each named layer's output."""
+    """A graph as a function, with a tap after each named layer's output."""
     nodes = list(_nodes(graph))
     for name in names:
         _insert(graph, nodes[places[name]], name)
@@ -175,7 +177,7 @@ def _replace_fused(graph: Any, node: Any) -> None:
     node.destroy()
 
 
-# Which node gives which module's output.
+# Which node returns which module's output.
 
 
 def _nodes(block: Any) -> Iterator[Any]:
@@ -191,9 +193,9 @@ class _Module:
     """A module while its nodes are looked for."""
 
     name: str
-    #: The parts of its name that nodes know: lists and dicts of modules leave no trace.
+    #: The parts of its name that nodes record: lists and dicts of modules are left out.
     known: list[str]
-    #: Others whose nodes bear the same name.
+    #: Modules whose nodes record the same name.
     twins: list[str]
     place: int | None = None
 
@@ -222,7 +224,7 @@ def _places(script: torch.jit.ScriptModule, graph: Any) -> dict[str, int]:
 
 
 def _by_operator(nodes: Sequence[Any]) -> Iterator[tuple[str, int]]:
-    """Names for a frozen graph, which has lost its modules: the operator and a running number."""
+    """Names in a frozen graph, which has lost its modules: the operator and a running number."""
     counts: dict[str, int] = {}
     for index, node in enumerate(nodes):
         if node.kind() in _NAMED_OPERATORS and _gives_tensor(node):
@@ -283,7 +285,7 @@ def _parameter_used(node: Any) -> str | None:
 
 
 def _is_it(module: _Module, owner: str | None) -> bool:
-    """Among modules of one name, the one whose parameters were used last."""
+    """Among modules with the same name, the one whose parameters were used last."""
     if len(module.twins) == 1 or owner is None:
         return True
     return max(module.twins, key=lambda twin: _shared(twin, owner)) == module.name

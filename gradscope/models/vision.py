@@ -1,4 +1,4 @@
-"""A model as it is looked at: loaded, with its preprocessing and the names of its classes."""
+"""A vision model: loaded, with its preprocessing and the names of its classes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from torch import Tensor
 
 from gradscope.errors import UsageError
 from gradscope.models import labels as names
-from gradscope.models import preprocessing as pre
+from gradscope.models import processors
+from gradscope.models.forms import as_model
 from gradscope.models.labels import Labels
-from gradscope.models.layers import Choice, Layer, choose, survey
+from gradscope.models.layers import AutoLayer, Layer, choose, survey
 from gradscope.models.load import Loaded, load_model
-from gradscope.models.model import Model, as_model
-from gradscope.models.preprocessing import Preprocessing
+from gradscope.models.model import Model
+from gradscope.models.preprocessing import IMAGENET, Preprocessing, fitted
 from gradscope.models.probe import held
 from gradscope.models.sizes import image_size
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Vision:
-    """A loaded model, how pictures become its inputs, and what its classes are called."""
+    """A loaded model, its preprocessing and the names of its classes."""
 
     loaded: Loaded
     preprocessing: Preprocessing
-    #: Those given or found beside the file; see ``labels`` for the rest.
+    #: Names given, or found next to the file; see ``labels`` for the rest.
     named: Labels | None
 
     @property
@@ -38,24 +39,24 @@ class Vision:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Channels, height and width of an input; the model's own where pictures decide."""
+        """Channels, height and width of an input; the model's own where it depends on pictures."""
         channels = self.preprocessing.channels
         found = self.preprocessing.size or image_size(self.model, channels)[1:]
         return channels, found[0], found[1]
 
     def labels(self, classes: int) -> Labels | None:
-        """The names of a model of so many classes."""
+        """The names of so many classes."""
         return self.named or names.of_model(self.model.module, classes)
 
     def like_parameters(self, inputs: Tensor) -> Tensor:
-        """Inputs on the device, and of the type, of the model's parameters."""
+        """Inputs with the device and type of the model's parameters."""
         parameters = self.model.module.parameters()
         parameter = next((p for p in parameters if p.is_floating_point()), None)
         return inputs if parameter is None else inputs.to(parameter)
 
-    def survey(self) -> tuple[list[Layer], Choice | None]:
-        """Every layer as a noisy image sees it, and which one ``auto`` takes (or none)."""
-        # Noise rather than nothing: rectifiers shut on a flat image.
+    def survey(self) -> tuple[list[Layer], AutoLayer | None]:
+        """Every layer as an image of noise sees it, and the one that ``auto`` takes, if any."""
+        # Noise rather than zeros: rectifiers are off on a flat image.
         noise = torch.randn((1, *self.size), generator=torch.Generator().manual_seed(0))
         with held(self.model.module):
             layers = survey(self.model, self.like_parameters(noise))
@@ -75,11 +76,11 @@ def open_vision(
     labels: str | Labels | None = None,
     device: str = "cpu",
 ) -> Vision:
-    """A model from a path, or one in memory, with what is written down about it.
+    """A model from a path, or one in memory, with its preprocessing and labels.
 
-    Preprocessing is what ``preprocess`` says, else what a file next to the model, the model itself
-    or torchvision says, else ImageNet's, assumed. Raises as ``load_model`` does, and UsageError
-    for preprocessing that does not suit the model.
+    Preprocessing comes from ``preprocess``, else from a file next to the model, the model itself or
+    torchvision, else it is ImageNet's, assumed. Raises as ``load_model`` does, and UsageError for
+    preprocessing that does not suit the model.
     """
     loaded = _loaded(model, arch, key, trust, device)
     return Vision(loaded, _preprocessing(loaded, preprocess), _labels(loaded, labels))
@@ -105,32 +106,32 @@ def _preprocessing(loaded: Loaded, given: str | Preprocessing | None) -> Preproc
     depth, height, width = loaded.model.size
     found = given if isinstance(given, Preprocessing) else None
     if isinstance(given, str):
-        found = pre.parse(given)
+        found = processors.parse(given)
     found = found or _written_down(loaded)
     if found is None:
-        found = replace(pre.IMAGENET, source="assumed", assumed=True)
+        found = replace(IMAGENET, source="assumed", assumed=True)
     if found.size is None or found.assumed:
         depth, height, width = image_size(loaded.model, depth)
-    found = pre.fitted(found, (height, width), depth)
+    found = fitted(found, (height, width), depth)
     if depth not in (None, found.channels):
         raise UsageError(
-            f"the model takes images of {depth} channels, the preprocessing gives {found.channels}"
+            f"the model takes {depth} channels, the preprocessing makes {found.channels}"
         )
     return found
 
 
 def _written_down(loaded: Loaded) -> Preprocessing | None:
     path = Path(loaded.path)
-    found = pre.beside(loaded.path) if path.exists() else None
-    found = found or pre.of_module(loaded.model.module)
+    found = processors.beside(loaded.path) if path.exists() else None
+    found = found or processors.of_module(loaded.model.module)
     if found is None and loaded.architecture and "torchvision" in loaded.architecture:
         factory = loaded.architecture.partition(":")[2].partition("(")[0]
-        return pre.of_torchvision(factory)
+        return processors.of_torchvision(factory)
     return found
 
 
 def _labels(loaded: Loaded, given: str | Labels | None) -> Labels | None:
-    """Those that were given, or those in a file next to the model."""
+    """The names given, or those in a file next to the model."""
     if isinstance(given, str):
         return names.read_labels(given)
     if given is not None:

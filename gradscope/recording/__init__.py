@@ -1,1 +1,1 @@
-"""Recording gradients from a training loop: what ``gradscope.histories`` reads."""
+"""Recording gradients in a training loop, in the format that ``gradscope.histories`` reads."""

@@ -14,7 +14,7 @@ class AcceleratedRecorder:
 
     Call ``capture`` after ``accelerator.backward`` and before ``clip_grad_norm_``; between
     accumulated micro-batches it does nothing. ``options`` are those of ``GradientRecorder``.
-    Raises UsageError for an object that is no Accelerator.
+    Raises UsageError if the first argument is not an Accelerator.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class AcceleratedRecorder:
         **options: Any,
     ) -> None:
         if not hasattr(accelerator, "sync_gradients"):
-            raise UsageError("the first argument is accelerate's Accelerator")
+            raise UsageError("the first argument must be an Accelerator of the accelerate package")
         self._accelerator, self._optimizer = accelerator, optimizer
         inner = getattr(optimizer, "optimizer", optimizer)
         self._recorder = GradientRecorder(model, inner, folder, **options)
 
     def capture(self, step: int | None = None, *, loss: Any = None) -> None:
-        """Record this optimizer step, if gradients are complete."""
+        """Record this optimizer step, if its gradients are complete."""
         if not self._accelerator.sync_gradients:
             return
         scaler = getattr(self._accelerator, "scaler", None)

@@ -16,6 +16,12 @@ Tensor = torch.Tensor
 MOST_SKETCHED = 1 << 22
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a distributed tensor, any other tensor itself."""
+    found = getattr(tensor, "_local_tensor", tensor)
+    return found.detach() if isinstance(found, Tensor) else tensor.detach()
+
+
 def norms(tensors: Sequence[Tensor], order: float) -> Tensor:
     """The norm of each tensor, float32 [len(tensors)], accumulated in float32.
 

@@ -8,16 +8,18 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradscope.histories.history import Kind, Status
+from gradscope.histories.history import Status
 from gradscope.histories.sketching import WIDTH
-from gradscope.recording.measure import MOST_SKETCHED, Sketcher, dots, norms
+from gradscope.recording.measure import MOST_SKETCHED, local
+from gradscope.recording.rows import Rows
 from gradscope.recording.shards import Record, drained, folder_for, save
 from gradscope.recording.topology import Topology, modules_of, topology
 
@@ -40,11 +42,11 @@ class GradientRecorder:
     Every ``every``-th step each parameter's gradient norm, greatest magnitude, share of zeros and
     count-sketch are taken, as well as weight and update norms, loss, learning rates and the loss
     scale, and from the first shard with non-finite gradients on the number of NaN and infinite
-    elements; with ``directions`` the norm and sketch of the step after it too, because successive
-    steps are what shows overshooting. Nothing waits for the device until ``capacity`` records are
-    full or the recorder is
-    closed; then one shard is written, whole or not at all. Without any ``capture`` call gradients
-    are taken in the optimizer's pre-step hook, that is after clipping, and the file says so.
+    elements; with ``directions`` the norm and sketch of the step after it too, because only
+    successive steps show overshooting. Nothing waits for the device until there are ``capacity``
+    records or the recorder is closed; then one shard is written, whole or not at all. Without any
+    ``capture`` call gradients are taken in the optimizer's pre-step hook, that is after clipping,
+    and the file says so.
 
     ``batch_size`` makes the gradient noise scale computable; ``stage`` is for callers that can
     only capture after clipping ("pre_step").
@@ -72,7 +74,7 @@ class GradientRecorder:
         stage: str = "pre_clip",
     ) -> None:
         if every < 1 or capacity < 1:
-            raise ValueError("every and capacity count from 1")
+            raise ValueError(f"every and capacity must be at least 1, not {every} and {capacity}")
         self._model, self._optimizer = model, optimizer
         self._every, self._capacity = every, capacity
         self._directions, self._updates = directions, updates and optimizer is not None
@@ -85,7 +87,7 @@ class GradientRecorder:
         self._called = self._closed = self._warned = False
         self._count = False
         self._steps = 0
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
         self._records: list[Record] = []
         self._topology: Topology | None = None
         self._pending: _Pending | None = None
@@ -127,7 +129,7 @@ class GradientRecorder:
         if rows is None or not records:
             return
         self._records = []
-        arrays = drained(records, len(rows.names))
+        arrays = drained(records, len(rows))
         # Counting elements costs a pass each, which a finite run can be spared.
         recorded = arrays["grad/status"] == Status.RECORDED
         self._count |= not bool(np.isfinite(arrays["grad/l2"][recorded]).all())
@@ -198,7 +200,8 @@ class GradientRecorder:
         if pending is not None:
             pending.stepped = True
             if pending.before:
-                self._measure_update(pending)
+                with torch.no_grad():
+                    pending.rows.measure_update(pending.record, pending.before, pending.gradients)
             pending.before = []
 
     def _watch_forward(self) -> list[Any]:
@@ -223,50 +226,19 @@ class GradientRecorder:
     def _record(self, step: int, scalars: Mapping[str, Any], may_skip: bool) -> None:
         rows = self._current_rows(step)
         found = rows.gradients()
-        self._warn_if_empty(rows, found)
-        status = np.array([_status(p) for p in rows.parameters], dtype=np.uint8)
+        status = rows.status()
+        if not found and Status.NONE in status:
+            self._warn_once()
         record = Record(step, status, self._rates(), tuple(found))
         self._records.append(record)
         whole = step % self._every == 0
         with torch.no_grad():
             record.scalars |= _known(scalars)
             if found:
-                self._measure(record, rows, found, whole)
+                rows.measure(record, found, whole=whole, counted=self._count)
             before = rows.copies(found) if self._updates and whole else []
-        self._pending = _Pending(record, rows, found, before, may_skip)
-
-    def _measure(
-        self, record: Record, rows: _Rows, found: Mapping[int, Tensor], whole: bool
-    ) -> None:
-        values = [_local(g) for g in found.values()]
-        lengths = rows.reduced(norms(values, 2), found, "square")
-        record.cells["grad/l2"] = lengths
-        if whole:
-            top = rows.reduced(norms(values, float("inf")), found, "max")
-            record.cells["grad/max_abs"] = top
-            if self._count:
-                nans = torch.stack([torch.isnan(g).sum() for g in values])
-                infinite = torch.stack([torch.isinf(g).sum() for g in values])
-                record.cells["grad/n_nan"] = rows.reduced(nans.float(), found, "sum")
-                record.cells["grad/n_inf"] = rows.reduced(infinite.float(), found, "sum")
-            record.cells["nonzero"] = rows.reduced(norms(values, 0), found, "sum")
-            weights = [_local(rows.parameters[row]) for row in found]
-            record.cells["param/l2"] = rows.reduced(norms(weights, 2), found, "square")
-            # Scaled by the greatest one, so that finite norms do not overflow in their sum.
-            top = lengths.max().clamp_min(torch.finfo(torch.float32).tiny)
-            record.scalars["total_l2"] = top * torch.linalg.vector_norm(lengths / top)
-        if self._directions and rows.sketcher is not None:
-            record.sketch = rows.sketched(found, lengths).half()
-
-    def _measure_update(self, pending: _Pending) -> None:
-        rows, cells = pending.rows, pending.record.cells
-        with torch.no_grad():
-            now = [_local(rows.parameters[row]) for row in pending.found]
-            change = torch._foreach_sub(now, pending.before)
-            size = rows.reduced(norms(change, 2), pending.found, "square")
-            inner = rows.reduced(dots(change, pending.gradients), pending.found, "sum")
-            cells["update/l2"] = size
-            cells["update/grad_cos"] = -inner / (size * cells["grad/l2"])
+        gradients = [local(g) for g in found.values()] if before else []
+        self._pending = _Pending(record, rows, before, gradients, may_skip)
 
     def _settle(self) -> None:
         """The record before is complete: whether its step was taken is known only now."""
@@ -277,7 +249,7 @@ class GradientRecorder:
             pending.may_skip and not pending.stepped and self._optimizer is not None
         )
 
-    def _current_rows(self, step: int) -> _Rows:
+    def _current_rows(self, step: int) -> Rows:
         """The parameters as they are now; a change of them, or of the order, begins a shard."""
         parameters = list(_inner(self._model).parameters())
         known = self._rows is not None and self._rows.same(parameters)
@@ -286,13 +258,13 @@ class GradientRecorder:
         if not known or not room:
             self.flush()
         if not known or self._rows is None:
-            self._rows = _Rows(
+            self._rows = Rows(
                 _inner(self._model), self._optimizer, self._topology, self._directions
             )
         return self._rows
 
-    def _warn_if_empty(self, rows: _Rows, found: Mapping[int, Tensor]) -> None:
-        if found or self._warned or not any(p.requires_grad for p in rows.parameters):
+    def _warn_once(self) -> None:
+        if self._warned:
             return
         self._warned = True
         warnings.warn(
@@ -310,7 +282,7 @@ class GradientRecorder:
             for r in rates
         ]
 
-    def _meta(self, rows: _Rows) -> dict[str, Any]:
+    def _meta(self, rows: Rows) -> dict[str, Any]:
         return {
             "writer": "gradscope",
             "torch": torch.__version__,
@@ -336,139 +308,17 @@ def _known(scalars: Mapping[str, Any]) -> dict[str, Tensor | float]:
     }
 
 
+@dataclass(slots=True)
 class _Pending:
     """A record whose step has not been seen yet."""
 
-    def __init__(
-        self,
-        record: Record,
-        rows: _Rows,
-        found: Mapping[int, Tensor],
-        before: list[Tensor],
-        may_skip: bool,
-    ) -> None:
-        self.record, self.rows, self.found = record, rows, list(found)
-        self.before, self.may_skip = before, may_skip
-        self.gradients = [_local(g) for g in found.values()] if before else []
-        self.stepped = False
-
-
-class _Rows:
-    """The parameters of a model as rows of the file, in the order of their use."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        order: Topology | None,
-        directions: bool,
-    ) -> None:
-        found = list(modules_of(model))
-        place = {module: i for i, module in enumerate(order.order)} if order is not None else {}
-        found.sort(key=lambda row: place.get(row[1], len(place)))
-        self.names = [name for name, _, _ in found]
-        self.modules = [module for _, module, _ in found]
-        self.parameters = [parameter for _, _, parameter in found]
-        self._ids = [id(p) for p in model.parameters()]
-        self._types = dict(model.named_modules())
-        self._groups = _groups(optimizer)
-        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self.dtype = self.parameters[0].dtype if self.parameters else torch.float32
-        self._meshes = [_mesh(p) for p in self.parameters]
-        plain = directions and not any(self._meshes)
-        self.sketcher: Sketcher | None = None
-        if plain and self.parameters:
-            self.sketcher = Sketcher(self.names, [p.numel() for p in self.parameters], self.device)
-            self._zeros: dict[int, Tensor] = {}
-        self._buffers: list[Tensor] = []
-
-    def same(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether a model still has these parameters."""
-        return [id(p) for p in parameters] == self._ids
-
-    def gradients(self) -> dict[int, Tensor]:
-        """The gradients there are, by row; of sparse ones what is stored."""
-        return {row: _dense(p.grad) for row, p in enumerate(self.parameters) if p.grad is not None}
-
-    def copies(self, found: Mapping[int, Tensor]) -> list[Tensor]:
-        """The weights before the step, in buffers that are used again."""
-        now = [_local(self.parameters[row]).detach() for row in found]
-        if [b.shape for b in self._buffers] != [n.shape for n in now]:
-            self._buffers = [torch.empty_like(n) for n in now]
-        if now:
-            torch._foreach_copy_(self._buffers, now)
-        return self._buffers
-
-    def sketched(self, found: Mapping[int, Tensor], lengths: Tensor) -> Tensor:
-        """Sketches of all rows; of those without a gradient zero."""
-        assert self.sketcher is not None
-        every = [
-            found[row] if row in found and found[row].numel() == p.numel() else self._zero(row, p)
-            for row, p in enumerate(self.parameters)
-        ]
-        if len(found) < len(every):
-            index = torch.tensor(list(found), dtype=torch.long).to(self.device)
-            lengths = torch.zeros(len(every), device=self.device).index_copy(0, index, lengths)
-        return self.sketcher(every, lengths)
-
-    def _zero(self, row: int, parameter: Tensor) -> Tensor:
-        if row not in self._zeros:
-            self._zeros[row] = torch.zeros_like(parameter, requires_grad=False).detach()
-        return self._zeros[row]
-
-    def reduced(
-        self, values: Tensor, found: Mapping[int, Tensor] | Sequence[int], how: str
-    ) -> Tensor:
-        """Values of sharded rows joined over their shards: [len(found)] in, the same out."""
-        sharded = [i for i, row in enumerate(found) if self._meshes[row] is not None]
-        if not sharded:
-            return values
-        group = next(self._meshes[row] for row in found if self._meshes[row] is not None)
-        at = torch.tensor(sharded, device=values.device)
-        part = values[at] ** 2 if how == "square" else values[at]
-        operation = (
-            torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM
-        )
-        torch.distributed.all_reduce(part, operation, group=group)
-        out = values.clone()
-        out[at] = part.sqrt() if how == "square" else part
-        return out
-
-    def arrays(self, order: Topology | None) -> dict[str, np.ndarray[Any, Any]]:
-        """The keys of the file that describe rows and edges."""
-        arrays = {
-            "layer/name": np.array(self.names, dtype=str),
-            "layer/module": np.array(self.modules, dtype=str),
-            "layer/kind": np.array([self._kind(i) for i in range(len(self.names))], dtype=str),
-            "layer/numel": np.array([p.numel() for p in self.parameters], dtype=np.int64),
-            "layer/group": np.array([self._groups.get(id(p), -1) for p in self.parameters]),
-        }  # fmt: skip
-        if order is not None:
-            arrays["graph/edges"] = self._edges(order)
-        return arrays
-
-    def _edges(self, order: Topology) -> np.ndarray[Any, Any]:
-        """Modules by their first row; -1 the input, L the loss."""
-        first: dict[str, int] = {}
-        for row, module in enumerate(self.modules):
-            first.setdefault(module, row)
-        pairs = [
-            (-1 if u is None else first[u], len(self.names) if v is None else first[v])
-            for u, v in order.edges
-            if (u is None or u in first) and (v is None or v in first)
-        ]
-        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
-
-    def _kind(self, row: int) -> Kind:
-        parameter, last = self.parameters[row], self.names[row].rpartition(".")[2]
-        module = type(self._types.get(self.modules[row])).__name__.lower()
-        if "norm" in module:
-            return "norm"
-        if "embedding" in module:
-            return "embedding"
-        if last.startswith("bias") or last.endswith("_bias") or parameter.dim() < 2:
-            return "bias"
-        return "conv" if parameter.dim() > 2 and "conv" in module else "matrix"
+    record: Record
+    rows: Rows
+    #: The weights before the step and the gradients, where the step is to be measured.
+    before: list[Tensor]
+    gradients: list[Tensor]
+    may_skip: bool
+    stepped: bool = False
 
 
 def _inner(model: torch.nn.Module) -> torch.nn.Module:
@@ -482,41 +332,9 @@ def _inner(model: torch.nn.Module) -> torch.nn.Module:
         model = inner
 
 
-def _status(parameter: Tensor) -> int:
-    if parameter.grad is not None:
-        return Status.RECORDED
-    return Status.NONE if parameter.requires_grad else Status.FROZEN
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a distributed tensor, any other tensor itself."""
-    found = getattr(tensor, "_local_tensor", tensor)
-    return found.detach() if isinstance(found, Tensor) else tensor.detach()
-
-
-def _mesh(parameter: Tensor) -> Any:
-    """The process group over which a parameter is sharded, None when it is whole on every rank."""
-    placements = getattr(parameter, "placements", ())
-    if not any(p.is_shard() for p in placements):
-        return None
-    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-    shard = next(i for i, p in enumerate(placements) if p.is_shard())
-    return mesh.get_group(shard)
-
-
 def _rank() -> int:
     available = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if available else 0
-
-
-def _groups(optimizer: torch.optim.Optimizer | None) -> dict[int, int]:
-    if optimizer is None:
-        return {}
-    return {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
 
 def _described(optimizer: torch.optim.Optimizer | None) -> dict[str, Any] | None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from gradscope.errors import UsageError
-from gradscope.histories.schema import write
+from gradscope.histories.format import write
+from gradscope.text import plural
 
 #: Statistics of every cell and of every record, by their keys in the file. ``nonzero`` is counted;
 #: the file has the share of zeros.
@@ -23,7 +24,7 @@ SCALARS = ("loss", "total_l2", "loss_scale", "clip_coef")
 
 
 def folder_for(path: str | os.PathLike[str], resume: bool) -> tuple[str, int]:
-    """The folder of a run, made if need be, and the number of its next shard.
+    """The folder of a run, created if need be, and the number of its next shard.
 
     Raises UsageError when it already holds shards and ``resume`` is False.
     """
@@ -32,8 +33,8 @@ def folder_for(path: str | os.PathLike[str], resume: bool) -> tuple[str, int]:
     taken = [int(n[:-4]) for n in os.listdir(folder) if n.endswith(".npz") and n[:-4].isdigit()]
     if taken and not resume:
         raise UsageError(
-            f"{folder} already holds {len(taken)} shards of a run; give another folder, or "
-            "resume=True to continue it"
+            f"{folder} already holds {plural(len(taken), 'shard')} of a run; choose another "
+            "folder, or pass resume=True to continue it"
         )
     return folder, max(taken, default=-1) + 1
 
@@ -125,7 +126,7 @@ def save(
     for name in COUNTS:
         counts = np.nan_to_num(arrays.pop(name), nan=-1).astype(np.int64)
         arrays |= {name: counts} if counted else {}
-    optional = (*SCALARS, *CELLS[3:6], "lr", "grad/zero_frac")
+    optional = (*SCALARS, "param/l2", "update/l2", "update/grad_cos", "lr", "grad/zero_frac")
     kept = {
         k: v
         for k, v in arrays.items()

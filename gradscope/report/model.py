@@ -83,6 +83,8 @@ class Finding(Record):
     name: str
     severity: Severity
     subject: str
+    #: The input that it is about, as it was given.
+    input: str
     message: str
     evidence: Mapping[str, Fact]
     threshold: Number | None

@@ -9,16 +9,32 @@ through the entry point group ``gradscope.rules``.
 from __future__ import annotations
 
 import inspect
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from enum import StrEnum
 from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
+from gradscope.docstrings import docstring
 from gradscope.errors import UsageError
+from gradscope.plugins import loaded
 from gradscope.report.model import Fact, Finding, NotEvaluated, Severity, fingerprint
+
+
+class Subject(Protocol):
+    """What rules read: the measurements of one input, and which kinds of facts there are."""
+
+    #: The command that makes it.
+    command: ClassVar[str]
+    #: The kinds of facts that a rule can need; the values complete "needs …".
+    Needs: ClassVar[type[StrEnum]]
+
+    @property
+    def measured(self) -> Collection[str]:
+        """The kinds of facts that are there."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +48,8 @@ class Observation:
     threshold: float | None = None
     #: None takes the rule's own.
     severity: Severity | None = None
+    #: Which input it is about, where the rule reads several; None takes the one being judged.
+    input: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +70,10 @@ class Rule:
     name: str
     severity: Severity
     check: Check
-    #: What it reads: "headers" is enough, or "statistics", "spectrum", … are needed.
-    needs: str
+    #: The type that it reads, and so the command that asks it.
+    reads: type[Subject]
+    #: The kind of facts without which it cannot be evaluated.
+    needs: StrEnum
 
     @property
     def thresholds(self) -> dict[str, Any]:
@@ -69,7 +89,7 @@ class Rule:
     @property
     def documentation(self) -> str:
         """What it finds, why that matters, where its thresholds come from."""
-        return textwrap.dedent(inspect.getdoc(self.check) or "")
+        return docstring(self.check)
 
     def selected_by(self, pattern: str) -> bool:
         """Whether a code, a code's prefix or the name names this rule."""
@@ -85,29 +105,38 @@ BUILT_IN = ("gradscope.weights.rules", "gradscope.flow.rules", "gradscope.attrib
 
 
 def rule(
-    code: str, name: str, severity: Severity, needs: str = "statistics"
+    code: str, name: str, severity: Severity, *, reads: type[Subject], needs: StrEnum
 ) -> Callable[[Check], Check]:
-    """Register a generator function as a rule."""
+    """Register a generator function over ``reads`` as a rule.
+
+    Raises ValueError for a code or name that is malformed or taken, and for ``needs`` that is not
+    one of ``reads.Needs``.
+    """
+    if not re.fullmatch(r"[A-Z]+\d+", code) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        raise ValueError(f"rule {code} {name}: a code looks like W101, a name like dead-units")
+    if needs not in list(reads.Needs):
+        known = ", ".join(repr(str(need)) for need in reads.Needs)
+        raise ValueError(f"rule {code} {name} needs {needs!r}; {reads.__name__} has {known}")
 
     def register(check: Check) -> Check:
         for known in RULES.values():
             if known.code == code or known.name == name:
                 raise ValueError(f"rule {code} {name} is already registered")
-        RULES[code] = Rule(code, name, severity, check, needs)
+        RULES[code] = Rule(code, name, severity, check, reads, reads.Needs(needs))
         return check
 
     return register
 
 
 def load_rules() -> Mapping[str, Rule]:
-    """Every rule, built-in and of installed plugins, by code."""
+    """Every rule, built-in and of installed plugins, by code.
+
+    Raises UsageError for a plugin that cannot be imported.
+    """
     for module in BUILT_IN:
         import_module(module)
-    for point in sorted(entry_points(group="gradscope.rules"), key=lambda point: point.name):
-        try:
-            point.load()
-        except Exception as error:
-            raise UsageError(f"the rules plugin {point.value} failed to load: {error}") from error
+    for _ in loaded("rules"):
+        pass
     return dict(sorted(RULES.items()))
 
 
@@ -141,30 +170,52 @@ def _check_pattern(pattern: str, rules: Sequence[Rule]) -> None:
     raise UsageError(f"no rule is called or begins with {pattern!r}{hint} (see `gradscope rules`)")
 
 
+def select_for(
+    reads: type[Subject], selected: Sequence[str] = (), ignored: Sequence[str] = ()
+) -> list[Rule]:
+    """The selected rules that read this type, plugins' included.
+
+    Raises UsageError for a pattern that names no rule, and for one that names only rules which
+    read something else: selecting them here would check nothing and pass.
+    """
+    everything = list(load_rules().values())
+    ours = [r for r in everything if issubclass(reads, r.reads)]
+    chosen = select(everything, selected, ignored)
+    for pattern in (*selected, *ignored):
+        if not any(r.selected_by(pattern) for r in ours):
+            other = next(r for r in everything if r.selected_by(pattern))
+            raise UsageError(
+                f"{pattern!r} names a rule of `gradscope {other.reads.command}`, which `gradscope "
+                f"{reads.command}` does not evaluate"
+            )
+    return [r for r in chosen if r in ours]
+
+
 def evaluate(
-    rules: Iterable[Rule], subject: object, measured: frozenset[str], artefact: str = ""
+    rules: Iterable[Rule], subject: Subject, input_: str
 ) -> Iterator[Finding | NotEvaluated]:
-    """Ask each rule about a subject of which ``measured`` kinds of facts are known."""
+    """Ask each rule about a subject, which was measured of this input."""
     for r in rules:
-        if r.needs not in measured:
+        if r.needs not in subject.measured:
             yield NotEvaluated(rule=r.name, reason=f"needs {r.needs}, which was not measured")
             continue
         for seen in r.check(subject):
             if isinstance(seen, Unknown):
                 yield NotEvaluated(rule=r.name, reason=seen.reason)
             else:
-                yield _finding(r, seen, artefact)
+                yield _finding(r, seen, input_)
 
 
-def _finding(r: Rule, seen: Observation, artefact: str) -> Finding:
+def _finding(r: Rule, seen: Observation, input_: str) -> Finding:
     return Finding(
         rule=r.code,
         name=r.name,
         severity=seen.severity or r.severity,
         subject=seen.subject,
+        input=seen.input or input_,
         message=seen.message,
         evidence=seen.evidence,
         threshold=seen.threshold,
         recommendation=seen.recommendation,
-        fingerprint=fingerprint(r.code, seen.subject, artefact),
+        fingerprint=fingerprint(r.code, seen.subject),
     )

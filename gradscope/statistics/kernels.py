@@ -11,15 +11,11 @@ same loop over an index window of a large array.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
-import numba
 import numpy as np
 
-BLOCK = 4096
+from gradscope.compiled import kernel
 
-F = TypeVar("F", bound=Callable[..., Any])
+BLOCK = 4096
 
 _KEYS = np.random.Generator(np.random.PCG64(0x9E3779B9)).integers(
     0, 2**64, size=BLOCK, dtype=np.uint64, endpoint=False
@@ -29,19 +25,6 @@ HASH_KEYS = np.concatenate([_KEYS, _KEYS])
 
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
 _SALT = np.uint64(0x9E3779B97F4A7C15)
-
-
-def kernel(**options: Any) -> Callable[[F], F]:
-    """``numba.njit`` without the GIL, cached on disk where any cache directory is writable."""
-
-    def compile_(function: F) -> F:
-        try:
-            compiled: F = numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither the package nor the user's cache folder can be written
-            compiled = numba.njit(nogil=True, **options)(function)
-        return compiled
-
-    return compile_
 
 
 @kernel()

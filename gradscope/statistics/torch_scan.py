@@ -23,9 +23,9 @@ from torch import Tensor
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE
+from gradscope.device import AUTO, CPU, has_float64, resolve
 from gradscope.errors import UsageError
 from gradscope.statistics import codings, kernels
-from gradscope.statistics.device import AUTO, CPU, has_float64, resolve
 from gradscope.statistics.kernels import BLOCK
 from gradscope.statistics.scan import scan as cpu_scan
 from gradscope.statistics.scan import scan_integers
@@ -43,7 +43,7 @@ def scan_on(device: str) -> Scan:
     """The scan of a device: the compiled kernels on the CPU, torch on any other.
 
     ``auto`` takes an accelerator only if it computes in float64. Raises UsageError for a device
-    that is absent or, named explicitly, has no float64.
+    that is absent or, if named explicitly, does not compute in float64.
     """
     found = resolve(device)
     if found.type == CPU:
@@ -53,7 +53,8 @@ def scan_on(device: str) -> Scan:
     if device == AUTO:
         return cpu_scan
     raise UsageError(
-        f"device {device!r} has no float64, which moments and norms need; use --device {CPU}"
+        f"device {device!r} does not support float64, which moments and norms need; "
+        f"use --device {CPU}"
     )
 
 

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradscope.checkpoints.files import check_unchanged
+from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
-from gradscope.errors import InputError, UsageError
-from gradscope.report.gate import gate
-from gradscope.report.model import (
-    Coverage,
-    Finding,
-    Input,
-    InputFailure,
-    NotEvaluated,
-    Severity,
-    Skip,
-)
-from gradscope.report.rules import Rule, evaluate, load_rules, select
+from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
+from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.result import (
     Examined,
+    Need,
     Overall,
     RolePool,
     TensorResult,
@@ -38,8 +29,7 @@ from gradscope.weights.result import (
 from gradscope.weights.roles import AUXILIARY, Role, roles
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
-    from gradscope.statistics.profile import Engine, Pool
-    from gradscope.statistics.tally import Scan
+    from gradscope.statistics import Engine, Pool, Profile, Scan
 
 Progress = Callable[[int, int], None]
 
@@ -69,19 +59,20 @@ def analyze_weights(
 
     Raises UsageError for an unknown rule, key, device or severity.
     """
-    if fail_on not in (*Severity, "never"):
-        raise UsageError(f"fail_on is {fail_on!r}; it is one of {', '.join(Severity)} or never")
-    chosen = _chosen_rules(select, ignore)
-    opened, errors = _open_all(checkpoints, key)
-    opened = [_filtered(c, include, exclude) for c in opened]
+    request = requested(
+        Examined, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+    )
+    opened: list[Checkpoint] = []
+    failures = Failures()
+    for path in checkpoints:
+        with failures.caught():
+            opened.append(_filtered(open_checkpoint(str(path), key), include, exclude))
     if headers_only:
         examinations = [_headers(c) for c in opened]
     else:
         meter = _Meter(progress, sum(ref.nbytes for c in opened for ref in c.tensors))
         examinations = _measure_all(opened, device, jobs, meter, keep_going)
-    measured = frozenset({"headers"} if headers_only else {"headers", "statistics"})
-    judged = [_judged(e, chosen, measured, many=len(opened) > 1) for e in examinations]
-    return _report(judged, errors, fail_on, allow_empty)
+    return _report(request, [_judged(e, request) for e in examinations], failures)
 
 
 def scan_for(device: str) -> Scan:
@@ -90,14 +81,9 @@ def scan_for(device: str) -> Scan:
         from gradscope.statistics.scan import scan
 
         return scan
-    from gradscope.statistics.torch_scan import scan_on
+    from gradscope.statistics import scan_on
 
     return scan_on(device)
-
-
-def _chosen_rules(selected: Sequence[str], ignored: Sequence[str]) -> list[Rule]:
-    known = [r for r in load_rules().values() if r.code[0] in "CW"]
-    return select(known, selected, ignored)
 
 
 @dataclass
@@ -115,30 +101,12 @@ class _Meter:
 
 @dataclass(frozen=True, slots=True)
 class _Examination:
-    """One checkpoint examined, before it is judged."""
+    """One checkpoint examined, and judged once the rules were asked."""
 
     examined: Examined
     pools: Mapping[str, Pool]
     errors: tuple[InputFailure, ...]
-    findings: tuple[Finding, ...] = ()
-    not_evaluated: tuple[NotEvaluated, ...] = ()
-
-
-def _open_all(
-    paths: Iterable[str | Path], key: str | None
-) -> tuple[list[Checkpoint], list[InputFailure]]:
-    opened: list[Checkpoint] = []
-    errors: list[InputFailure] = []
-    for path in paths:
-        try:
-            opened.append(open_checkpoint(str(path), key))
-        except InputError as error:
-            errors.append(_failure(error))
-    return opened, errors
-
-
-def _failure(error: InputError) -> InputFailure:
-    return InputFailure(input=error.path, kind=error.kind, message=error.message)
+    judged: Judged = field(default_factory=Judged)
 
 
 def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> Checkpoint:
@@ -158,11 +126,12 @@ def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[
 def _headers(checkpoint: Checkpoint) -> _Examination:
     names = roles(checkpoint.tensors)
     tensors = (
-        tensor_result(TensorProfile(ref, Statistics()), names[ref.name])
+        tensor_result(TensorProfile(ref, Statistics()), names[ref.name], checkpoint.path)
         for ref in checkpoint.tensors
     )
     bare = tuple(t.model_copy(update={"statistics": None}) for t in tensors)
-    return _Examination(Examined(checkpoint, bare), {}, _part_failures(checkpoint))
+    examined = Examined(checkpoint, bare, frozenset({Need.HEADERS}))
+    return _Examination(examined, {}, _part_failures(checkpoint))
 
 
 def _measure_all(
@@ -172,7 +141,7 @@ def _measure_all(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> list[_Examination]:
-    from gradscope.statistics.profile import threads
+    from gradscope.statistics import threads
 
     scan = scan_for(device)
     return [_measured(c, scan, threads(jobs), meter, keep_going) for c in opened]
@@ -185,28 +154,44 @@ def _measured(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> _Examination:
-    """Read the data once; a file that fails meanwhile costs its tensors, and is said."""
-    from gradscope.statistics.profile import profile
+    from gradscope.statistics import profile
 
+    checkpoint = verified(checkpoint, engine)
     names = roles(checkpoint.tensors)
-    failures: list[InputFailure] = []
-    refs = list(checkpoint.tensors)
-    while True:
-        try:
-            result = profile(
-                refs, group=lambda ref: names[ref.name], engine=engine, scan=scan, progress=meter
-            )
-            for path in {ref.file for ref in refs}:
-                check_unchanged(path, checkpoint.stamps[path])
-            break
-        except InputError as error:
-            failures.append(_failure(error))
-            refs = [ref for ref in refs if ref.file != error.path] if keep_going else []
+
+    def measure(refs: Sequence[TensorRef]) -> Profile:
+        measured = profile(
+            refs, group=lambda ref: names[ref.name], engine=engine, scan=scan, progress=meter
+        )
+        for path in {ref.file for ref in refs}:
+            check_unchanged(path, checkpoint.stamps[path])
+        return measured
+
+    failures = Failures()
+    refs, result = _read(checkpoint.tensors, measure, failures, keep_going)
     checkpoint = _without_unread(checkpoint, refs, failures)
-    tensors = tuple(tensor_result(t, names[t.ref.name]) for t in result.tensors)
-    return _Examination(
-        Examined(checkpoint, tensors), result.pools, (*_part_failures(checkpoint), *failures)
-    )
+    tensors = tuple(tensor_result(t, names[t.ref.name], checkpoint.path) for t in result.tensors)
+    examined = Examined(checkpoint, tensors, frozenset(Need))
+    return _Examination(examined, result.pools, (*_part_failures(checkpoint), *failures))
+
+
+def _read(
+    refs: Sequence[TensorRef],
+    measure: Callable[[Sequence[TensorRef]], Profile],
+    failures: Failures,
+    keep_going: bool,
+) -> tuple[Sequence[TensorRef], Profile]:
+    """What could be measured, and of which tensors.
+
+    A file that fails meanwhile costs its tensors, and without ``keep_going`` those of the whole
+    checkpoint. Each failure leaves out a file, so there are at most as many as files.
+    """
+    for _ in {ref.file for ref in refs}:
+        with failures.caught():
+            return refs, measure(refs)
+        failed = failures[-1].input
+        refs = [ref for ref in refs if ref.file != failed] if keep_going else []
+    return [], measure([])
 
 
 def _without_unread(
@@ -227,24 +212,15 @@ def _part_failures(checkpoint: Checkpoint) -> tuple[InputFailure, ...]:
     )
 
 
-def _judged(
-    examination: _Examination, chosen: Sequence[Rule], measured: frozenset[str], many: bool
-) -> _Examination:
-    """Ask the rules, and give each tensor the health its findings leave."""
+def _judged(examination: _Examination, request: Request) -> _Examination:
+    """Ask the rules, and give each tensor the health that its findings leave."""
     examined = examination.examined
-    artefact = Path(examined.checkpoint.path).name if many else ""
-    found = list(evaluate(chosen, examined, measured, artefact))
-    findings = tuple(f for f in found if isinstance(f, Finding))
+    judged = request.judged(examined, examined.checkpoint.path)
     by_subject: dict[str, list[Finding]] = defaultdict(list)
-    for finding in findings:
+    for finding in judged.findings:
         by_subject[finding.subject].append(finding)
     tensors = tuple(_with_health(t, by_subject[t.name]) for t in examined.tensors)
-    return replace(
-        examination,
-        examined=replace(examined, tensors=tensors),
-        findings=findings,
-        not_evaluated=tuple(n for n in found if isinstance(n, NotEvaluated)),
-    )
+    return replace(examination, examined=replace(examined, tensors=tensors), judged=judged)
 
 
 def _with_health(tensor: TensorResult, findings: Sequence[Finding]) -> TensorResult:
@@ -254,52 +230,47 @@ def _with_health(tensor: TensorResult, findings: Sequence[Finding]) -> TensorRes
 
 
 def _report(
-    judged: Sequence[_Examination], errors: list[InputFailure], fail_on: str, allow_empty: bool
+    request: Request, examinations: Sequence[_Examination], failures: Sequence[InputFailure]
 ) -> WeightsReport:
-    all_errors = (*errors, *(e for j in judged for e in j.errors))
-    findings = tuple(
-        sorted((f for j in judged for f in j.findings), key=lambda f: -f.severity.rank)
+    errors = (*failures, *(error for e in examinations for error in e.errors))
+    checkpoints = [e.examined.checkpoint for e in examinations]
+    return request.report(
+        WeightsReport,
+        _result(examinations, complete=not errors) if examinations else None,
+        inputs=(Input(path=c.path, format=c.format, bytes=c.nbytes) for c in checkpoints),
+        coverage=_coverage(checkpoints),
+        judged=[e.judged for e in examinations],
+        errors=errors,
     )
-    coverage = _coverage(judged)
-    tensors = tuple(t for j in judged for t in j.examined.tensors)
-    lost = [s for j in judged for s in j.examined.checkpoint.skipped if not s.deliberate]
-    complete = not lost and not all_errors
-    result = WeightsResult(
+
+
+def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResult:
+    tensors = tuple(t for e in examinations for t in e.examined.tensors)
+    checkpoints = [e.examined.checkpoint for e in examinations]
+    lost = [s for c in checkpoints for s in c.skipped if not s.deliberate]
+    findings = [f for e in examinations for f in e.judged.findings]
+    return WeightsResult(
         tensors=tensors,
-        overall=_overall(judged, tensors),
-        health=overall_health(tensors, findings, complete),
-        notes=tuple(note for j in judged for note in j.examined.checkpoint.notes),
-    )
-    return WeightsReport(
-        command="weights",
-        inputs=tuple(
-            Input(path=c.path, format=c.format, bytes=c.nbytes)
-            for c in (j.examined.checkpoint for j in judged)
-        ),
-        coverage=coverage,
-        findings=findings,
-        result=result if judged else None,
-        gate=gate(findings, all_errors, coverage, fail_on=fail_on, allow_empty=allow_empty),
-        errors=all_errors,
+        overall=_overall(examinations, tensors),
+        health=overall_health(tensors, findings, complete and not lost),
+        notes=tuple(note for c in checkpoints for note in c.notes),
     )
 
 
-def _coverage(judged: Sequence[_Examination]) -> Coverage:
-    refs = [ref for j in judged for ref in j.examined.checkpoint.tensors]
-    skipped = [s for j in judged for s in j.examined.checkpoint.skipped]
-    not_evaluated = dict.fromkeys(n for j in judged for n in j.not_evaluated)
+def _coverage(checkpoints: Sequence[Checkpoint]) -> Coverage:
+    refs = [ref for c in checkpoints for ref in c.tensors]
+    skipped = [s for c in checkpoints for s in c.skipped]
     return Coverage(
         analyzed=len(refs),
         total=len(refs) + len(skipped),
         unit="tensors",
         bytes=sum(ref.nbytes for ref in refs),
         skipped=tuple(Skip(subject=s.subject, reason=s.reason) for s in skipped),
-        not_evaluated=tuple(not_evaluated),
     )
 
 
-def _overall(judged: Sequence[_Examination], tensors: Sequence[TensorResult]) -> Overall:
-    pools = _pooled(judged)
+def _overall(examinations: Sequence[_Examination], tensors: Sequence[TensorResult]) -> Overall:
+    pools = _pooled(examinations)
     model = [pool for role, pool in pools.items() if role not in AUXILIARY]
     everything = None
     for pool in model:
@@ -316,9 +287,9 @@ def _overall(judged: Sequence[_Examination], tensors: Sequence[TensorResult]) ->
     )
 
 
-def _pooled(judged: Sequence[_Examination]) -> dict[Role, Pool]:
+def _pooled(examinations: Sequence[_Examination]) -> dict[Role, Pool]:
     pools: dict[Role, Pool] = {}
-    for name, pool in (item for j in judged for item in j.pools.items()):
+    for name, pool in (item for e in examinations for item in e.pools.items()):
         role = Role(name)
         pools[role] = pools[role].merge(pool) if role in pools else pool
     return pools

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.model import Number, Record, Report
@@ -43,6 +44,8 @@ class TensorResult(Record):
     """One tensor. ``statistics`` and what rests on them are None when only headers were read."""
 
     name: str
+    #: The checkpoint it belongs to, as it was given; ``file`` is the shard.
+    input: str
     file: str
     dtype: str
     shape: tuple[int, ...]
@@ -57,6 +60,11 @@ class TensorResult(Record):
     content_hash: str | None = None
     spectrum: None = None
     health: Health | None = None
+
+    @property
+    def subject(self) -> str:
+        """What findings about it name."""
+        return self.name
 
     @property
     def row_numel(self) -> int:
@@ -92,12 +100,23 @@ class WeightsResult(Record):
 WeightsReport = Report[WeightsResult]
 
 
+class Need(StrEnum):
+    """The kinds of facts that a rule about a checkpoint can need."""
+
+    HEADERS = "headers"
+    STATISTICS = "statistics"
+
+
 @dataclass(frozen=True)
 class Examined:
     """One checkpoint as its rules see it: the container and every tensor's measurements."""
 
+    command: ClassVar[str] = "weights"
+    Needs: ClassVar[type[StrEnum]] = Need
+
     checkpoint: Checkpoint
     tensors: tuple[TensorResult, ...]
+    measured: frozenset[Need]
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:
@@ -105,11 +124,12 @@ class Examined:
         return {t.name: t for t in self.tensors}
 
 
-def tensor_result(measured: TensorProfile, role: Role) -> TensorResult:
-    """A tensor's profile as the report shows it."""
+def tensor_result(measured: TensorProfile, role: Role, input_: str) -> TensorResult:
+    """A tensor's profile as the report of a checkpoint shows it."""
     ref = measured.ref
     return TensorResult(
         name=ref.name,
+        input=input_,
         file=ref.file,
         dtype=ref.dtype,
         shape=ref.shape,

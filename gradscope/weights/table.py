@@ -9,27 +9,20 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from gradscope.report.formats import Display
-from gradscope.report.formats.table_ import (
-    clean,
-    health_text,
-    number,
-    section,
-    sparkline,
-    table,
-)
+from gradscope.report.formats.cells import health_text, number, sparkline, table
+from gradscope.text import escaped, shortened
+from gradscope.weights.names import pattern
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import MATRICES, Role
-from gradscope.weights.rules.select import pattern
 
 _SHOWN = 24
 _NARROW_NAME = 32
 
 
-@section("weights")
-def parts(result: WeightsResult, display: Display) -> Iterator[RenderableType]:
+def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType]:
     """Notes, the model's health, elements by role, then tensors."""
     for note in result.notes:
-        yield Text.assemble(("note ", "dim"), clean(note, None))
+        yield Text.assemble(("note ", "dim"), escaped(note))
     if result.health is not None:
         yield Text.assemble(
             "\nHealth ",
@@ -81,7 +74,7 @@ def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[Rend
 def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[str | Text]:
     first = min(group, key=_score)
     many = f"  ×{len(group)}" if len(group) > 1 else ""
-    name = clean(pattern(first.name) if many else first.name)
+    name = shortened(pattern(first.name) if many else first.name)
     room = _NARROW_NAME - len(many)
     if not wide and len(name) > room:
         name = "…" + name[1 - room :]

@@ -15,6 +15,8 @@ from gradscope.attribution.methods import methods
 from gradscope.attribution.perturbation import _mask
 from gradscope.errors import UsageError
 
+from .oracles import oracle
+
 ALL = sorted(methods())
 FORMULAS = ["gradcam", "gradcam++", "xgradcam", "hirescam", "layercam"]
 
@@ -54,6 +56,7 @@ def images(count: int = 2, size: int = 6) -> Tensor:
 # --- closed forms ---------------------------------------------------------------------------------
 
 
+@oracle("saliency", "smoothgrad", "input-x-gradient", "vargrad")
 def test_on_a_linear_model_gradients_are_its_weights() -> None:
     model, x = Linear(), torch.randn(2, 2, 4, 5).double()
 
@@ -66,6 +69,7 @@ def test_on_a_linear_model_gradients_are_its_weights() -> None:
     torch.testing.assert_close(attribute(model, x, "vargrad", target=1).values, torch.zeros_like(x))
 
 
+@oracle("integrated-gradients")
 @pytest.mark.parametrize("rule", ["midpoint", "gauss-legendre"])
 def test_integrated_gradients_of_squares_are_the_squares(rule: str) -> None:
     model, x = Squares(), torch.randn(2, 2, 4, 5).double()
@@ -77,6 +81,7 @@ def test_integrated_gradients_of_squares_are_the_squares(rule: str) -> None:
     assert found.diagnostics["scores"] == pytest.approx(model(x)[:, 1].tolist())
 
 
+@oracle("integrated-gradients")
 def test_integrated_gradients_start_at_their_reference() -> None:
     model, x, base = Squares(), torch.randn(1, 2, 4, 5).double(), torch.randn(1, 2, 4, 5).double()
 
@@ -96,6 +101,19 @@ def test_a_tolerance_refines_until_it_is_met() -> None:
     assert fine.diagnostics["steps"] > 2
 
 
+def test_a_tolerance_is_for_the_mean_over_random_references() -> None:
+    model, x = conv_net(), images(1)
+    given = {"target": 0, "reference": "random", "draws": 3, "mean": (0.5,) * 2, "std": (0.25,) * 2}
+
+    coarse = attribute(model, x, "integrated-gradients", steps=2, **given)
+    (share,) = coarse.diagnostics["relative_delta"]
+
+    for tolerance, more in ((1.01 * share, False), (0.99 * share, True)):
+        found = attribute(model, x, "integrated-gradients", steps=2, tolerance=tolerance, **given)
+        assert (found.diagnostics["steps"] > 2) is more
+
+
+@oracle("smoothgrad", "vargrad")
 def test_smoothgrad_is_the_mean_over_its_noise_whatever_the_chunk() -> None:
     model, x = conv_net(), images(3)
 
@@ -120,6 +138,7 @@ def test_smoothgrad_is_the_mean_over_its_noise_whatever_the_chunk() -> None:
 # --- covered inputs -------------------------------------------------------------------------------
 
 
+@oracle("occlusion")
 def test_occlusion_of_a_linear_model_is_what_each_square_contributes() -> None:
     model, x = Linear(shape=(2, 6, 7)), torch.randn(2, 2, 6, 7).double()
 
@@ -135,6 +154,16 @@ def test_occlusion_of_a_linear_model_is_what_each_square_contributes() -> None:
     torch.testing.assert_close(values, total / covered)
 
 
+def test_a_square_is_a_seventh_of_the_image_and_moves_by_half() -> None:
+    model, x = Linear(shape=(2, 30, 44)), torch.randn(1, 2, 30, 44).double()
+
+    facts = attribute(model, x, "occlusion", target=1).diagnostics
+    assert (facts["window"], facts["forwards"]) == (4, 14 * 21)
+    tiny = attribute(model, x, "occlusion", target=1, window=1, stride=1).diagnostics
+    assert tiny["forwards"] == 30 * 44
+
+
+@oracle("rise")
 def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk() -> None:
     model, x = conv_net().eval(), images(2)
 
@@ -150,6 +179,27 @@ def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk() -> None:
     torch.testing.assert_close(values, total / 10)
     many = attribute(model, x, "rise", target=2, masks=20, grid=3, chunk=64).values
     torch.testing.assert_close(values, many)
+
+
+@oracle("rise")
+@pytest.mark.parametrize(("seed", "grid", "size"), [(0, 3, (7, 6)), (5, 7, (14, 22))])
+def test_rises_masks_are_coarse_grids_upsampled_by_a_cell_more_and_cropped(
+    seed: int, grid: int, size: tuple[int, int]
+) -> None:
+    """Petsiuk et al. 2018, section 3.2, bilinear upsampling by NumPy's interp."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = (torch.rand((1, 1, grid, grid), generator=generator) < 0.4).numpy()[0, 0].astype(float)
+    cell = [int(np.ceil(length / grid)) for length in size]
+    for axis in (0, 1):
+        places = (np.arange((grid + 1) * cell[axis]) + 0.5) / ((grid + 1) * cell[axis]) * grid - 0.5
+        cells = np.apply_along_axis(lambda v, p=places: np.interp(p, range(grid), v), axis, cells)
+    top, left = (int(torch.randint(0, length, (), generator=generator)) for length in cell)
+
+    found = _mask(seed, grid, 0.4, *size)
+
+    wanted = cells[top : top + size[0], left : left + size[1]]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert found.shape == size
 
 
 def test_rise_finds_the_one_pixel_that_matters() -> None:
@@ -201,6 +251,7 @@ def by_loops(name: str, a: np.ndarray, g: np.ndarray) -> np.ndarray:
     return out
 
 
+@oracle(*FORMULAS)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_maps_are_those_of_the_papers_formulas(name: str) -> None:
     model, x = conv_net(), images()
@@ -216,6 +267,7 @@ def test_maps_are_those_of_the_papers_formulas(name: str) -> None:
     assert found.layer == "3"
 
 
+@oracle("eigencam")
 def test_eigencam_is_the_first_principal_component() -> None:
     model, x = conv_net(), images()
 
@@ -239,6 +291,28 @@ def test_auto_takes_the_last_layer_that_gives_maps_and_the_greatest_logit() -> N
 
     assert found.layer == "4"
     assert list(found.target) == model(x).argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "wrong"),
+    [
+        ("smoothgrad", {"samples": 1, "noise": 0}, ({"samples": 0}, {"noise": -0.1})),
+        ("integrated-gradients", {"steps": 1, "draws": 1}, ({"steps": 0}, {"draws": 0})),
+        ("rise", {"masks": 1, "grid": 1},
+         ({"masks": 0}, {"grid": 0}, {"keep": 0}, {"keep": 1}, {"masks": 0, "grid": 0})),
+        ("occlusion", {"window": 2, "stride": 2}, ({"window": 2, "stride": 3}, {"stride": -1})),
+        ("scorecam", {"channels": 1}, ({"channels": -1},)),
+    ],
+)  # fmt: skip
+def test_options_are_taken_from_their_least_value_on(
+    method: str, least: dict[str, Any], wrong: tuple[dict[str, Any], ...]
+) -> None:
+    model, x = conv_net(), images(1)
+
+    assert torch.isfinite(attribute(model, x, method, target=0, **least).values).all()
+    for options in wrong:
+        with pytest.raises(UsageError, match=r"ha(s|ve) to be"):
+            attribute(model, x, method, target=0, **options)
 
 
 # --- nothing is left behind -----------------------------------------------------------------------
@@ -265,7 +339,8 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_model_is_left_as_it_was(name: str) -> None:
-    model, x = conv_net().train(), images()
+    model: nn.Module = conv_net().train()
+    x = images()
     if methods()[name].family == "attention":
         model, x = vit_small().double().train(), torch.randn(1, 3, 32, 32).double()
     next(model.parameters()).requires_grad_(False)
@@ -302,24 +377,16 @@ def test_the_model_is_left_as_it_was_after_an_error_too() -> None:
         ({"method": "gradcam", "layer": "6"}, "maps have shape"),
         ({"method": "saliency", "steps": 3}, "no option 'steps'"),
         ({"method": "saliency", "target": 7}, "no class 7"),
-        ({"method": "saliency", "target": [1]}, "1 targets for 2 images"),
+        ({"method": "saliency", "target": [1]}, "1 target for 2 images"),
         ({"method": "integrated-gradients", "rule": "simpson"}, "rule is one of midpoint, gauss"),
         ({"method": "integrated-gradients", "steps": "many"}, "steps is a number"),
-        ({"method": "integrated-gradients", "reference": "grey"}, "no reference is called 'grey'"),
+        ({"method": "integrated-gradients", "reference": "grey"}, "unknown reference 'grey'"),
         ({"method": "integrated-gradients", "reference": "black"}, "give mean= and std="),
         ({"method": "attention-rollout"}, "no self-attention"),
-        ({"method": "gradcam", "chunk": 0}, "chunk counts from 1"),
+        ({"method": "gradcam", "chunk": 0}, "chunk has to be at least 1"),
         ({"method": "gradcam", "layer": "fc.weight"}, "no layer 'fc.weight'"),
     ],
 )
 def test_a_wrong_request_says_what_there_is(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         attribute(conv_net(), images(), **arguments)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_every_method_has_its_reference_and_its_formula(name: str) -> None:
-    method = methods()[name]
-
-    assert method.reference
-    assert method.compute.__doc__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
 
 from gradscope.attribution.drawing.colour import COLORMAPS, coloured
 from gradscope.attribution.drawing.overlay import (
@@ -19,7 +17,6 @@ from gradscope.attribution.drawing.overlay import (
     heatmap,
     normalised,
     overlay,
-    save_png,
     top_mass,
 )
 from gradscope.attribution.drawing.preview import preview
@@ -54,6 +51,14 @@ def test_tables_are_matplotlibs(name: str) -> None:
     assert np.abs(wanted - COLORMAPS[name]()).max() <= 0.51
 
 
+def test_a_signed_map_diverges_and_another_does_not() -> None:
+    values = np.array([[-1.0, 0.0, 1.0]])
+    table = {name: COLORMAPS[name]() for name in ("coolwarm", "inferno")}
+
+    assert (heatmap(values, "signed")[0] == table["coolwarm"][[0, 128, 255]]).all()
+    assert (heatmap(values, "positive")[0] == table["inferno"][[0, 0, 255]]).all()
+
+
 def test_an_unknown_table_names_those_there_are() -> None:
     with pytest.raises(UsageError, match="viridis"):
         coloured(np.zeros((2, 2)), "rainbow")
@@ -65,6 +70,10 @@ def test_display_keeps_zero_for_signed_maps_and_cuts_below_it_for_others() -> No
     np.testing.assert_allclose(normalised(values, "signed", clip=1), values / 4)
     np.testing.assert_allclose(normalised(values, "positive", clip=1), [[0, 0], [0.5, 1]])
     assert bounds(values, "positive", clip=1) == (0, 2)
+    assert bounds(np.array([[0.2, np.nan], [0.5, np.inf]]), "positive", clip=1) == (0.2, 0.5)
+    assert bounds(np.array([[-0.5, 0.0], [0.2, 0.1]]), "signed", clip=1) == (-0.5, 0.5)
+    # Of what is above zero alone.
+    assert bounds(np.array([0.0] * 98 + [1.0, 3.0]), "positive", clip=0.5) == (0, 2)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan])
@@ -116,6 +125,54 @@ def test_a_picture_without_heat_stays_as_it_is_and_full_heat_hides_it() -> None:
     assert (drawn == picture).all()
 
 
+def test_heat_covers_by_the_root_of_its_strength_and_blindness_darkens() -> None:
+    picture = np.full((2, 2, 3), 200, np.uint8)
+    values = np.array([[0.25, 1.0], [0.0, np.nan]])
+
+    drawn = overlay(picture, values, "positive", "viridis", opacity=0.8, contour=None)
+
+    table = COLORMAPS["viridis"]().astype(float)
+    # The clip quantile of 0.25 and 1 lies just below 1.
+    share = 0.25 / np.quantile([0.25, 1.0], 0.995)
+    part = 0.8 * np.sqrt(share)
+    wanted = 200 * (1 - part) + table[round(share * 255)] * part
+    assert np.abs(drawn[0, 0] - wanted).max() <= 0.5
+    assert (drawn[1, 0] == 200).all()
+    assert (drawn[1, 1] == 90).all()
+
+
+def test_a_faded_picture_is_pale_grey() -> None:
+    picture = np.zeros((1, 3, 3), np.uint8)
+    picture[0, 1], picture[0, 2] = (255, 0, 0), 255
+
+    drawn = overlay(picture, np.zeros((1, 3)), "positive", contour=None, faded=True)
+
+    # Rec. 709 luminance, halved, over a grey of 110.
+    assert drawn[0].tolist() == [[110] * 3, [int(110 + 0.5 * 0.2126 * 255)] * 3, [237] * 3]
+
+
+@pytest.mark.parametrize(("side", "width"), [(20, 1), (900, 3)])
+def test_a_line_is_as_wide_as_the_picture_asks(side: int, width: int) -> None:
+    values = np.zeros((side, side))
+    values[side // 2 :] = 1.0
+
+    column = overlay(np.full((side, side, 3), 90, np.uint8), values, "positive")[:, 0, 0]
+
+    assert (column == 20).sum() == (column == 255).sum() == width
+    assert (column[side // 2 : side // 2 + width] == 255).all()
+    assert (column[side // 2 - width : side // 2] == 20).all()
+
+
+def test_a_line_around_a_signed_map_is_around_both_signs() -> None:
+    values = np.zeros((9, 20))
+    values[2:5, 2:5], values[2:5, 12:15] = 1, -1
+
+    drawn = overlay(np.full((9, 20, 3), 90, np.uint8), values, "signed", contour=1)
+
+    assert (drawn[2, 2] == 255).all()
+    assert (drawn[2, 12] == 255).all()
+
+
 def test_a_line_goes_around_half_of_the_mass() -> None:
     values = np.zeros((20, 20))
     values[5:10, 5:10] = 1.0
@@ -126,19 +183,6 @@ def test_a_line_goes_around_half_of_the_mass() -> None:
     assert (drawn[5, 5:10] == 255).all()
     assert (drawn[4, 5:10] == 20).all()
     assert (drawn[0] == 90).all()
-
-
-def test_a_png_says_what_it_is_and_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    image = np.random.default_rng(0).integers(0, 255, (5, 6, 3), dtype=np.uint8)
-
-    save_png(tmp_path / "a.png", image, {"Title": "Köter → 5"})
-
-    with Image.open(tmp_path / "a.png") as read:
-        assert (np.asarray(read) == image).all()
-        assert read.info["Title"] == "Köter → 5"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    with pytest.raises(UsageError, match="cannot be written"):
-        save_png(tmp_path / "no" / "a.png", image, {})
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

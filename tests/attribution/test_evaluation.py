@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradscope.attribution import evaluation
 from gradscope.attribution.blur import gaussian_blur
 from gradscope.attribution.subject import Subject
-from gradscope.models.model import as_model
+from gradscope.models.forms import as_model
 
 
 class Additive(nn.Module):

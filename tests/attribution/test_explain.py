@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from architectures import mobilenet_v2
-from forms import model
 from PIL import Image
 from torch import nn
 
@@ -21,6 +20,8 @@ from gradscope.errors import UsageError
 from gradscope.models.images import open_image
 from gradscope.models.preprocessing import IMAGENET, Preprocessing
 from gradscope.report.model import as_json
+
+from .forms import model
 
 SQUASHED = replace(IMAGENET, resize=(224, 224))
 FETCHED = Path(__file__).parents[2] / "fixtures" / "fetched"
@@ -92,18 +93,21 @@ def test_files_hold_the_raw_signed_values_in_input_geometry(photo: Path, tmp_pat
             assert json.loads(overlay.info["Comment"])["image"] == str(photo)
 
 
-def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(tmp_path: Path) -> None:
-    pixels = np.zeros((5000, 6000, 3), np.uint8)
-    pixels[:2500, :3000] = 200
-    Image.fromarray(pixels).save(tmp_path / "huge.png", compress_level=1)
+def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradscope.attribution.folder._MOST_PIXELS", 1 << 14)
+    pixels = np.zeros((200, 240, 3), np.uint8)
+    pixels[:100, :120] = 200
+    Image.fromarray(pixels).save(tmp_path / "huge.png")
 
     report = explained(tmp_path / "huge.png", method="occlusion", output=tmp_path / "out")
 
     with Image.open(report.result.explanations[0].files.overlay) as overlay:
         width, height = overlay.size
-    assert width * height <= 1 << 24
-    assert width / height == pytest.approx(6 / 5, rel=1e-3)
-    assert report.result.images[0].width == 6000
+    assert 0.9 * (1 << 14) < width * height <= 1 << 14
+    assert width / height == pytest.approx(6 / 5, rel=0.02)
+    assert report.result.images[0].width == 240
 
 
 def test_top_targets_and_contrasts(photo: Path) -> None:
@@ -212,13 +216,13 @@ def test_a_picture_can_be_the_reference(photo: Path, tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"layer": "nothing"}, "no layer 'nothing'"),
-        ({"layer": "head"}, r"gives \[1, 4\], which has no places"),
-        ({"target": 9}, "classes go from 0 to 3"),
+        ({"layer": "head"}, r"returns \[1, 4\], which has no positions"),
+        ({"target": 9}, "class indices are 0 to 3"),
         ({"target": "cat"}, "classes have no names"),
-        ({"method": "attention-rollout"}, "attention-rollout: the model has no self-attention"),
+        ({"method": "attention-rollout"}, "attention-rollout: no self-attention found"),
         ({"colormap": "rainbow"}, "no colormap"),
         ({"fail_on": "bad"}, "fail_on"),
-        ({"method": []}, "no method is named"),
+        ({"method": []}, "name a method"),
     ],
 )
 def test_a_wrong_request_is_refused(photo: Path, options: dict[str, Any], said: str) -> None:
@@ -274,7 +278,7 @@ def test_every_method_runs_on_a_transformer_or_says_why_not(name: str) -> None:
 
 needs = pytest.mark.skipif(
     not (PICTURES / "quokka.jpg").is_file() or not (FETCHED / "mobilenet_v2.pth").is_file(),
-    reason="make fixtures downloads them",
+    reason="photographs or MobileNetV2 not found: run `make fixtures`",
 )
 
 
@@ -330,3 +334,15 @@ def test_grad_cams_energy_lies_in_the_known_box(
     inside = energy[top:bottom, left:right].sum() / energy.sum()
     assert inside == pytest.approx(share, abs=0.01)
     assert inside > (bottom - top) * (right - left) / energy.size + 0.15
+
+
+def test_a_picture_that_a_run_could_overwrite_is_refused_before_work(photo: Path) -> None:
+    explained(photo, output=photo.parent, target=1)
+    drawn = photo.parent / "photo.gradcam.1.heatmap.png"
+    before = drawn.read_bytes()
+
+    with pytest.raises(UsageError, match="an input that a picture of this run could overwrite"):
+        explained(photo.parent, output=photo.parent, target=1)
+
+    assert drawn.read_bytes() == before
+    assert explained(photo.parent, output=photo.parent / "out", target=1).errors == ()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
-from forms import FORMS, images, model, saved
 
 from gradscope import attribute
 from gradscope.attribution.attribute import Attribution
-from gradscope.models.model import Model, as_model
+from gradscope.models.forms import as_model
+from gradscope.models.model import Model
 from gradscope.models.probe import held, run
+
+from .forms import FORMS, images, model, saved
 
 METHODS = {
     "rectifiers": ("gradcam", "layercam", "saliency", "guided-backprop", "deconvnet", "ablationcam",
@@ -53,7 +55,7 @@ def test_every_form_gives_the_maps_of_the_module(name: str, kind: str) -> None:
             wanted.values,
             rtol=0,
             atol=1e-5 * scale,
-            msg=lambda m, n=method: f"{n}: {m}",
+            msg=partial("{}: {}".format, method),
         )
         if kind != "frozen":
             assert found.layer == wanted.layer, method

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from architectures import channels_last, resnet18, vit_registers, vit_small
-from forms import Rectifiers, images, model
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gradscope import attribute
 from gradscope.attribution import cams
+
+from .forms import Rectifiers, images, model
+from .oracles import oracle
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -41,6 +43,7 @@ def photo(size: int = 64, dtype: torch.dtype = torch.float32) -> Tensor:
 # --- captum ---------------------------------------------------------------------------------------
 
 
+@oracle("saliency")
 @pytest.mark.parametrize("name", ["resnet", "vit", "registers", "channels last"])
 def test_saliency_is_captums_to_the_bit(name: str) -> None:
     net, x = (resnet(), photo()) if name == "resnet" else (model(name), images(name))
@@ -53,6 +56,7 @@ def test_saliency_is_captums_to_the_bit(name: str) -> None:
     assert torch.equal(attribute(net, x, "saliency", target=[1, 3]).values, wanted)
 
 
+@oracle("integrated-gradients")
 @pytest.mark.parametrize(
     "rule", [("midpoint", "riemann_middle"), ("gauss-legendre", "gausslegendre")]
 )
@@ -75,6 +79,7 @@ def test_integrated_gradients_are_captums(name: str, rule: tuple[str, str]) -> N
     )
 
 
+@oracle("gradcam")
 def test_grad_cam_is_captums() -> None:
     net, x = resnet(), photo()
 
@@ -83,6 +88,7 @@ def test_grad_cam_is_captums() -> None:
     close(attribute(net, x, "gradcam", target=[1, 3], layer="layer4").values, wanted[:, 0], 1e-6)
 
 
+@oracle("guided-backprop", "deconvnet")
 @pytest.mark.parametrize(
     ("method", "theirs"), [("guided-backprop", "GuidedBackprop"), ("deconvnet", "Deconvolution")]
 )
@@ -95,6 +101,20 @@ def test_guided_methods_are_captums_where_rectifiers_are_modules(method: str, th
     close(attribute(net, x, method, target=[1, 3]).values, wanted, 1e-6)
 
 
+@oracle("guided-gradcam")
+def test_guided_grad_cam_is_captums_with_a_bilinear_map() -> None:
+    net, x = resnet(), photo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        captums = resnet()
+        wanted = captum.GuidedGradCam(captums, captums.layer3).attribute(
+            x.clone(), target=[1, 3], interpolate_mode="bilinear"
+        )
+
+    close(attribute(net, x, "guided-gradcam", target=[1, 3], layer="layer3").values, wanted, 1e-6)
+
+
+@oracle("occlusion")
 def test_occlusion_is_captums() -> None:
     net, x = model("rectifiers"), images("rectifiers")
 
@@ -149,6 +169,7 @@ def test_grad_cam_of_channels_last_maps_is_that_of_their_permutation() -> None:
     close(found.values, (maps * weight).sum(3), 1e-12)
 
 
+@oracle("ablationcam")
 def test_ablation_cam_zeroes_one_channel_at_a_time() -> None:
     net, x = Rectifiers().double().eval(), images("rectifiers").double()
     whole = net(x)[:, 1]
@@ -192,6 +213,7 @@ def test_ablation_cam_repeats_the_image_where_a_model_remembers_its_batch() -> N
     close(found.values, wanted.sum(1), 1e-10)
 
 
+@oracle("scorecam")
 def test_score_cam_asks_for_the_image_under_each_channel() -> None:
     net, x = model("rectifiers").double(), images("rectifiers").double()
     maps = net.last(torch.relu(_before_last(net, x)))
@@ -235,6 +257,7 @@ def guided_by_hand(net: nn.Module, x: Tensor, target: int) -> Tensor:
     return torch.autograd.grad(net.head(out.flatten(1))[:, target].sum(), leaf)[0]
 
 
+@oracle("guided-backprop")
 def test_guided_backprop_sees_functional_reused_and_in_place_rectifiers() -> None:
     net, x = model("rectifiers"), images("rectifiers")
 

@@ -22,7 +22,7 @@ from gradscope.attribution.result import (
     Target,
 )
 from gradscope.report.model import Finding, NotEvaluated
-from gradscope.report.rules import evaluate, load_rules
+from gradscope.report.rules import evaluate, load_rules, select_for
 
 GOOD: dict[str, Any] = {
     "insertion_auc": 0.8,
@@ -79,8 +79,7 @@ def result(
 
 
 def found(made: ExplainResult) -> dict[str, str]:
-    rules = [r for r in load_rules().values() if r.code[0] == "E"]
-    seen = evaluate(rules, made, frozenset({"maps", "completeness", "evaluation"}))
+    seen = evaluate(select_for(ExplainResult), made, "m.pt")
     return {f.name: str(f.severity) for f in seen if isinstance(f, Finding)}
 
 
@@ -89,7 +88,8 @@ def test_a_good_map_of_a_sure_model_raises_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "severity"), [(0.04, None), (0.06, "medium"), (0.3, "high"), (math.nan, "high")]
+    ("share", "severity"),
+    [(0.05, None), (0.06, "medium"), (0.2, "medium"), (0.21, "high"), (math.nan, "high")],
 )
 def test_an_attribution_that_does_not_add_up_is_incomplete(
     share: float, severity: str | None
@@ -107,6 +107,7 @@ def test_an_attribution_that_does_not_add_up_is_incomplete(
         ((0.0, 0.0), "medium"),
         ((2.0, 2.0), "medium"),
         ((-3.0, -1.0), "medium"),
+        ((-3.0, 0.0), "medium"),
         ((-3.0, 1.0), None),
     ],
 )
@@ -128,6 +129,8 @@ def test_a_constant_map_is_degenerate_after_upsampling_too(side: int) -> None:
 
 def test_a_small_but_real_range_is_not_degenerate() -> None:
     assert "degenerate-map" not in found(result(values=(1.0, 1.0001)))
+    assert "degenerate-map" not in found(result(values=(1.0, 1 + 1.2e-6)))
+    assert "degenerate-map" in found(result(values=(1.0, 1 + 0.8e-6)))
     assert "degenerate-map" not in found(result(values=(0.0, 1e-30)))
 
 
@@ -137,7 +140,16 @@ def test_a_signed_map_may_be_negative_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("insertion", "deletion", "severity"),
-    [(0.6, 0.5, None), (0.45, 0.3, None), (0.45, 0.42, "medium"), (0.3, 0.6, "high")],
+    [
+        (0.6, 0.5, None),
+        (0.45, 0.3, None),
+        (0.45, 0.42, "medium"),
+        (0.3, 0.6, "high"),
+        (0.5, 0.4, "medium"),
+        (0.41, 0.49, "medium"),
+        (0.39, 0.51, "high"),
+        (0.39, 0.49, "medium"),
+    ],
 )
 def test_a_map_no_better_than_at_random_places_is_unfaithful(
     insertion: float, deletion: float, severity: str | None
@@ -177,12 +189,56 @@ def test_the_least_of_the_cascades_last_half_counts(
 def test_a_map_without_measurements_is_unknown_to_the_rules_that_need_them() -> None:
     rules = [r for r in load_rules().values() if r.code in {"E103", "E104"}]
 
-    seen = list(evaluate(rules, result(diagnostics={}), frozenset({"evaluation"})))
+    seen = list(evaluate(rules, result(diagnostics={}), "m.pt"))
 
     assert [n.rule for n in seen if isinstance(n, NotEvaluated)] == [
         "unfaithful",
         "sanity-check-failed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ({}, "cat.png: gradcam → 281 tabby"),
+        ({"label": None}, "cat.png: gradcam → 281"),
+        ({"versus": 5, "versus_label": "dog"}, "cat.png: gradcam → 281 tabby rather than dog"),
+        ({"versus": 5}, "cat.png: gradcam → 281 tabby rather than 5"),
+    ],
+)
+def test_a_finding_names_the_picture_the_method_and_the_target(
+    target: dict[str, Any], wanted: str
+) -> None:
+    (explanation,) = result().explanations
+    changed = explanation.target.model_copy(update=target)
+
+    assert explanation.model_copy(update={"target": changed}).subject == wanted
+
+
+@pytest.mark.parametrize(("insertion", "severity"), [(0.4985, "medium"), (0.4975, "high")])
+def test_a_control_without_a_spread_has_one_of_a_thousandth(
+    insertion: float, severity: str
+) -> None:
+    still = Control(
+        insertion_auc=0.5, deletion_auc=0.5, insertion_spread=0, deletion_spread=0, rankings=5
+    )
+    measured = {"insertion_auc": insertion, "deletion_auc": 0.6, "random_control": still}
+
+    assert found(result(diagnostics=GOOD | measured))["unfaithful"] == severity
+
+
+@pytest.mark.parametrize(("alike", "fails"), [(0.5, True), (0.49, False)])
+def test_half_of_the_correlation_is_too_much(alike: float, fails: bool) -> None:
+    points = (Randomised(layer="a", correlation=0.0, magnitude_correlation=alike),)
+
+    seen = found(result(diagnostics=GOOD | {"randomisation": points}))
+
+    assert ("sanity-check-failed" in seen) is fails
+
+
+def test_a_tenth_is_likely_enough() -> None:
+    assert "low-confidence" not in found(result(probability=0.1))
+    assert "low-confidence" in found(result(probability=0.099))
 
 
 def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
@@ -193,9 +249,20 @@ def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
 
 
 def test_what_was_not_measured_is_not_evaluated_rather_than_passed() -> None:
-    rules = [r for r in load_rules().values() if r.code[0] == "E"]
+    made = result(diagnostics={}).model_copy(update={"evaluated": False})
 
-    seen = list(evaluate(rules, result(diagnostics={}), frozenset({"maps"})))
+    seen = list(evaluate(select_for(ExplainResult), made, "m.pt"))
 
     unasked = {n.rule for n in seen if isinstance(n, NotEvaluated)}
     assert unasked == {"incomplete-attribution", "unfaithful", "sanity-check-failed"}
+
+
+def test_each_finding_names_its_picture_and_one_about_the_model_the_model() -> None:
+    made = result(probability=0.01, assumed=True)
+
+    seen = evaluate(select_for(ExplainResult), made, "m.pt")
+
+    assert {f.name: f.input for f in seen if isinstance(f, Finding)} == {
+        "low-confidence": "cat.png",
+        "assumed-preprocessing": "m.pt",
+    }

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as made_by_numpy
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from gradscope.checkpoints.safetensors import human_size, read_safetensors
+from gradscope.checkpoints.safetensors import read_safetensors
 from gradscope.errors import GradscopeError, InputError
 
 if TYPE_CHECKING:
@@ -89,6 +90,39 @@ def test_names_shapes_dtypes_and_bytes_are_those_of_the_reference(file: Path) ->
     assert (checkpoint.format, checkpoint.nbytes) == ("safetensors", len(raw))
     assert (checkpoint.problems, checkpoint.skipped, checkpoint.failures) == ((), (), ())
     assert checkpoint.stamps[str(file)][0] == len(raw)
+
+
+DTYPES = st.sampled_from(
+    ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "uint16",
+     "uint32", "uint64", "bool", "complex64"]
+)  # fmt: skip
+
+
+@FUZZ
+@given(
+    arrays=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+        made_by_numpy.arrays(DTYPES, made_by_numpy.array_shapes(min_dims=0, min_side=0)),
+        max_size=6,
+    ),
+    # The library writes invalid JSON for empty metadata and no tensors.
+    metadata=st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=5), min_size=1),
+)
+def test_any_dictionary_of_arrays_is_read_as_the_library_reads_it(
+    tmp_path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str] | None
+) -> None:
+    path = tmp_path / "any.safetensors"
+    save_file(arrays, path, metadata=metadata)
+    checkpoint, raw = read_safetensors(str(path)), path.read_bytes()
+    loaded = load_file(path)
+    assert {tensor.name for tensor in checkpoint.tensors} == set(loaded)
+    with safe_open(path, "np") as reference:
+        assert dict(checkpoint.metadata) == (reference.metadata() or {})
+        for tensor in checkpoint.tensors:
+            assert tensor.dtype == reference.get_slice(tensor.name).get_dtype()
+            assert tensor.shape == loaded[tensor.name].shape
+            stored = raw[tensor.offset : tensor.offset + tensor.nbytes]
+            assert stored == loaded[tensor.name].tobytes()
 
 
 def test_tensors_come_in_file_order(file: Path) -> None:
@@ -344,26 +378,26 @@ def test_a_header_beyond_the_cap_is_refused_before_it_is_read(file: Path) -> Non
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", 10**15))
         stream.truncate(2 * 10**8)
-    started = time.perf_counter()
+    started = time.process_time()
     error = refusal(str(file))
     assert error.kind == "malformed"
     assert "100,000,000" in error.message
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"a":{"x":['])
 def test_five_megabytes_of_brackets_are_refused_quickly(file: Path, opening: bytes) -> None:
     path = write(file, opening * (5_000_000 // len(opening)))
-    started = time.perf_counter()
+    started = time.process_time()
     assert refusal(path).kind == "malformed"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_shape_of_a_million_dimensions_is_refused_quickly(file: Path) -> None:
     path = write(file, {"a": entry("U8", [2**47] * 200_000, 0, 4)}, bytes(4))
-    started = time.perf_counter()
+    started = time.process_time()
     assert refusal(path).kind == "malformed"
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_directories_and_missing_files_are_input_errors(tmp_path: Path) -> None:
@@ -375,12 +409,12 @@ def test_directories_and_missing_files_are_input_errors(tmp_path: Path) -> None:
 
 
 def answers(path: str) -> Checkpoint | None:
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         checkpoint = read_safetensors(path)
     except GradscopeError:
         checkpoint = None
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     return checkpoint
 
 
@@ -430,12 +464,3 @@ def test_arbitrary_headers_never_crash_the_reader(
     checkpoint = answers(path)
     for tensor in checkpoint.tensors if checkpoint else ():
         assert tensor.offset + tensor.nbytes <= Path(path).stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (999_999, "1.0 MB"),
-     (1_234_567_890, "1.2 GB"), (5 * 10**15, "5.0 PB")],
-)  # fmt: skip
-def test_sizes_are_written_as_people_write_them(count: int, text: str) -> None:
-    assert human_size(count) == text

@@ -173,10 +173,18 @@ def test_an_unreadable_shard_is_a_failure_that_names_it(
     assert failure.message.startswith(f"{B}: ")
 
 
-def test_an_index_is_no_shard(model: Path) -> None:
+def test_an_index_is_not_a_shard(model: Path) -> None:
     write_index(model, {}, name=B)
     (failure,) = open_checkpoint(str(model)).failures
     assert failure.kind == "unsupported"
+
+
+def test_a_folder_is_not_a_shard(model: Path) -> None:
+    (model / B).unlink()
+    (model / B).mkdir()
+    (failure,) = open_checkpoint(str(model / INDEX)).failures
+    assert failure.kind == "unsupported"
+    assert "this is a folder" in failure.message
 
 
 # Index and shards that say different things.
@@ -269,10 +277,10 @@ def test_totals_that_differ_are_a_missing_shard(tmp_path: Path) -> None:
 def test_a_promise_of_a_billion_shards_costs_nothing(tmp_path: Path) -> None:
     save_file(tensors("x"), tmp_path / "model-000000001-of-999999999.safetensors")
     save_file(tensors("y"), tmp_path / "model-000000002-of-999999999.safetensors")
-    started = time.perf_counter()
+    started = time.process_time()
     checkpoint = open_checkpoint(str(tmp_path))
     assert only_problem(checkpoint).evidence["missing"] == 999_999_997
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 # Indexes that are refused.
@@ -467,7 +475,7 @@ def gguf(tmp_path: Path) -> str:
 
 def register(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
     entries = [Entry(answer) for answer in answers]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_group: entries)
+    monkeypatch.setattr("gradscope.plugins.entry_points", lambda **_group: entries)
 
 
 def test_installed_readers_are_asked_before_a_format_is_refused(

@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def contents(tensor: torch.Tensor) -> bytes:
 
 
 def assert_same(checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> None:
-    tied = checkpoint.metadata.get("tied", {})
+    tied: Any = checkpoint.metadata.get("tied", {})
     refs = {ref.name: ref for ref in checkpoint.tensors}
     for alias, kept in tied.items():
         refs[alias] = refs[kept]
@@ -72,7 +73,7 @@ class Net(torch.nn.Module):
         self.norm = torch.nn.BatchNorm2d(4)
         self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
         self.head = torch.nn.Linear(4, 4)
-        self.head.weight = self.blocks[0].weight
+        self.head.register_parameter("weight", self.blocks[0].get_parameter("weight"))
         self.register_buffer("scale", torch.arange(3.0))
 
     def forward(self, x):
@@ -150,7 +151,7 @@ def test_parameters_and_buffers_are_tensors(save):
 
 
 def test_a_parameter_with_attributes_is_a_tensor(save):
-    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter: Any = torch.nn.Parameter(torch.ones(2))
     parameter.tag = "x"
     assert_same(read_torch(save({"p": parameter})), {"p": torch.ones(2)})
 
@@ -172,7 +173,8 @@ def test_nested_lists_get_dotted_indices(save):
 
 
 def test_a_file_without_tensors_is_an_empty_checkpoint(save):
-    for value in ({}, {"a": 1}, [], 3, None):
+    values: tuple[object, ...] = ({}, {"a": 1}, [], 3, None)
+    for value in values:
         assert read_torch(save(value)).tensors == ()
 
 
@@ -341,10 +343,10 @@ def test_many_collisions_are_told_apart_in_bounded_time(tmp_path):
     body = tensor[tensor.index(b"ctorch._utils") : tensor.rindex(b"s.")]
     pairs = b"".join(b"N\x85h\x63" for _ in range(20_000))
     data = b"\x80\x02}(K\x00" + body + b"q\x63" + pairs + b"u."
-    start = time.monotonic()
+    start = time.process_time()
     checkpoint = read_torch(with_pickle(tmp_path, data, {"a": torch.ones(1)}))
     assert len(checkpoint.metadata["tied"]) == 20_000
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 # --- TorchScript and torch.export -----------------------------------------------------------------
@@ -603,9 +605,9 @@ def test_an_archive_that_declares_millions_of_members_is_refused_at_once(tmp_pat
     at = data.rindex(b"PK\6\6") + 32
     data[at : at + 8] = struct.pack("<Q", 10**12)
     Path(path).write_bytes(data)
-    start = time.monotonic()
+    start = time.process_time()
     assert refusal(path).kind == "malformed"
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def zip_pickle_of(tmp_path: Path, value: object) -> bytes:
@@ -623,9 +625,9 @@ def with_pickle(tmp_path: Path, data: bytes, value: object = ()) -> str:
 def test_nested_sharing_ends_in_bounded_time(tmp_path):
     """Each list holds the one before twice: 2**60 paths lead to one tensor's worth of nothing."""
     laughs = b"](K\x01eq\x01" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(1, 60))
-    start = time.monotonic()
+    start = time.process_time()
     assert refusal(with_pickle(tmp_path, b"\x80\x02" + laughs + b".")).kind == "malformed"
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_container_that_holds_itself_ends(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -19,16 +20,16 @@ FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 DIGITS = str(FIXTURES / "digits.safetensors")
 
 
-def gradscope(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def gradscope(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
-    environment |= options.pop("env", {})  # type: ignore[arg-type, operator]
+    environment |= options.pop("env", {})
     return subprocess.run(
         [sys.executable, "-m", "gradscope", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
         env=environment,
-        **options,  # type: ignore[call-overload]
+        **options,
     )
 
 
@@ -184,7 +185,7 @@ def test_reports_are_written_beside_stdout_and_said_on_stderr(tmp_path: Path) ->
     )
 
     assert json.loads(target.read_text())["command"] == "weights"
-    assert (tmp_path / "r.json.csv").read_text().startswith("name,file,dtype")
+    assert (tmp_path / "r.json.csv").read_text().startswith("name,input,file,dtype")
     assert "PASSED" in done.stdout
     assert f"wrote {target}" in done.stderr
 

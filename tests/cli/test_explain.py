@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gradscope.cli.schemas import report_schema
+from gradscope.cli.schema import report_schema
 
 PREPROCESS = ("--preprocess", "image_mean=0.5/0.5/0.5,image_std=0.25/0.25/0.25,size=16x16")
 
@@ -97,14 +97,14 @@ def test_the_json_report_matches_its_schema_and_is_the_same_every_time(folder: P
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["model.pt", "bad.png", *PREPROCESS], 3, "no picture"),
-        (["model.pt", "photo.png", "bad.png", *PREPROCESS], 3, "no picture"),
-        (["model.pt", "none.png", *PREPROCESS], 3, "no such file"),
-        (["none.pt", "photo.png"], 3, "no such file"),
+        (["model.pt", "bad.png", *PREPROCESS], 3, "not a picture"),
+        (["model.pt", "photo.png", "bad.png", *PREPROCESS], 3, "not a picture"),
+        (["model.pt", "none.png", *PREPROCESS], 3, "file not found"),
+        (["none.pt", "photo.png"], 3, "file not found"),
         (["whole.pt", "photo.png"], 3, "--trust pickle"),
         (["photo.png", "photo.png"], 3, "PNG image"),
         (["state.pt", "photo.png"], 2, "name the architecture"),
-        (["state.pt", "photo.png", "--arch", "nothing:here"], 2, "no module nothing"),
+        (["state.pt", "photo.png", "--arch", "nothing:here"], 2, "module nothing not found"),
         (["model.pt", "photo.png", "-m", "gradcamm"], 2, "did you mean gradcam"),
         (["model.pt", "photo.png", "-O", "steps=3"], 2, "no option 'steps'"),
         (["model.pt", "photo.png", "--layer", "9", *PREPROCESS], 2, "no layer '9'"),

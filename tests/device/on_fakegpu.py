@@ -19,10 +19,9 @@ fakegpu.register()
 from test_torch_scan import DTYPES, SHAPES, assert_profiles_agree, stored_tensor  # noqa: E402
 
 from gradscope.checkpoints.tiles import PIECE  # noqa: E402
+from gradscope.device import resolve  # noqa: E402
 from gradscope.errors import UsageError  # noqa: E402
-from gradscope.statistics import codings  # noqa: E402
-from gradscope.statistics.device import resolve  # noqa: E402
-from gradscope.statistics.profile import profile, threads  # noqa: E402
+from gradscope.statistics import codings, profile, threads  # noqa: E402
 from gradscope.statistics.torch_scan import TorchScan, scan_on  # noqa: E402
 
 

@@ -38,7 +38,8 @@ def test_large_steps_are_told_by_their_median_after_warm_up() -> None:
 
     assert only.layer_name == "layers.0"
     assert only.median == pytest.approx(0.06)
-    assert (only.peak, only.step) == (pytest.approx(0.9), 34)
+    assert only.peak == pytest.approx(0.9)
+    assert only.step == 34
     updates[37, 3] = 0.06
     assert [u.layer_name for u in update_ratios(series(moved(updates)))] == ["layers.0", "layers.3"]
     assert list(update_ratios(series(made(noise(40, 2))))) == []

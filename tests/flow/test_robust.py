@@ -74,8 +74,10 @@ def test_the_slope_is_scipys(seed: int) -> None:
     x = np.arange(25.0) ** 1.2
     known = np.isfinite(y)
 
-    slope, intercept = theil_sen(x, y)
+    line = theil_sen(x, y)
 
+    assert line is not None
+    slope, intercept = line
     assert slope == pytest.approx(stats.theilslopes(y[known], x[known]).slope)
     assert intercept == pytest.approx(np.median(y[known] - slope * x[known]))
 

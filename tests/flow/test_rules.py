@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from gradscope import analyze_flow
+from gradscope.flow.result import FlowResult
 from gradscope.histories.history import History, Status
-from gradscope.report.rules import load_rules
+from gradscope.report.rules import select_for
 
 from .made import made, noise, of_vectors, quadratic
 
-RULES = {rule.name: rule for rule in load_rules().values() if rule.code.startswith("F")}
+RULES = {rule.name: rule for rule in select_for(FlowResult)}
 
 
 def with_nan() -> History:

@@ -25,7 +25,9 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 @pytest.fixture(scope="module")
 def residual() -> FlowResult:
-    return analyze_flow(open_history(str(FIXTURES / "recorded" / "residual"))).result
+    result = analyze_flow(open_history(str(FIXTURES / "recorded" / "residual"))).result
+    assert result is not None
+    return result
 
 
 def correlated(records: int = 96) -> list[list[np.ndarray]]:

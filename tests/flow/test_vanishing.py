@@ -35,7 +35,9 @@ def flat(records: int, layers: int) -> np.ndarray:
 
 
 def result(history: History) -> FlowResult:
-    return analyze_flow(history).result
+    found = analyze_flow(history).result
+    assert found is not None
+    return found
 
 
 # --- vanishing ------------------------------------------------------------------------------------

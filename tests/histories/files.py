@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gradscope.histories.schema import write
+from gradscope.histories.format import KEYS, write
+from gradscope.histories.history import History
 
 
 def crc32c(data: bytes) -> int:
@@ -74,3 +75,57 @@ def native(path: Path, records: int = 6, layers: int = 3, first: int = 0, **more
     } | more
     write(path, arrays, {"run_id": "test"})
     return path
+
+
+RECORDS, LAYERS = 9, 3
+SIZES = {
+    "T": RECORDS,
+    "L": LAYERS,
+    "L+1": LAYERS + 1,
+    "E": 4,
+    "2": 2,
+    "S": 3,
+    "k": 5,
+    "G": 2,
+    "N": 6,
+}
+GIVEN: dict[str, np.ndarray[Any, Any]] = {
+    "steps": np.arange(RECORDS) * 10,
+    "layer/name": np.array(["a", "b", "c"]),
+    "layer/kind": np.array(["conv", "norm", "other"]),
+    "layer/order": np.arange(LAYERS),
+    "layer/tied_to": np.array([-1, -1, 0]),
+    "graph/edges": np.array([[-1, 0], [0, 1], [1, 2], [2, 3]]),
+    "grad/sketch_index": np.array([0, 4, 8]),
+    "unit/offset": np.array([0, 2, 4, 6]),
+}
+
+
+def every_key() -> dict[str, np.ndarray[Any, Any]]:
+    """An array for each key of the format, by its own declaration."""
+    rng = np.random.default_rng(7)
+    arrays = {}
+    for name, key in KEYS.items():
+        shape = [SIZES[size] for size in key.shape]
+        drawn = {
+            "f": rng.random(shape, np.float32),
+            "U": np.full(shape, "m"),
+        }.get(key.kinds[0], rng.integers(0, 2, shape))
+        arrays[name] = GIVEN.get(name, drawn)
+    return arrays
+
+
+def fields(history: History) -> dict[str, Any]:
+    """Everything a history knows of a run, in a form that can be compared."""
+    known = {
+        name: getattr(history, name)
+        for name in ("steps", "l2", "status", "edges", *(k.field for k in KEYS.values() if k.field))
+    }
+    assert history.sketches is not None
+    assert history.exact is not None
+    return known | {
+        "sketches": history.sketches.values,
+        "sketched": history.sketches.index,
+        "cosine": history.exact.cosine,
+        "lag": history.exact.lag,
+    }

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradscope.containers.crc import crc32c
 from gradscope.errors import InputError, UsageError
-from gradscope.histories.crc import crc32c
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 
-from .files import event, message, tfrecords, varint
+from .files import double, event, message, tfrecords, varint
 
 
 def run(folder: Path, *events: bytes, number: int = 1) -> Path:
@@ -33,28 +33,11 @@ def tensor_event(step: int, tag: str, values: np.ndarray) -> bytes:
     return varint(2 << 3) + varint(step) + message(5, summary)
 
 
-@pytest.mark.parametrize(
-    ("data", "crc"), [(b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"", 0)]
-)
-def test_the_compiled_checksum_is_that_of_the_standard(data: bytes, crc: int) -> None:
-    assert crc32c(data) == crc
-
-
-@given(st.binary(max_size=100))
-def test_the_compiled_checksum_is_the_definition_bit_by_bit(data: bytes) -> None:
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 * (crc & 1))
-    assert crc32c(data) == crc ^ 0xFFFFFFFF
-
-
 def test_one_series_in_two_folders_is_of_two_runs_and_they_are_named(tmp_path: Path) -> None:
     run(tmp_path / "first", event(1, "grad/a", 1.0))
     run(tmp_path / "second", event(1, "grad/a", 9.0), number=2)
 
-    with pytest.raises(UsageError, match="several runs: a is in first and in second"):
+    with pytest.raises(UsageError, match="several runs: 'a' is in 'first' and in 'second'"):
         open_history(str(tmp_path))
     assert open_history(str(tmp_path / "second")).l2.tolist() == [[9.0]]
 
@@ -122,6 +105,16 @@ def test_histograms_of_tensorflow_2_give_a_norm_that_is_said_to_be_approximate(
     assert history.approximate == {"l2": "from histogram bins"}
 
 
+def test_a_histogram_of_no_elements_is_a_gradient_of_none(tmp_path: Path) -> None:
+    bins = np.array([[-1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+
+    history = open_history(str(run(tmp_path, tensor_event(3, "fc.weight/grad", bins))))
+
+    assert (history.l2[0, 0], history.layers[0].numel) == (0.0, 0)
+    assert history.max_abs is not None
+    assert history.max_abs[0, 0] == 0.0
+
+
 def test_the_rates_of_all_groups_are_columns(tmp_path: Path) -> None:
     rates = [event(1, f"lr-Adam/pg{group}", 0.5 / group) for group in (1, 2)]
 
@@ -129,6 +122,26 @@ def test_the_rates_of_all_groups_are_columns(tmp_path: Path) -> None:
 
     assert history.lr is not None
     assert history.lr.tolist() == [[0.5, 0.25]]
+
+
+def test_the_parts_of_an_event_that_are_not_a_summary_are_passed_over(tmp_path: Path) -> None:
+    """Every writer begins with the version; graphs and logged text are bytes too."""
+    version = double(1, 1.7e9) + message(3, b"brain.Event:2")
+    graph = varint(2 << 3) + varint(7) + message(4, b"\x0a\x03abc")
+
+    history = open_history(str(run(tmp_path, version, graph, event(1, "grad/a", 2.0))))
+
+    assert (history.steps.tolist(), history.l2.tolist()) == ([1], [[2.0]])
+
+
+def test_a_step_below_zero_is_the_twos_complement_that_protobuf_writes(tmp_path: Path) -> None:
+    steps = [-(2**63), -1, 0, 2**63 - 1]
+
+    history = open_history(
+        str(run(tmp_path, *(event(step % 2**64, "grad/a", 1.0) for step in steps)))
+    )
+
+    assert history.steps.tolist() == steps
 
 
 @given(body=st.binary(max_size=60), wrapped=st.integers(0, 3))

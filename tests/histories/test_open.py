@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from gradscope.errors import InputError, UsageError
-from gradscope.histories import open as opening
-from gradscope.histories.history import History, Status
+from gradscope.histories.history import History
 from gradscope.histories.open import open_history
-from gradscope.histories.schema import write
 
 from .files import event, native, tfrecords
 
@@ -60,29 +58,6 @@ def test_a_damaged_file_among_those_of_steps_costs_its_step(tmp_path: Path) -> N
     assert "1.npz" in history.failures[0].message
 
 
-def test_a_layer_that_was_unfrozen_late_has_no_records_before(tmp_path: Path) -> None:
-    for number, names in enumerate((["b"], ["a", "b", "c"], ["a", "b", "c"])):
-        arrays = {
-            "steps": np.arange(3) + 3 * number,
-            "layer/name": np.array(names),
-            "grad/l2": np.ones((3, len(names)), np.float32),
-            "grad/sketch": np.full((1, len(names), 4), number, np.float16),
-            "grad/sketch_index": np.array([1]),
-        }
-        write(tmp_path / f"{number:05d}.npz", arrays, {"topology": {"source": "recorded"}})
-
-    history = open_history(str(tmp_path))
-
-    assert [layer.name for layer in history.layers] == ["b", "a", "c"]
-    absent = (history.status == Status.NOT_RECORDED).tolist()
-    assert absent == [[False, True, True]] * 3 + [[False] * 3] * 6
-    assert np.isnan(history.l2[:3, 1:]).all()
-    assert history.sketches is not None
-    assert history.sketches.index.tolist() == [1, 4, 7]
-    assert history.sketches.values[0, :, 0].tolist() == [0, 0, 0]
-    assert history.sketches.values[1].tolist() == [[1] * 4] * 3
-
-
 def test_a_glob_may_match_event_files(tmp_path: Path) -> None:
     for number in (1, 2):
         path = tmp_path / f"events.out.tfevents.{number}.host"
@@ -98,7 +73,7 @@ def test_a_glob_may_match_event_files(tmp_path: Path) -> None:
         (b"<!doctype html><html>, sign in</html>", "HTML page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 12\n", "git lfs pull"),
         (b"\x1f\x8b\x08\x00" + bytes(40), "gzip"),
-        (b"just a few words\n", "no history that is known here"),
+        (b"just a few words\n", "is not a known history"),
         (b"", "empty"),
     ],
 )
@@ -139,9 +114,9 @@ def readable(path: str) -> History | None:
 def test_readers_of_others_are_asked_last(
     reader: Callable[[str], Any], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point = EntryPoint("mine", f"{__name__}:{reader.__name__}", opening.GROUP)
+    point = EntryPoint("mine", f"{__name__}:{reader.__name__}", "gradscope.histories")
     monkeypatch.setattr(EntryPoint, "load", lambda _: reader)
-    monkeypatch.setattr(opening, "entry_points", lambda **_: [point])
+    monkeypatch.setattr("gradscope.plugins.entry_points", lambda **_: [point])
     (tmp_path / "x.mine").write_bytes(b"\x01\x02 my own format")
 
     if said is None:

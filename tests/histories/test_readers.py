@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradscope.errors import InputError, UsageError
+from gradscope.histories.format import KEYS, meta_schema
 from gradscope.histories.history import History, Status
 from gradscope.histories.open import open_history
-from gradscope.histories.schema import KEYS, meta_schema, write
 from gradscope.histories.sketching import hashed, sketch
 from gradscope.histories.steps import ordered
 
@@ -184,7 +184,7 @@ def test_a_long_table_is_read_whatever_its_container(tmp_path: Path) -> None:
         from pyarrow import Table, parquet
     except ImportError:
         (tmp_path / "l.parquet").write_bytes(b"PAR1" + bytes(100))
-        with pytest.raises(UsageError, match=r"gradscope\[parquet\]"):
+        with pytest.raises(UsageError, match="pip install pyarrow"):
             open_history(str(tmp_path / "l.parquet"))
     else:
         parquet.write_table(Table.from_pylist(rows), tmp_path / "l.parquet")
@@ -281,52 +281,13 @@ def test_the_same_data_are_the_same_bytes(tmp_path: Path) -> None:
     assert native(tmp_path / "a.npz").read_bytes() == native(tmp_path / "b.npz").read_bytes()
 
 
-@given(cut=st.integers(1, 9), later=st.integers(0, 2))
-@settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_shards_cut_anywhere_are_the_whole(cut: int, later: int, tmp_path: Path) -> None:
-    whole = open_history(str(native(tmp_path / "whole.npz", 10)))
-    folder = tmp_path / f"{cut}-{later}"
-    folder.mkdir(exist_ok=True)
-    names = np.array([f"l{i}.weight" for i in range(3)])
-    # The second shard may have its rows in another order.
-    order = np.roll(np.arange(3), later)
-    for number, (records, rows) in enumerate(
-        ((slice(0, cut), np.arange(3)), (slice(cut, 10), order))
-    ):
-        arrays = {
-            "steps": whole.steps[records],
-            "layer/name": names[rows],
-            "grad/l2": whole.l2[records][:, rows],
-        }
-        write(folder / f"{number:05d}.npz", arrays, {})
-
-    joined = open_history(str(folder))
-
-    np.testing.assert_array_equal(joined.l2, whole.l2)
-    assert joined.steps.tolist() == whole.steps.tolist()
-
-
-def test_a_damaged_shard_costs_its_records_only_and_is_reported(tmp_path: Path) -> None:
-    native(tmp_path / "00000.npz")
-    bad = native(tmp_path / "00001.npz", first=6)
-    bad.write_bytes(bad.read_bytes()[:300])
-
-    history = open_history(str(tmp_path))
-
-    assert history.steps.tolist() == list(range(6))
-    assert history.failures[0].kind == "truncated"
-    assert "00001.npz" in history.failures[0].message
-
-
 FAULTS = {
     "no steps": ({"steps": None}, "has no steps"),
     "steps that fall": ({"steps": np.array([0, 1, 2, 2, 3, 4])}, "record 3 has 2 after 2"),
-    "norms of the wrong shape": ({"grad/l2": np.zeros((6, 4), np.float32)}, "L is 3 elsewhere"),
+    "norms of the wrong shape": ({"grad/l2": np.zeros((6, 4), np.float32)}, "elsewhere L is 3"),
     "norms of the wrong type": ({"grad/l2": np.zeros((6, 3), int)}, "dtype"),
     "an edge to nowhere": ({"graph/edges": np.array([[0, 9]])}, "outside -1 to 3"),
-    "a name twice": ({"layer/name": np.array(["a", "a", "b"])}, "a name twice"),
+    "a name twice": ({"layer/name": np.array(["a", "a", "b"])}, "repeats a name"),
 }
 
 
@@ -432,10 +393,10 @@ def test_a_damaged_file_gives_a_history_or_an_error_a_person_can_read(
     [
         ("layer,norm\na,1\n", "no step"),
         ("step,loss\n1,2\n", "no column of gradient norms"),
-        ("step,layer,value\n1,a,fast\n", "row 2, column value: 'fast' is no number"),
+        ("step,layer,value\n1,a,fast\n", "row 2, column 'value': 'fast' is not a number"),
         ("step,layer,value\nnan,a,1\n", "row 2: step is 'nan'"),
         ("step,layer,value\n", "no rows"),
-        ("step,layer,value\n1,a,1,9\n", "more cells than the heading"),
+        ("step,layer,value\n1,a,1,9\n", "more cells than the header"),
     ],
 )
 def test_a_table_that_cannot_be_read_says_which_row(text: str, said: str, tmp_path: Path) -> None:

@@ -154,10 +154,10 @@ def test_the_cut_off_end_of_a_run_that_died_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("step,grad/a.norm\n1,-2\n", "norm of a at step 1 is -2"),
-        ("step,grad/a.norm\n0.5,2\n", "step is '0.5', which is no whole number"),
+        ("step,grad/a.norm\n1,-2\n", "norm of 'a' at step 1 is -2"),
+        ("step,grad/a.norm\n0.5,2\n", "step is '0.5', which is not a whole number"),
         ("step,layer,value\n1,,2\n", "layer is empty"),
-        ("step,grad/a.norm,grad_norm/a\n1,2,2\n", "two columns of a"),
+        ("step,grad/a.norm,grad_norm/a\n1,2,2\n", "two columns for 'a'"),
     ],
 )
 def test_what_no_norm_can_be_is_refused_with_its_place(

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-import gradscope.weights.table  # noqa: F401  registers its section
 from gradscope import analyze_weights
 from gradscope.errors import UsageError
 from gradscope.report.formats import Display, format_names, renderer
-from gradscope.report.formats.table_ import clean, size, sparkline
+from gradscope.report.formats.cells import sparkline
 from gradscope.weights.result import WeightsReport
 
 
@@ -36,6 +35,40 @@ def test_the_json_gives_the_report_back(report: WeightsReport) -> None:
     text = renderer("json")(report, Display())
 
     assert renderer("json")(WeightsReport.model_validate_json(text), Display()) == text
+
+
+def test_the_json_has_a_line_for_each_section_finding_and_tensor(report: WeightsReport) -> None:
+    lines = renderer("json")(report, Display()).splitlines()
+
+    assert lines[:2] == ["{", ' "schema_version": "1.0",']
+    assert [line for line in lines if line.startswith(' "')][2:5] == [
+        ' "command": "weights",', ' "inputs": [', ' "coverage": {'
+    ]  # fmt: skip
+    tensors = [line for line in lines if line.startswith('   {"name": "layers.')]
+    assert len(tensors) == 40
+    assert lines[lines.index(tensors[-1]) + 1] == "  ],"
+    assert sum(line.startswith('  {"rule": "W101"') for line in lines) == 2
+    assert any(line.startswith('  "overall": {"tensors": 40, ') for line in lines)
+    assert lines[-1] == "}"
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("a", "a"), ("=1+1", "'=1+1"), ("+a", "'+a"), ("-a", "'-a"), ("@a", "'@a"), ("a=", "a="),
+     ("\x1b", "\\x1b"), ("-Infinity", "-Infinity")],
+)  # fmt: skip
+def test_a_spreadsheet_runs_nothing(report: WeightsReport, name: str, written: str) -> None:
+    tensor = report.result.tensors[0].model_copy(update={"name": name})
+    strange = report.result.model_copy(update={"tensors": (tensor,)})
+    one = report.model_copy(update={"result": strange, "findings": ()})
+    text = renderer("csv")(one, Display())
+
+    (row,) = csv.DictReader(io.StringIO(text))
+
+    assert row["name"] == written
+    assert json.loads(row["shape"]) == [32, 32]
+    assert row["units.rows"] == "32"
+    assert "spectrum" not in row
 
 
 def test_off_a_terminal_the_table_has_every_tensor_and_finding(report: WeightsReport) -> None:
@@ -104,20 +137,9 @@ def _base(report: WeightsReport) -> None:
     _BASE[:] = [report]
 
 
-def test_control_and_direction_characters_are_escaped_and_markup_is_left_as_text() -> None:
-    assert clean("a\x1b[0m‮\nb[red]") == "a\\x1b[0m\\u202e\\nb[red]"
-
-
 def test_sparklines_show_every_nonempty_bin_and_fall_back_to_ascii() -> None:
     assert sparkline([0, 1, 1000]) == " ▁█"
     assert sparkline([0, 1, 1000], unicode=False) == " .@"
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (26488, "26.5 kB"), (2.5e9, "2.5 GB")]
-)
-def test_sizes_are_decimal(count: float, text: str) -> None:
-    assert size(count) == text
 
 
 def test_committed_fixture_reads_the_same_from_both_containers() -> None:
@@ -126,6 +148,6 @@ def test_committed_fixture_reads_the_same_from_both_containers() -> None:
     other = analyze_weights(fixtures / "digits.pt").result.tensors
 
     def measured(tensors):
-        return {t.name: t.model_copy(update={"file": ""}) for t in tensors}
+        return {t.name: t.model_copy(update={"file": "", "input": ""}) for t in tensors}
 
     assert measured(one) == measured(other)

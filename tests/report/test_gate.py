@@ -11,8 +11,8 @@ from gradscope.report.severity import Severity
 
 def finding(severity: str, state: str = "new") -> Finding:
     return Finding(
-        rule="W101", name="non-finite", severity=Severity(severity), subject="w", message="",
-        evidence={}, threshold=None, recommendation="", fingerprint="", state=state,
+        rule="W101", name="non-finite", severity=Severity(severity), subject="w", input="m.pt",
+        message="", evidence={}, threshold=None, recommendation="", fingerprint="", state=state,
     )  # fmt: skip
 
 

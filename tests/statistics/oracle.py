@@ -18,7 +18,7 @@ import torch
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE as PIECE
-from gradscope.statistics.profile import profile, threads
+from gradscope.statistics import profile, threads
 from gradscope.statistics.records import Statistics, TensorProfile
 
 Array = npt.NDArray[Any]

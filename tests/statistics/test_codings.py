@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import CODED, INTEGERS, NATIVE, TABLES, TORCH, decode
 
 from gradscope.statistics import codings
+
+from .oracle import CODED, INTEGERS, NATIVE, TABLES, TORCH, decode
 
 
 def all_codes(dtype: str) -> np.ndarray:

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import (
+
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.checkpoints.tiles import tiles
+from gradscope.statistics import Pool, profile, threads
+from gradscope.statistics.description import Finished, finish
+from gradscope.statistics.moments import Moments
+from gradscope.statistics.records import Statistics, TensorProfile
+from gradscope.statistics.scan import scan
+from gradscope.statistics.tally import merged, tally
+
+from .oracle import (
     BITS,
     NATIVE,
     PIECE,
@@ -24,14 +34,6 @@ from oracle import (
     tensor,
     trimmed_kurtosis,
 )
-
-from gradscope.checkpoints.tensors import TensorRef
-from gradscope.checkpoints.tiles import tiles
-from gradscope.statistics.moments import Moments
-from gradscope.statistics.profile import Finished, Pool, finish, profile, threads
-from gradscope.statistics.records import Statistics, TensorProfile
-from gradscope.statistics.scan import scan
-from gradscope.statistics.tally import merged, tally
 
 FEW = settings(max_examples=25, deadline=None)
 DTYPES = (*WIDE, "BF16", "F16", "F8_E4M3", "F6_E3M2", "F4", "C64", "C128", "I8", "I64", "U16")

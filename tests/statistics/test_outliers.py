@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import (
+
+from gradscope.statistics.records import TensorProfile
+
+from .oracle import (
     NARROW,
     NATIVE,
     PIECE,
@@ -18,8 +21,6 @@ from oracle import (
     lower_median,
     measured,
 )
-
-from gradscope.statistics.records import TensorProfile
 
 SCORES = (4, 6, 8, 10, 20, 50, 100)
 

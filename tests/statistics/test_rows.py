@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import CODED, NARROW, PIECE, WIDE, decode, encode, measured, tensor
 
 from gradscope.checkpoints.tiles import Tile
 from gradscope.statistics.records import Units
 from gradscope.statistics.scan import scan
 from gradscope.statistics.tally import tally
+
+from .oracle import CODED, NARROW, PIECE, WIDE, decode, encode, measured, tensor
 
 
 def rng(seed: int = 0) -> np.random.Generator:

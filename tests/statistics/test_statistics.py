@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from oracle import (
+
+from gradscope.statistics.records import Statistics
+
+from .oracle import (
     CODED,
     GAUSSIAN_BITS,
     INTEGERS,
@@ -32,8 +35,6 @@ from oracle import (
     tensor,
     trimmed_kurtosis,
 )
-
-from gradscope.statistics.records import Statistics
 
 MANY = 3 * PIECE + 12_345  # several pieces and a ragged one
 
@@ -194,11 +195,11 @@ def test_trimmed_kurtosis_of_wide_types_is_close(tmp_path: Path, dtype: str) -> 
 @pytest.mark.parametrize("dtype", [*CODED, "U8", "I8", "U16", "I16", "BOOL"])
 def test_entropy_is_that_of_the_stored_codes(tmp_path: Path, dtype: str) -> None:
     bits = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}.get(dtype, 8)
-    codes = rng().binomial((1 << bits) - 1, 0.4, 20_000).astype(np.uint8)
-    if dtype in ("BF16", "F16", "U16", "I16"):
-        codes = codes.astype(np.uint16) * 257
-    s = measured(tmp_path, dtype, codes).statistics
-    assert s.entropy_bits == pytest.approx(entropy_bits(codes), rel=1e-12)
+    codes = rng().binomial((1 << bits) - 1, 0.4, 20_000)
+    wide = dtype in ("BF16", "F16", "U16", "I16")
+    stored = codes.astype(np.uint16) * 257 if wide else codes.astype(np.uint8)
+    s = measured(tmp_path, dtype, stored).statistics
+    assert s.entropy_bits == pytest.approx(entropy_bits(stored), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [*WIDE, "C64", "I32", "U64"])
@@ -273,9 +274,9 @@ def special_codes(dtype: str) -> np.ndarray:
         bits[9000] = np.array(np.inf, x.dtype).view(unsigned) + 1  # signalling
         bits[9001] = ~np.zeros(1, unsigned)[0]
         return x
-    bits = {"F4": 16, "F6_E2M3": 64, "F6_E3M2": 64, "BF16": 65536, "F16": 65536}.get(dtype, 256)
-    unsigned = np.uint16 if bits == 65536 else np.uint8
-    return rng().integers(0, bits, 2 * PIECE + 4321).astype(unsigned)
+    codes = {"F4": 16, "F6_E2M3": 64, "F6_E3M2": 64, "BF16": 65536, "F16": 65536}.get(dtype, 256)
+    stored = np.uint16 if codes == 65536 else np.uint8
+    return rng().integers(0, codes, 2 * PIECE + 4321).astype(stored)
 
 
 def smallest_normal(dtype: str) -> float:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracle import BITS, NATIVE, PIECE, TABLES, measure, tensor
 
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.checkpoints.tiles import STORED, Tile, read_range, tiles
 from gradscope.errors import InputError
-from gradscope.statistics.profile import profile, threads
+from gradscope.statistics import profile, threads
+
+from .oracle import BITS, NATIVE, PIECE, TABLES, measure, tensor
 
 
 def rng(seed: int = 0) -> np.random.Generator:

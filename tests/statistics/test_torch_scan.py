@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.checkpoints.tiles import PIECE, STORED, Tile
-from gradscope.statistics import codings
+from gradscope.errors import UsageError
+from gradscope.statistics import codings, profile, scan_on, threads, torch_scan
 from gradscope.statistics.kernels import BLOCK
-from gradscope.statistics.profile import profile, threads
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.statistics.scan import scan as cpu_scan
 from gradscope.statistics.tally import Piece, Tally, tally
@@ -277,3 +278,36 @@ def test_a_piece_does_not_hold_its_transfer(tmp_path: Path) -> None:
 
 def test_the_scan_can_be_sent_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(TORCH)) == TORCH
+
+
+# -- which scan a device gets ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cpu", "auto"])
+def test_without_an_accelerator_the_compiled_kernels_do_the_work(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert scan_on(name) is cpu_scan
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "meta", "hpu"])
+def test_an_absent_device_is_never_replaced_by_the_kernels(name: str) -> None:
+    with pytest.raises(UsageError, match="Available here: cpu"):
+        scan_on(name)
+
+
+def test_a_device_without_float64_is_refused_by_name_and_passed_over_by_auto(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_scan, "resolve", lambda _: torch.device("mps"))
+    monkeypatch.setattr(torch_scan, "has_float64", lambda _: False)
+    assert scan_on("auto") is cpu_scan
+    with pytest.raises(UsageError, match="does not support float64"):
+        scan_on("mps")
+
+
+def test_any_other_device_gets_the_torch_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_scan, "resolve", lambda _: torch.device("xpu:1"))
+    monkeypatch.setattr(torch_scan, "has_float64", lambda _: True)
+    assert scan_on("xpu:1") == TorchScan(torch.device("xpu:1"))

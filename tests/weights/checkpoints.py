@@ -75,7 +75,7 @@ def write(path: Path, tensors: Tensors, **metadata: str) -> Path:
 def write_sharded(folder: Path, tensors: Tensors, shards: int = 3) -> Path:
     """Write a folder of shards of about as many tensors each, with their index."""
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         held = names[len(names) * number // shards : len(names) * (number + 1) // shards]

@@ -61,7 +61,8 @@ def sharded(tmp_path: Path) -> Path:
 
 def finding(severity: Severity, share: float | None = None) -> Finding:
     return Finding(
-        rule="W999", name="made-up", severity=severity, subject="w", message="", threshold=None,
+        rule="W999", name="made-up", severity=severity, subject="w", input="m.pt",
+        message="", threshold=None,
         evidence={} if share is None else {"affected_fraction": share},
         recommendation="", fingerprint="",
     )  # fmt: skip
@@ -76,7 +77,13 @@ def finding(severity: Severity, share: float | None = None) -> Finding:
         (Severity.HIGH, 1.0, 20, "critical"),
         (Severity.MEDIUM, None, 85, "good"),
         (Severity.MEDIUM, 0.5, 72.5, "fair"),
+        (Severity.MEDIUM, 0.4, 75, "good"),
+        (Severity.MEDIUM, 0.404, 74.9, "fair"),
         (Severity.MEDIUM, 1.0, 60, "fair"),
+        (Severity.HIGH, 3 / 7, 40, "poor"),
+        (Severity.HIGH, 0.432, 39.9, "critical"),
+        (Severity.LOW, 0.5, 90, "excellent"),
+        (Severity.LOW, 0.51, 89.9, "good"),
         (Severity.LOW, None, 95, "excellent"),
         (Severity.LOW, 1.0, 85, "good"),
         (Severity.INFO, 1.0, 100, "excellent"),
@@ -96,6 +103,12 @@ def test_a_tensor_without_findings_is_excellent() -> None:
 def test_many_findings_weigh_no_more_than_the_worst() -> None:
     several = [finding(Severity.MEDIUM)] * 20
     assert health(several) == health(several[:1])
+
+
+def test_a_checkpoint_of_running_statistics_alone_has_health_too(tmp_path: Path) -> None:
+    variance = {"a.running_var": np.float32([1.0, 2.0])}
+    found = result(analyzed(write(tmp_path / "m.safetensors", variance)))
+    assert (found.health.score, found.health.status) == (100, "excellent")
 
 
 def test_only_the_broken_tensor_is_unhealthy_and_the_model_is_no_better(broken: Path) -> None:

@@ -324,3 +324,56 @@ def test_every_tensor_has_a_role() -> None:
         for dtype in dtypes
     ]
     assert set(role_of(table).values()) <= {role.value for role in Role}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "role"),
+    [
+        ("conv.weight", (2, 1, 3, 3), "F32", "depthwise-conv"),
+        ("conv.weight", (1, 1, 3, 3), "F32", "conv"),
+        ("conv.weight", (4, 2, 3, 3, 3), "F32", "conv"),
+        ("conv.weight", (2, 2, 2, 2, 2, 2), "F32", "other"),
+        ("rnn.weight_hh_l0", (8, 2), "F32", "recurrent"),
+        ("rnn.bias_hh_l0", (8,), "F32", "bias"),
+        ("h.0.attn.bias", (1, 1, 8, 8), "F32", "buffer"),
+        ("x.codes", (64, 64), "I32", "buffer"),
+        ("x.codes", (64, 65), "I32", "packed"),
+        ("x.codes", (5000,), "I32", "buffer"),
+        ("w.weight", (16_000, 1000), "F32", "embedding"),
+        ("w.weight", (16_000, 1001), "F32", "linear"),
+        ("w.weight", (15_999, 10), "F32", "linear"),
+        ("shared.weight", (10, 9), "F32", "embedding"),
+        ("shared.weight", (9, 9), "F32", "linear"),
+        ("x.gamma", (1, 1, 8), "F32", "layer-scale"),
+        ("x.gamma", (2, 8), "F32", "linear"),
+        ("x.position_bias", (1, 8), "F32", "bias"),
+        ("x.offset", (8, 1), "F32", "vector"),
+        ("fc.weight", (8, 1), "F32", "linear"),
+        ("step", (1,), "I64", "counter"),
+        ("step", (2,), "I64", "buffer"),
+        ("a.weight_scale", (4,), "U8", "scale"),
+        ("a.weight_scale", (4,), "I8", "buffer"),
+        ("a.running_mean", (4,), "I64", "buffer"),
+        ("a.qweight", (4, 4), "F32", "linear"),
+        ("moe.w1", (4, 8, 8), "F32", "experts"),
+        ("prelu.weight", (8,), "F32", "vector"),
+        ("q_proj.lora_magnitude_vector.weight", (8,), "F32", "vector"),
+    ],
+)
+def test_a_shape_or_a_type_decides_where_a_name_does_not(
+    name: str, shape: tuple[int, ...], dtype: str, role: str
+) -> None:
+    assert role_of([(name, shape, role, dtype)]) == {name: role}
+
+
+def test_a_table_beside_a_bias_is_a_matrix() -> None:
+    table: list[Row] = [("word_embedding.weight", (50, 8), ""), ("word_embedding.bias", (50,), "")]
+    assert role_of(table[:1]) == {"word_embedding.weight": "embedding"}
+    assert role_of(table)["word_embedding.weight"] == "linear"
+
+
+def test_a_vector_beside_a_matrix_is_no_gain() -> None:
+    table: list[Row] = [("a.scale", (8,), ""), ("a.weight", (8, 8), "")]
+    assert role_of(table)["a.scale"] == "vector"
+    assert role_of([("a.weight", (8,), "")]) == {"a.weight": "norm-gain"}
+    assert role_of([("a.scale", (8,), "")]) == {"a.scale": "vector"}

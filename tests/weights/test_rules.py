@@ -14,7 +14,8 @@ import scipy.stats
 
 import gradscope
 from gradscope.report.model import Finding
-from gradscope.report.rules import load_rules
+from gradscope.report.rules import select_for
+from gradscope.weights.result import Examined
 
 from .checkpoints import (
     Array,
@@ -33,7 +34,7 @@ from .checkpoints import (
 
 Plant = Callable[[Path], Path]
 
-RULES = {code: rule for code, rule in load_rules().items() if code[0] in "CW"}
+RULES = {rule.code: rule for rule in select_for(Examined)}
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBED = "model.embed_tokens.weight"
 SHARD = "model-00003-of-00003.safetensors"
@@ -62,6 +63,16 @@ def altered(change: Callable[[Array], object], name: str = UP) -> Plant:
 
 def put(value: float, *place: int) -> Callable[[Array], object]:
     return lambda tensor: tensor.__setitem__(place, value)
+
+
+def filled(most: float, one: float) -> Callable[[Array], object]:
+    """One value everywhere but at [3, 4]."""
+
+    def change(tensor: Array) -> None:
+        tensor.fill(most)
+        tensor[3, 4] = one
+
+    return change
 
 
 def beyond_the_next(factor: float) -> float:
@@ -262,12 +273,12 @@ CASES = {
     ),
     "all-zero": Case(
         altered(lambda tensor: tensor.fill(0)),
-        altered(lambda tensor: (tensor.fill(0), put(0.1, 3, 4)(tensor))),
+        altered(filled(0, 0.1)),
         UP, "high", {"zero_count": 4096, "affected_fraction": 1.0}, ("4,096",),
     ),
     "constant-tensor": Case(
         altered(lambda tensor: tensor.fill(0.5)),
-        altered(lambda tensor: (tensor.fill(0.5), put(0.6, 3, 4)(tensor))),
+        altered(filled(0.5, 0.6)),
         UP, "medium", {"value": 0.5}, ("0.5", "4,096"),
     ),
     "dead-units": Case(
@@ -619,6 +630,37 @@ def test_a_missing_layer_is_seen_by_its_gap_or_by_the_configuration(
 ) -> None:
     found = severities(layers(*present, config=config)(tmp_path), "missing-layer")
     assert found == ({missing: "high"} if missing else {})
+
+
+@pytest.mark.parametrize(
+    ("odd", "parts", "fires"), [(3, 4, True), (4, 4, False), (0, 3, False), (0, 4, True)]
+)
+def test_a_series_is_one_where_half_of_its_members_hold_the_same_four_tensors(
+    odd: int, parts: int, fires: bool, tmp_path: Path
+) -> None:
+    made = {
+        f"layers.{number}.{part}.weight": gaussian(8, 8, seed=10 * number + part)
+        for place, number in enumerate((0, 1, 2, 3, 4, 6))
+        for part in range(parts + place if place and place <= odd else parts)
+    }
+    found = severities(saved(made)(tmp_path), "missing-layer")
+    assert found == ({"layers.5": "high"} if fires else {})
+
+
+@pytest.mark.parametrize(("numbers", "fires"), [((0, 1, 2, 3, 5), True), ((0, 1, 2, 4), False)])
+def test_a_series_has_three_quarters_of_its_neighbours(
+    numbers: tuple[int, ...], fires: bool, tmp_path: Path
+) -> None:
+    assert bool(findings(layers(*numbers)(tmp_path), "missing-layer")) is fires
+
+
+@pytest.mark.parametrize(("promised", "fires"), [(9_999, True), (10_000, False), (True, False)])
+def test_a_configuration_that_promises_ten_thousand_layers_is_not_believed(
+    promised: int, fires: bool, tmp_path: Path
+) -> None:
+    path = layers(0, 1, 2, 3, config=promised)(tmp_path)
+    found = findings(path, "missing-layer")
+    assert [f.evidence["missing_layers"] for f in found] == ([9_995] if fires else [])
 
 
 @pytest.mark.parametrize("numbers", [(0, 2, 4, 6, 8, 10), (0, 1, 3, 4, 7, 8), (0, 3, 6, 9, 12)])

@@ -1,8 +1,8 @@
 """Colours of heatmaps: tables of 256, or formulas.
 
 ``viridis`` and ``inferno`` are perceptually uniform (Smith, van der Walt and Firing 2015, CC0),
-``coolwarm`` diverges from grey (Moreland 2009); their tables are Matplotlib's. ``jet`` is there
-for those who must compare with old figures; it draws edges that no map has.
+``coolwarm`` diverges from grey (Moreland 2009); their tables are Matplotlib's. ``jet`` is for
+comparison with old figures; it shows edges that are not in the map.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradscope.errors import UsageError
 Floats = npt.NDArray[np.floating]
 Pixels = npt.NDArray[np.uint8]
 
-# Differences from colour to colour, channel by channel: they pack well.
+# Differences from colour to colour, channel by channel, which compress well.
 _VIRIDIS = (
     "c-n<hi4lY#3{0@KE8+St<xsL4Sjp&Rzu+jyOg`opECkc)X`Q6qnhK3HNo_OG;RhV>kb4UegZDb1pdhW1hA(9608i"
     "7%o<`5u+O6#W6MI|R-q~_nLKyo3Fq1@l=e3($blyl0DjP1z=#&|HsQxfvb9OjPgHv1mpkyG8q{bp%?-(;)vb7T{k"
@@ -45,7 +45,7 @@ def _table(packed: str) -> Pixels:
 
 
 def _jet() -> Pixels:
-    """Matplotlib's corners of Matlab's table."""
+    """Matplotlib's breakpoints of Matlab's table."""
     at = np.linspace(0, 1, 256)
     channels = (
         np.interp(at, (0, 0.35, 0.66, 0.89, 1), (0, 0, 1, 1, 0.5)),
@@ -71,7 +71,7 @@ def coloured(values: Floats, name: str) -> Pixels:
     Raises UsageError for an unknown name.
     """
     if name not in COLORMAPS:
-        raise UsageError(f"no colormap is called {name!r}; there are {', '.join(COLORMAPS)}")
+        raise UsageError(f"unknown colormap {name!r}; the colormaps are {', '.join(COLORMAPS)}")
     share = (values + 1) / 2 if name in _DIVERGING else np.abs(values)
     table = COLORMAPS[name]()
     found: Pixels = table[np.rint(np.clip(np.nan_to_num(share), 0, 1) * 255).astype(int)]
@@ -79,5 +79,5 @@ def coloured(values: Floats, name: str) -> Pixels:
 
 
 def default(sign: str) -> str:
-    """The table for a kind of map: diverging where both signs mean something."""
+    """The colormap for a kind of map: diverging where both signs have a meaning."""
     return "coolwarm" if sign == "signed" else "inferno"

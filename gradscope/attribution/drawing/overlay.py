@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import BinaryIO
-
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from gradscope.attribution.drawing.colour import Floats, Pixels, coloured, default
-from gradscope.errors import UsageError
 
 Mask = npt.NDArray[np.bool_]
 
-#: Share of the picture's light that is left where the model did not look.
+#: Brightness of the picture where the model did not see it.
 _DIMMED = 0.45
 
 
 def normalised(values: Floats, sign: str, clip: float = 0.995) -> Floats:
     """A map [H, W] for display, between the ends of its ``bounds``.
 
-    0..1, and -1..1 where both signs mean something, so that zero stays zero. NaN stays; a map with
-    nothing to show is all zeros; no epsilon is added to what divides.
+    0..1, or -1..1 where both signs have a meaning, so that zero stays zero. NaN stays; a map with
+    nothing to show is all zeros; no epsilon is added to denominators.
     """
     low, high = bounds(values, sign, clip)
     shown = values.astype(np.float64)
@@ -38,10 +29,10 @@ def normalised(values: Floats, sign: str, clip: float = 0.995) -> Floats:
 
 
 def bounds(values: Floats, sign: str, clip: float = 0.995) -> tuple[float, float]:
-    """The values at the ends of a map's colours; below zero there is nothing to see unless signed.
+    """The values at the ends of a map's colours; negative ones are hidden unless signed.
 
-    The upper one is the ``clip`` quantile of what is not zero, so that one pixel does not darken
-    all others.
+    The upper one is the ``clip`` quantile of the values above zero, so that one pixel does not
+    darken all others.
     """
     known = values[np.isfinite(values)].astype(np.float64)
     size = np.abs(known) if sign == "signed" else known.clip(0)
@@ -52,9 +43,9 @@ def bounds(values: Floats, sign: str, clip: float = 0.995) -> tuple[float, float
 
 
 def top_mass(values: Floats, share: float) -> Mask:
-    """The smallest set of the greatest values that holds ``share`` of their positive sum.
+    """The smallest set of the greatest values with ``share`` of the positive sum.
 
-    Values equal to the least of them are all in it.
+    Values equal to its least are all in it.
     """
     mass = np.nan_to_num(values.astype(np.float64), nan=0.0).clip(0)
     ordered = np.sort(mass, axis=None)[::-1]
@@ -83,9 +74,9 @@ def overlay(
 ) -> Pixels:
     """The picture [H, W, 3] under its map [H, W]; where there is no heat it stays as it is.
 
-    Heat hides the picture by its strength times ``opacity``. A line goes around the top
-    ``contour`` of the mass. Where values are NaN, the model saw nothing, and it is darker. With
-    ``faded`` the picture is grey and pale, for maps of single pixels that its colours would hide.
+    Heat covers the picture by its strength times ``opacity``. A line surrounds the top ``contour``
+    of the mass. NaN is what the model did not see, and is darker. With ``faded`` the picture is
+    grey and pale, for maps of single pixels that its colours would hide.
     """
     shown = normalised(values, sign)
     if faded:
@@ -101,7 +92,7 @@ def overlay(
 
 
 def _outline(image: Pixels, inside: Mask) -> None:
-    """A white line inside the border of a region and a dark one outside, in place."""
+    """Draw a white line inside a region's border and a dark one outside, in place."""
     width = max(1, round(min(inside.shape) / 300))
     image[_grown(inside, width) & ~inside] = (20, 20, 20)
     image[inside & _grown(~inside, width)] = (255, 255, 255)
@@ -117,28 +108,3 @@ def _grown(mask: Mask, by: int) -> Mask:
         grown[:, :-1] |= found[:, 1:]
         found = grown
     return found
-
-
-def save_png(path: str | Path, image: Pixels, metadata: Mapping[str, str]) -> None:
-    """Write a PNG whole or not at all. Raises UsageError where it cannot be written."""
-    info = PngInfo()
-    for key, value in metadata.items():
-        info.add_itxt(key, value.encode("utf-8", "replace").decode())
-    write_whole(path, lambda stream: Image.fromarray(image).save(stream, "PNG", pnginfo=info))
-
-
-def write_whole(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place and move it there. Raises UsageError naming the file."""
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                write(stream)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

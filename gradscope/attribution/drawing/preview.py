@@ -1,4 +1,4 @@
-"""A picture in a terminal: two pixels a cell, one above the other."""
+"""A picture in a terminal: two pixels per cell, one above the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHADES = " .:-=+*#%@"
 
 
 def preview(image: Pixels, columns: int, *, colour: bool, unicode: bool) -> Text:
-    """The picture [H, W, 3], ``columns`` cells wide; without colours as shades of its light."""
+    """The picture [H, W, 3], ``columns`` cells wide; without colours, in shades of grey."""
     height = max(1, round(image.shape[0] * columns / image.shape[1]))
     height += height % 2
     small = np.asarray(Image.fromarray(image).resize((columns, height), Image.Resampling.BOX))

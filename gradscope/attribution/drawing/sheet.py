@@ -19,17 +19,17 @@ _COLUMNS = 4
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Panel:
-    """One picture of a sheet: what it is called, a line of numbers, and what its colours mean."""
+    """One picture of a sheet: its title, a line of numbers, and what its colours mean."""
 
     title: str
     subtitle: str
     image: Pixels
-    #: Colour table and the values at its ends; None has no bar.
+    #: Colormap and the values at its ends; None for no bar.
     bar: tuple[str, float, float] | None = None
 
 
 def sheet(panels: Sequence[Panel], caption: str = "") -> Pixels:
-    """Panels in rows of up to four, on white [H, W, 3]."""
+    """Panels in rows of up to four on a white page [H, W, 3]."""
     height, width = _fitted(panels[0].image)
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)

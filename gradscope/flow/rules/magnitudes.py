@@ -19,7 +19,7 @@ from gradscope.flow.limits import (
     UPDATE_HIGH,
     UPDATE_WILD,
 )
-from gradscope.flow.result import LEVELS, FlowResult, NonFinite, Region, Spike
+from gradscope.flow.result import LEVELS, FlowResult, Need, NonFinite, Region, Spike
 from gradscope.flow.rules.say import SEVERITY, place, several, since, span
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
@@ -29,7 +29,7 @@ from gradscope.text import listed, plural
 _STEPS_SHOWN = 5
 
 
-@rule("F101", "non-finite-gradient", Severity.CRITICAL, needs="norms")
+@rule("F101", "non-finite-gradient", Severity.CRITICAL, reads=FlowResult, needs=Need.NORMS)
 def non_finite_gradient(result: FlowResult, *, diverged: float = 100.0) -> Iterator[Observation]:
     """A gradient has NaN or Inf elements on a step that was not skipped.
 
@@ -92,7 +92,7 @@ def _where_to_look(first: NonFinite, diverged: float) -> str:
     )
 
 
-@rule("F102", "vanishing-gradient", Severity.HIGH, needs="norms")
+@rule("F102", "vanishing-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def vanishing_gradient(
     result: FlowResult,
     *,
@@ -115,7 +115,7 @@ def vanishing_gradient(
     than a factor of three a layer is one finding, at least high. A network whose gradients fall
     together with its loss converges, which is not a finding.
     """
-    if "comparable layers" not in result.measured and not result.vanishing_regions:
+    if Need.COMPARABLE not in result.measured and not result.vanishing_regions:
         yield Unknown("needs two layers of one kind to compare with each other")
     regions = judgement.vanishing(
         result.vanishing_regions,
@@ -170,7 +170,7 @@ def _vanishing(regions: Sequence[Region], decades: float, learning: float) -> Ob
     )
 
 
-@rule("F103", "exploding-gradient", Severity.HIGH, needs="norms")
+@rule("F103", "exploding-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def exploding_gradient(
     result: FlowResult,
     *,
@@ -234,7 +234,7 @@ def _exploding(regions: Sequence[Region]) -> Observation:
     )
 
 
-@rule("F104", "gradient-spike", Severity.LOW, needs="8 records")
+@rule("F104", "gradient-spike", Severity.LOW, reads=FlowResult, needs=Need.RECORDS)
 def gradient_spike(
     result: FlowResult, *, small: float = MODERATE_RATIO, tall: float = SEVERE_RATIO
 ) -> Iterator[Observation]:

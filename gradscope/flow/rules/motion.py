@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradscope.flow.limits import STANDSTILL, UPDATE_HIGH, UPDATE_WARN, UPDATE_WILD
-from gradscope.flow.result import FlowResult, LearningRateAdvice, Oscillation
+from gradscope.flow.result import FlowResult, LearningRateAdvice, Need, Oscillation
 from gradscope.flow.rules.say import several, since
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
@@ -13,7 +13,7 @@ from gradscope.report.severity import Severity
 from gradscope.text import plural
 
 
-@rule("F106", "oscillation", Severity.MEDIUM, needs="8 records")
+@rule("F106", "oscillation", Severity.MEDIUM, reads=FlowResult, needs=Need.RECORDS)
 def oscillation(
     result: FlowResult, *, opposed: float = -0.5, most: float = 0.5, growing: float = 0.005
 ) -> Iterator[Observation | Unknown]:
@@ -25,7 +25,7 @@ def oscillation(
     cosine slightly below zero; medium when the cosine is below ``opposed`` for ``most`` of the
     parameters, high when their norms also grow by more than ``growing`` nats a step.
     """
-    if "directions" not in result.measured and not result.oscillation:
+    if Need.DIRECTIONS not in result.measured and not result.oscillation:
         yield Unknown("needs directions (sketches or cosines); norms alone show only gross swings")
     if result.oscillation:
         judged = [(_severity(o, opposed, most, growing), o) for o in result.oscillation]
@@ -76,7 +76,7 @@ def _lower(advice: LearningRateAdvice | None) -> str:
     return f"divide the learning rate by {advice.divide_by:.3g}{to}: {advice.why}"
 
 
-@rule("F107", "stagnation", Severity.MEDIUM, needs="8 records")
+@rule("F107", "stagnation", Severity.MEDIUM, reads=FlowResult, needs=Need.RECORDS)
 def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Observation | Unknown]:
     """The network no longer moves at the end of the history.
 
@@ -84,7 +84,7 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
     that repeat to the bit, for eight records. Gradients that fell with the loss have converged,
     which is info.
     """
-    if "update norms" not in result.measured and result.stagnation is None:
+    if Need.UPDATES not in result.measured and result.stagnation is None:
         yield Unknown("needs update norms; without them only gradients that repeat are seen")
     found = result.stagnation
     if found is None or _explained(result) or (found.fastest or 0) >= still:
@@ -121,7 +121,7 @@ def _move(reason: str) -> str:
     return "raise the learning rate, or look at the schedule: is it at zero?"
 
 
-@rule("F109", "update-ratio", Severity.LOW, needs="update norms")
+@rule("F109", "update-ratio", Severity.LOW, reads=FlowResult, needs=Need.UPDATES)
 def update_ratio(
     result: FlowResult,
     *,

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import BOTTLENECK_DECADES, BOTTLENECK_FROM, SHORTEST_ZONE
-from gradscope.flow.result import DeadZone, FlowResult, Missing
+from gradscope.flow.result import DeadZone, FlowResult, Missing, Need
 from gradscope.flow.rules.say import place, several, span
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 from gradscope.text import plural
 
 
-@rule("F105", "dead-zone", Severity.HIGH, needs="norms")
+@rule("F105", "dead-zone", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def dead_zone(
     result: FlowResult,
     *,
@@ -73,7 +73,7 @@ def _revive(zone: DeadZone) -> str:
     )
 
 
-@rule("F108", "bottleneck", Severity.MEDIUM, needs="norms")
+@rule("F108", "bottleneck", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
 def bottleneck(
     result: FlowResult,
     *,
@@ -147,7 +147,7 @@ def _narrow_links(
         )
 
 
-@rule("F110", "missing-gradient", Severity.MEDIUM, needs="norms")
+@rule("F110", "missing-gradient", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
 def missing_gradient(result: FlowResult) -> Iterator[Observation]:
     """A layer that requires a gradient never gets one, or the file leaves out records of it.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from gradscope.errors import UsageError
+from gradscope.plugins import load, plugins
 
 #: The built-in formats and the modules they live in, imported when one is asked for.
 BUILT_IN: Mapping[str, str] = {
@@ -32,12 +32,15 @@ class Display:
     detail: int = 1
 
 
-Render = Callable[[Any, Display], str]
+FILE = Display()
+
+#: A report, and where it will be shown (by default in a file), as text.
+Render = Callable[..., str]
 
 
 def format_names() -> list[str]:
     """Every format, built-in first."""
-    return [*BUILT_IN, *sorted(_plugins())]
+    return [*BUILT_IN, *(point.name for point in plugins("formats"))]
 
 
 def renderer(name: str) -> Render:
@@ -45,15 +48,8 @@ def renderer(name: str) -> Render:
     if name in BUILT_IN:
         render: Render = import_module(BUILT_IN[name]).render
         return render
-    plugins = _plugins()
-    if name not in plugins:
-        raise UsageError(f"no format is called {name!r}; there are {', '.join(format_names())}")
-    try:
-        loaded: Render = plugins[name].load()
-    except Exception as error:
-        raise UsageError(f"the format plugin {name!r} failed to load: {error}") from error
-    return loaded
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group="gradscope.formats")}
+    found = {point.name: point for point in plugins("formats")}
+    if name not in found:
+        raise UsageError(f"unknown format {name!r}; choose from {', '.join(format_names())}")
+    render_plugin: Any = load("formats", found[name])
+    return lambda report, display=FILE: render_plugin(report, display)

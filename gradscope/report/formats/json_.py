@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gradscope.report.formats import Display
+from gradscope.report.formats import FILE, Display
 from gradscope.report.model import AnyReport, as_json
 
 
-def render(report: AnyReport, display: Display) -> str:  # noqa: ARG001
+def render(report: AnyReport, display: Display = FILE) -> str:  # noqa: ARG001
     """One object; non-finite numbers are strings, names stand verbatim.
 
     Each finding, tensor and section is a line of its own: readable with ``less``, small in a diff,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from gradscope.report.formats import Display
-from gradscope.report.model import AnyReport, Finding
+from gradscope.report.formats import FILE, Display
+from gradscope.report.model import AnyReport, Finding, Record
 from gradscope.report.severity import Severity
+from gradscope.text import escaped, listed, plural, shortened, size
 
 #: How each severity is coloured. The word is always written, too.
 STYLES = {
@@ -24,22 +25,11 @@ STYLES = {
     Severity.LOW: "cyan",
     Severity.INFO: "dim",
 }
-_STATUS = {
-    "excellent": "green",
-    "good": "green",
-    "fair": "yellow",
-    "poor": "red",
-    "critical": "bold red",
-}
 #: Rows and findings a terminal is shown unless every tensor is asked for.
 _SHOWN = 24
-_LONGEST_NAME = 100
-
-#: What a command shows of its result: (report, display) -> parts. Filled by ``section``.
-_SECTIONS: dict[str, Callable[[Any, Display], Iterator[RenderableType]]] = {}
 
 
-def render(report: AnyReport, display: Display) -> str:
+def render(report: AnyReport, display: Display = FILE) -> str:
     """The whole table. Off a terminal nothing is cut and every row is there."""
     out = io.StringIO()
     console = Console(
@@ -60,70 +50,88 @@ def render(report: AnyReport, display: Display) -> str:
     return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
 
 
-def section(command: str) -> Callable[[Any], Any]:
-    """Register what a command shows of its result below the findings."""
+Section = Callable[[Any, Display], Iterator[RenderableType]]
 
-    def register(parts: Callable[[Any, Display], Iterator[RenderableType]]) -> Any:
-        _SECTIONS[command] = parts
-        return parts
 
-    return register
+def _section(report: AnyReport) -> Section | None:
+    """What a command shows of its result below the findings.
+
+    Found by name: the function that is called as the command, in the module ``table`` beside the
+    module of the result's type.
+    """
+    if not isinstance(report.result, Record):
+        return None
+    home = type(report.result).__module__.rpartition(".")[0]
+    try:
+        module = import_module(f"{home}.table")
+    except ModuleNotFoundError as error:
+        if error.name != f"{home}.table":
+            raise
+        return None
+    section: Section | None = getattr(module, report.command, None)
+    return section
 
 
 def _parts(report: AnyReport, display: Display) -> Iterator[RenderableType]:
     for given in report.inputs:
-        yield Text.assemble((clean(given.path), "bold"), f"  {given.format} · {size(given.bytes)}")
+        yield Text.assemble(
+            (shortened(given.path), "bold"), f"  {given.format} · {size(given.bytes)}"
+        )
     for failure in report.errors:
         yield Text.assemble(
-            ("error ", "bold red"), f"{clean(failure.input)}: {clean(failure.message, None)}"
+            ("error ", "bold red"), f"{shortened(failure.input)}: {escaped(failure.message)}"
         )
-    yield from _findings(report.findings, display)
-    if display.detail and report.command in _SECTIONS and report.result is not None:
-        yield from _SECTIONS[report.command](report.result, display)
+    yield from _findings(report, display)
+    section = _section(report) if display.detail else None
+    if section is not None:
+        yield from section(report.result, display)
     yield from _coverage(report, display)
     yield _verdict(report)
 
 
-def _findings(findings: Sequence[Finding], display: Display) -> Iterator[RenderableType]:
-    groups = grouped(findings)
+def _findings(report: AnyReport, display: Display) -> Iterator[RenderableType]:
+    groups = grouped(report.findings)
     shown = groups if display.width is None or display.detail > 1 else groups[:_SHOWN]
     if groups:
         yield Text("\nFindings", style="bold")
     for group in shown:
-        yield from _finding(group)
+        yield from _finding(group, several=len(report.inputs) + len(report.errors) > 1)
     if len(groups) > len(shown):
         rest = sum(len(g) for g in groups[len(shown) :])
         yield Text(f"  … {rest} more findings of lower severity; -v shows them all", style="dim")
 
 
 def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """Findings of one rule and severity about the same place of different layers, together."""
-    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    """Findings of one rule and severity about one place of different layers of an input."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
-        key = (finding.rule, finding.severity, re.sub(r"\d+", "*", finding.subject))
+        place = re.sub(r"\d+", "*", finding.subject)
+        key = (finding.rule, finding.severity, finding.input, place)
         groups.setdefault(key, []).append(finding)
     return list(groups.values())
 
 
-def _finding(group: Sequence[Finding]) -> Iterator[RenderableType]:
+def _finding(group: Sequence[Finding], several: bool) -> Iterator[RenderableType]:
     first = group[0]
     style = STYLES[first.severity]
     more = f"  (and {len(group) - 1} like it: {_others(group)})" if len(group) > 1 else ""
+    where = f"  in {shortened(first.input)}" if several and first.input not in first.subject else ""
     yield Text.assemble(
         "  ",
         (f"{first.severity.upper():<8}", style),
         f" {first.rule} ",
         (first.name, "bold"),
-        f"  {clean(first.subject)}",
+        f"  {shortened(first.subject)}",
         (more, "dim"),
+        where,
         ("  known" if first.state == "unchanged" else "", "dim"),
     )
-    yield Padding(Text(clean(first.message, None)), (0, 0, 0, 11))
-    yield Padding(Text("→ " + clean(first.recommendation, None), style="dim"), (0, 0, 0, 11))
+    yield Padding(Text(escaped(first.message)), (0, 0, 0, 11))
+    yield Padding(Text("→ " + escaped(first.recommendation), style="dim"), (0, 0, 0, 11))
 
 
 def _others(group: Sequence[Finding]) -> str:
-    names = [clean(f.subject) for f in group[1:3]]
+    names = [shortened(f.subject) for f in group[1:3]]
     return ", ".join(names) + (", …" if len(group) > 3 else "")
 
 
@@ -131,13 +139,13 @@ def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
     """What was not analysed, by reason, and which rules could not be asked."""
     by_reason: dict[str, list[str]] = {}
     for skip in report.coverage.skipped:
-        by_reason.setdefault(skip.reason, []).append(clean(skip.subject))
+        by_reason.setdefault(skip.reason, []).append(shortened(skip.subject))
     if by_reason:
         yield Text("\nNot analysed", style="bold")
     for reason, subjects in by_reason.items():
-        listed = subjects if display.width is None or display.detail > 1 else subjects[:3]
-        more = f" and {len(subjects) - len(listed):,} more" if len(subjects) > len(listed) else ""
-        yield Text.assemble(f"  {', '.join(listed)}{more}", (f"  {clean(reason, None)}", "dim"))
+        most = len(subjects) if display.width is None or display.detail > 1 else 3
+        named = listed(subjects, len(subjects), most)
+        yield Text.assemble(f"  {named}", (f"  {escaped(reason)}", "dim"))
     not_evaluated: dict[str, list[str]] = {}
     for rule in report.coverage.not_evaluated:
         not_evaluated.setdefault(rule.reason, []).append(rule.rule)
@@ -153,65 +161,9 @@ def _verdict(report: AnyReport) -> RenderableType:
     style = "bold red" if gate.failed else "bold green"
     # Failed inputs are written out above; here they are counted.
     failed = len(report.errors)
-    unread = [f"{failed} input{'s' * (failed > 1)} could not be read in full"] if failed else []
-    reasons = "".join(f": {clean(r)}" for r in (*unread, *gate.reasons[failed:]))
+    unread = [f"{plural(failed, 'input')} could not be read in full"] if failed else []
+    reasons = "".join(f": {shortened(r)}" for r in (*unread, *gate.reasons[failed:]))
     return Text.assemble(
         ("\nFAILED" if gate.failed else "\nPASSED", style),
         f"  {found} · {analysed}, {size(coverage.bytes)} · exit {gate.exit_code}{reasons}",
     )
-
-
-# -- pieces that sections share -------------------------------------------------------------------
-
-
-def table(*columns: str | tuple[str, str]) -> Table:
-    """A borderless table; a column is a heading or (heading, "left" or "right")."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        heading, justify = (column, "right") if isinstance(column, str) else column
-        wraps = heading in ("tensor", "layer")
-        made.add_column(heading, justify=justify, no_wrap=not wraps, overflow="fold")  # type: ignore[arg-type]
-    return made
-
-
-def clean(text: str, longest: int | None = _LONGEST_NAME) -> str:
-    """A stranger's text made harmless: control and direction characters escaped, length bounded."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if longest is not None and len(escaped) > 4 * longest:
-        escaped = (
-            f"{escaped[:longest]}…({len(escaped) - 2 * longest:,} characters)…{escaped[-longest:]}"
-        )
-    return escaped
-
-
-def number(value: float | int | None) -> str:
-    """Four significant digits, or a dash for what is undefined."""
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def sparkline(counts: Sequence[float], unicode: bool = True) -> str:
-    """A small drawing of some counts, one character each."""
-    if not counts:
-        return ""
-    blocks = " ▁▂▃▄▅▆▇█" if unicode else " .:-=+*#@"
-    top = max(counts) or 1
-    return "".join(blocks[0 if c == 0 else max(1, round(c / top * 8))] for c in counts)
-
-
-def health_text(score: float, status: str) -> Text:
-    """A health score in the colour of its band."""
-    return Text(f"{score:.0f} {status}", style=_STATUS[status])
-
-
-def facts(items: Mapping[str, str]) -> Text:
-    """Names and values on one line."""
-    return Text("  ").join(Text.assemble((f"{k} ", "dim"), v) for k, v in items.items())

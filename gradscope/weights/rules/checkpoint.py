@@ -10,7 +10,7 @@ from itertools import pairwise
 from gradscope.checkpoints.tensors import ProblemKind
 from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, Unknown, rule
-from gradscope.weights.result import Examined
+from gradscope.weights.result import Examined, Need
 
 
 def _problems(examined: Examined, kind: ProblemKind) -> Iterator[Observation]:
@@ -21,7 +21,7 @@ def _problems(examined: Examined, kind: ProblemKind) -> Iterator[Observation]:
             )
 
 
-@rule("C001", "index-mismatch", Severity.HIGH, needs="headers")
+@rule("C001", "index-mismatch", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def index_mismatch(examined: Examined) -> Iterator[Observation]:
     """The index and the shards disagree about which tensor is where.
 
@@ -32,13 +32,13 @@ def index_mismatch(examined: Examined) -> Iterator[Observation]:
     yield from _problems(examined, "index-mismatch")
 
 
-@rule("C002", "missing-shard", Severity.CRITICAL, needs="headers")
+@rule("C002", "missing-shard", Severity.CRITICAL, reads=Examined, needs=Need.HEADERS)
 def missing_shard(examined: Examined) -> Iterator[Observation]:
     """A file that the index or the numbering `-00003-of-00007` promises is not there."""
     yield from _problems(examined, "missing-shard")
 
 
-@rule("C003", "duplicate-tensor-name", Severity.HIGH, needs="headers")
+@rule("C003", "duplicate-tensor-name", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def duplicate_tensor_name(examined: Examined) -> Iterator[Observation]:
     """One tensor name stands twice: parsers differ about which one they load.
 
@@ -48,7 +48,7 @@ def duplicate_tensor_name(examined: Examined) -> Iterator[Observation]:
     yield from _problems(examined, "duplicate-tensor-name")
 
 
-@rule("C004", "empty-tensor", Severity.HIGH, needs="headers")
+@rule("C004", "empty-tensor", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def empty_tensor(examined: Examined) -> Iterator[Observation]:
     """A weight or bias has no elements.
 
@@ -71,7 +71,7 @@ def empty_tensor(examined: Examined) -> Iterator[Observation]:
         )
 
 
-@rule("C005", "truncated-file", Severity.CRITICAL, needs="headers")
+@rule("C005", "truncated-file", Severity.CRITICAL, reads=Examined, needs=Need.HEADERS)
 def truncated_file(examined: Examined) -> Iterator[Observation]:
     """The file ends before the data that its header describes."""
     yield from _problems(examined, "truncated-file")
@@ -82,7 +82,7 @@ _NUMBERED = re.compile(
 )
 
 
-@rule("C006", "missing-layer", Severity.HIGH, needs="headers")
+@rule("C006", "missing-layer", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def missing_layer(
     examined: Examined, *, least_members: int = 4, least_contiguous: float = 0.75
 ) -> Iterator[Observation | Unknown]:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.statistics.dtypes import is_narrow
-from gradscope.weights.result import Examined, TensorResult
+from gradscope.weights.names import common_pattern
+from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import AUXILIARY, Role, split
-from gradscope.weights.rules.select import common_pattern, with_numerics
+from gradscope.weights.rules.tensors import with_numerics
 
 
-@rule("W115", "dtype-headroom", Severity.MEDIUM)
+@rule("W115", "dtype-headroom", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def dtype_headroom(
     examined: Examined,
     *,
@@ -61,7 +62,7 @@ def dtype_headroom(
             )
 
 
-@rule("W116", "redundant-precision", Severity.INFO)
+@rule("W116", "redundant-precision", Severity.INFO, reads=Examined, needs=Need.STATISTICS)
 def redundant_precision(examined: Examined, *, least: int = 256) -> Iterator[Observation]:
     """Float32 tensors whose values all fit a 16-bit type without loss: half the bytes are zeros."""
     for payload in ("BF16", "F16"):
@@ -92,7 +93,7 @@ _SCALES = (
 _NEEDED = {"qweight": ("scales",), "weight_packed": ("weight_scale",)}
 
 
-@rule("W117", "scale-missing", Severity.HIGH)
+@rule("W117", "scale-missing", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def scale_missing(examined: Examined, *, scaled_from: float = 16.0) -> Iterator[Observation]:
     """A quantised weight has no scale, or one that is not positive, not finite or misshapen.
 

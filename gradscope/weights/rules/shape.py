@@ -8,19 +8,14 @@ from collections.abc import Iterator
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
-from gradscope.weights.result import Examined
+from gradscope.text import listed
+from gradscope.weights.names import pattern
+from gradscope.weights.result import Examined, Need
 from gradscope.weights.roles import MATRICES, TABLES, Role
-from gradscope.weights.rules.select import (
-    SHAPED,
-    listed,
-    measured,
-    pattern,
-    with_outliers,
-    with_units,
-)
+from gradscope.weights.rules.tensors import SHAPED, measured, with_outliers, with_units
 
 
-@rule("W107", "heavy-tails", Severity.MEDIUM)
+@rule("W107", "heavy-tails", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def heavy_tails(
     examined: Examined, *, limit: float = 10.0, depthwise: float = 25.0, least: int = 1000
 ) -> Iterator[Observation]:
@@ -45,7 +40,7 @@ def heavy_tails(
         )
 
 
-@rule("W108", "skewed", Severity.LOW)
+@rule("W108", "skewed", Severity.LOW, reads=Examined, needs=Need.STATISTICS)
 def skewed(examined: Examined, *, limit: float = 2.0, least: int = 1000) -> Iterator[Observation]:
     """A matrix leans to one side: |skewness| without the 0.1 % farthest elements above 2.
 
@@ -65,7 +60,7 @@ def skewed(examined: Examined, *, limit: float = 2.0, least: int = 1000) -> Iter
             )
 
 
-@rule("W109", "outliers", Severity.MEDIUM)
+@rule("W109", "outliers", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def outliers(
     examined: Examined,
     *,
@@ -117,7 +112,7 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
             yield Observation(
                 f"{stack}[{kind} {index}]",
                 f"{kind} {index} of {length} holds outliers in {len(names)} tensors: "
-                f"{listed(names[:4], len(names))}",
+                f"{listed(names, len(names), 4)}",
                 "a feature of many trained models; keep this dimension in high precision when "
                 "quantising",
                 {kind: index, "tensors": len(names)},
@@ -126,7 +121,7 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
             )
 
 
-@rule("W110", "high-sparsity", Severity.LOW)
+@rule("W110", "high-sparsity", Severity.LOW, reads=Examined, needs=Need.STATISTICS)
 def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observation]:
     """More than half of a matrix is exactly zero, outside rows that are dead as a whole.
 

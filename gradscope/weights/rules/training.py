@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
-from gradscope.weights.result import Examined, TensorResult
+from gradscope.weights.names import common_pattern
+from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import MATRICES, TABLES, Role, split
-from gradscope.weights.rules.select import common_pattern, measured
+from gradscope.weights.rules.tensors import measured
 
 
-@rule("W111", "negative-variance", Severity.HIGH)
+@rule("W111", "negative-variance", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def negative_variance(examined: Examined) -> Iterator[Observation]:
     """A running variance or a second moment is below zero, which no average of squares can be.
 
@@ -34,7 +35,7 @@ def negative_variance(examined: Examined) -> Iterator[Observation]:
             )
 
 
-@rule("W112", "untrained", Severity.HIGH)
+@rule("W112", "untrained", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def untrained(examined: Examined) -> Iterator[Observation]:
     """Norms or adapters that are exactly as they were initialised.
 
@@ -118,7 +119,7 @@ def _untrained_adapters(examined: Examined) -> Iterator[Observation]:
         )
 
 
-@rule("W113", "duplicate-tensors", Severity.MEDIUM)
+@rule("W113", "duplicate-tensors", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observation]:
     """Matrices of different layers that are equal bit by bit.
 

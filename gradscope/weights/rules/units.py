@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
-from gradscope.weights.result import Examined
+from gradscope.text import listed
+from gradscope.weights.result import Examined, Need
 from gradscope.weights.roles import MATRICES, TABLES
-from gradscope.weights.rules.select import listed, with_units
+from gradscope.weights.rules.tensors import with_units
 
 
-@rule("W105", "dead-units", Severity.HIGH)
+@rule("W105", "dead-units", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def dead_units(
     examined: Examined, *, high: float = 0.30, medium: float = 0.10
 ) -> Iterator[Observation]:
@@ -29,7 +30,7 @@ def dead_units(
         yield Observation(
             tensor.name,
             f"{units.dead_rows:,} of {units.rows:,} rows are dead ({share:.1%}): "
-            f"{listed(units.dead, units.dead_rows)}",
+            f"{listed(units.dead, units.dead_rows, len(units.dead))}",
             "prune them, or if the model is still to be trained: lower the learning rate, check "
             "the initialisation, use an activation that does not saturate at zero",
             {
@@ -43,7 +44,7 @@ def dead_units(
         )
 
 
-@rule("W106", "duplicate-units", Severity.MEDIUM)
+@rule("W106", "duplicate-units", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def duplicate_units(
     examined: Examined, *, medium: float = 0.10, least_numel: int = 8
 ) -> Iterator[Observation]:
@@ -72,7 +73,7 @@ def duplicate_units(
         )
 
 
-@rule("W114", "undertrained-rows", Severity.MEDIUM)
+@rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
     """Rows of an embedding that training hardly touched: nearly zero, or equal to another.
 
@@ -85,10 +86,11 @@ def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[O
             continue
         share = found / units.rows
         rows = sorted({*units.dead, *(second for _, second in units.duplicates)})[:10]
+        named = listed(rows, found, len(rows))
         yield Observation(
             tensor.name,
             f"{found:,} of {units.rows:,} rows look untrained ({share:.1%}; {units.dead_rows:,} "
-            f"nearly zero, {units.duplicate_rows:,} equal to another): {listed(rows, found)}",
+            f"nearly zero, {units.duplicate_rows:,} equal to another): {named}",
             "keep these token ids out of prompts and of the tokenizer's special tokens",
             {
                 "dead_rows": units.dead_rows,

@@ -9,12 +9,13 @@ from itertools import pairwise
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.statistics.records import Statistics
-from gradscope.weights.result import Examined, OutlierResult, TensorResult
+from gradscope.text import listed
+from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
 from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role
-from gradscope.weights.rules.select import listed, measured, with_outliers
+from gradscope.weights.rules.tensors import measured, with_outliers
 
 
-@rule("W101", "non-finite", Severity.CRITICAL)
+@rule("W101", "non-finite", Severity.CRITICAL, reads=Examined, needs=Need.STATISTICS)
 def non_finite(examined: Examined) -> Iterator[Observation]:
     """NaN or Inf among the elements of a tensor.
 
@@ -44,7 +45,7 @@ def non_finite(examined: Examined) -> Iterator[Observation]:
         )
 
 
-@rule("W102", "extreme-value", Severity.HIGH)
+@rule("W102", "extreme-value", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def extreme_value(
     examined: Examined,
     *,
@@ -120,7 +121,7 @@ def _gap(outliers: OutlierResult, least_score: float) -> tuple[int, float]:
     return place, widest
 
 
-@rule("W103", "all-zero", Severity.HIGH)
+@rule("W103", "all-zero", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def all_zero(examined: Examined) -> Iterator[Observation]:
     """Every element of a tensor is zero.
 
@@ -144,7 +145,7 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
         )
 
 
-@rule("W104", "constant-tensor", Severity.MEDIUM)
+@rule("W104", "constant-tensor", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observation]:
     """All elements of a matrix have one value other than zero: its rows cannot differ.
 

@@ -1,0 +1,130 @@
+"""The files of an explanation: heatmap, overlay, raw values, and a sheet of several."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gradscope.attribution.drawing.colour import Pixels, default
+from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay
+from gradscope.attribution.drawing.sheet import Panel, sheet
+from gradscope.attribution.maps import Map
+from gradscope.attribution.result import Diagnostics, Files
+from gradscope.attribution.writing import save_png
+from gradscope.errors import UsageError
+from gradscope.files import write_whole
+from gradscope.models.geometry import Geometry
+from gradscope.models.images import Picture
+from gradscope.text import quoted
+from gradscope.version import __version__
+
+_MOST_PIXELS = 1 << 24
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Folder:
+    """The output folder; pictures with the same name in several folders are numbered."""
+
+    path: Path
+    colormap: str | None = None
+    #: The stem of each picture's file names, by path.
+    stems: dict[str, str] = field(default_factory=dict)
+
+    def spare(self, pictures: Sequence[str]) -> None:
+        """Refuse to write over a picture that is to be explained. Raises UsageError."""
+        own = [re.escape(Path(path).stem) for path in pictures]
+        ours = re.compile(rf"(?:{'|'.join(own)})(-\d+)?\..+\.(heatmap|overlay|sheet)\.png")
+        for path in pictures:
+            if (
+                ours.fullmatch(Path(path).name)
+                and Path(path).resolve().parent == self.path.resolve()
+            ):
+                raise UsageError(
+                    f"--output {self.path}: it holds {quoted(path)}, an input that a picture of "
+                    "this run could overwrite; choose another folder"
+                )
+
+    def write(
+        self, picture: Picture, geometry: Geometry, maps: Sequence[tuple[Map, Diagnostics]]
+    ) -> list[Files]:
+        """Write the files of one target's maps, and a sheet where there are several."""
+        written = [self._written(picture, geometry, one, known) for one, known in maps]
+        if len(maps) > 1:
+            original = Panel("original", f"{picture.width} x {picture.height}", picture.rgb())
+            target = maps[0][0].target
+            caption = f"{Path(picture.path).name}: {target.index} {target.label or ''}".rstrip()
+            panels = [original, *(panel for _, panel in written)]
+            page = sheet(panels, f"{caption}, probability {target.probability:.2g}")
+            name = f"{self._stem(picture)}.{_class(maps[0][0])}.sheet.png"
+            save_png(self.path / name, page, {"Title": caption})
+        return [files for files, _ in written]
+
+    def _written(
+        self, picture: Picture, geometry: Geometry, one: Map, known: Diagnostics
+    ) -> tuple[Files, Panel]:
+        values = one.values.detach().float().cpu().numpy()
+        below = _reduced(picture.rgb())
+        in_picture = geometry.of_size(*below.shape[:2]).to_picture(values)
+        sign, table = one.method.sign, self.colormap or default(one.method.sign)
+        # A contour around single pixels would be dust, and they are hard to see among colours.
+        pixels = one.method.family == "gradient"
+        contour, opacity = (None, 1.0) if pixels else (0.5, 0.65)
+        drawn = overlay(
+            below, in_picture, sign, table, opacity=opacity, contour=contour, faded=pixels
+        )
+        name = f"{self._stem(picture)}.{one.method.name.replace('++', 'pp')}.{_class(one)}"
+        heat, over, array = (
+            self.path / f"{name}.{end}" for end in ("heatmap.png", "overlay.png", "npz")
+        )
+        save_png(heat, heatmap(in_picture, sign, table), _about(picture, one))
+        save_png(over, drawn, _about(picture, one))
+        arrays = {"map": values}
+        if one.found.values.dim() == 4:
+            arrays["attribution"] = one.found.values[0].detach().float().cpu().numpy()
+        write_whole(array, lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
+        panel = Panel(one.method.name, _numbers(known), drawn, (table, *bounds(values, sign)))
+        return Files(heatmap=str(heat), overlay=str(over), array=str(array)), panel
+
+    def _stem(self, picture: Picture) -> str:
+        if picture.path not in self.stems:
+            base = stem = Path(picture.path).stem
+            number = 2
+            while stem in self.stems.values():
+                stem, number = f"{base}-{number}", number + 1
+            self.stems[picture.path] = stem
+        return self.stems[picture.path]
+
+
+def _reduced(pixels: Pixels) -> Pixels:
+    """A picture small enough to draw on: a hundred megapixels would take gigabytes."""
+    height, width = pixels.shape[:2]
+    factor = (_MOST_PIXELS / (height * width)) ** 0.5
+    if factor >= 1:
+        return pixels
+    size = (max(1, int(width * factor)), max(1, int(height * factor)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+
+
+def _class(one: Map) -> str:
+    against = one.target.versus
+    return f"{one.target.index}" if against is None else f"{one.target.index}-vs-{against}"
+
+
+def _about(picture: Picture, one: Map) -> dict[str, str]:
+    title = f"{one.method.name}: {one.target.index} {one.target.label or ''}".rstrip()
+    facts = {"image": picture.path, "image_sha256": picture.sha256, "layer": one.found.layer}
+    return {"Title": title, "Software": f"gradscope {__version__}", "Comment": json.dumps(facts)}
+
+
+def _numbers(known: Diagnostics) -> str:
+    if known.insertion_auc is not None:
+        return f"insertion {known.insertion_auc:.2f}, deletion {known.deletion_auc:.2f}"
+    if known.relative_delta is not None:
+        return f"completeness within {known.relative_delta:.1%}"
+    return ""

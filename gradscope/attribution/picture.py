@@ -1,0 +1,170 @@
+"""One picture explained: read, put to the model, its maps made, evaluated, drawn and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gradscope.attribution import evaluation
+from gradscope.attribution.attribute import Attribution, attributed
+from gradscope.attribution.collected import Collected
+from gradscope.attribution.maps import Map
+from gradscope.attribution.methods import Method
+from gradscope.attribution.request import Request
+from gradscope.attribution.result import (
+    Diagnostics,
+    Explanation,
+    Files,
+    ImageFacts,
+    Prediction,
+    Target,
+)
+from gradscope.attribution.subject import Subject, Tick
+from gradscope.attribution.targets import targets
+from gradscope.errors import UsageError
+from gradscope.models.images import Picture, open_image
+from gradscope.models.labels import Labels
+from gradscope.models.preprocessing import Prepared
+from gradscope.report.model import Input
+
+#: Classes that the report lists for each picture.
+_PREDICTIONS = 5
+#: Parts of a tick that one map is.
+_FINE = 1000
+#: Share of the work for a map that making it is, where it is evaluated too.
+_MADE = 0.1
+
+
+@dataclass(eq=False, slots=True)
+class Progress:
+    """How much of all maps is done; each is made, then evaluated where that is asked for."""
+
+    tell: Tick | None
+    work: int
+    shares: dict[int, float] = field(default_factory=dict)
+
+    def part(self, number: int, start: float, end: float) -> Tick:
+        """A tick for one part of a map's work, from one share of it to another."""
+
+        def tick(done: int, total: int) -> None:
+            self.shares[number] = start + (end - start) * done / max(total, 1)
+            if self.tell is not None:
+                self.tell(round(sum(self.shares.values()) * _FINE), self.work * _FINE)
+
+        return tick
+
+
+def explain_picture(collected: Collected, request: Request, path: str, shown: Progress) -> None:
+    """Collect the maps of one picture. The model is held. Raises InputError and UsageError."""
+    picture = open_image(path)
+    prepared = request.vision.preprocessing(picture)
+    subject = _subject(request, prepared)
+    collected.classes = subject.answered.logits.shape[1]
+    collected.ends_in_softmax |= subject.answered.head == "probabilities"
+    labels = request.vision.labels(collected.classes)
+    made = _MADE if request.evaluated else 1.0
+    for target in targets(subject, request.target, request.versus, labels):
+        first = len(collected.explanations)
+        maps = [
+            _map(subject, target, method, options, shown.part(first + i, 0, made))
+            for i, (method, options) in enumerate(request.methods)
+        ]
+        known = [m.diagnostics() for m in maps]
+        if request.evaluated:
+            alike = evaluation.agreement({m.method.name: m.values for m in maps})
+            known = [
+                m.evaluated(alike[m.method.name], shown.part(first + i, made, 1))
+                for i, m in enumerate(maps)
+            ]
+        collected.explanations += _explanations(request, picture, prepared, maps, known)
+    collected.images.append(_image_facts(picture, subject, labels))
+    collected.inputs.append(Input(path=path, format=picture.format, bytes=picture.bytes))
+    notes = () if subject.chunks is None else subject.chunks.notes
+    collected.notes.update(dict.fromkeys(notes))
+
+
+def _map(
+    subject: Subject, target: Target, method: Method, options: Mapping[str, Any], tick: Tick
+) -> Map:
+    device = subject.inputs.device
+    against = None if target.versus is None else torch.tensor([target.versus], device=device)
+    aimed = subject.about(torch.tensor([target.index], device=device), against)
+    aimed.tick = tick
+    found = _attributed(aimed, method, options)
+    tick(1, 1)
+    return Map(method, options, aimed, found, target)
+
+
+def _explanations(
+    request: Request,
+    picture: Picture,
+    prepared: Prepared,
+    maps: Sequence[Map],
+    diagnoses: Sequence[Diagnostics],
+) -> Iterator[Explanation]:
+    """The maps of one target, drawn and written."""
+    files = [Files() for _ in maps]
+    if request.folder is not None:
+        pairs = list(zip(maps, diagnoses, strict=True))
+        files = request.folder.write(picture, prepared.geometry, pairs)
+    for one, written, known in zip(maps, files, diagnoses, strict=True):
+        yield one.explanation(picture, written, known)
+
+
+def _subject(request: Request, prepared: Prepared) -> Subject:
+    vision = request.vision
+    inputs = vision.like_parameters(prepared.inputs[None])
+    mean, std = (torch.tensor(v) for v in (vision.preprocessing.mean, vision.preprocessing.std))
+    nothing = torch.zeros(1, dtype=torch.long, device=inputs.device)
+    subject = Subject(
+        vision.model, inputs, nothing, layer=request.layer, seed=request.seed, mean=mean, std=std
+    )
+    if request.chunk is not None:
+        subject.limit(request.chunk)
+    _first_pass(subject, any(m.reads_layer for m, _ in request.methods))
+    return subject
+
+
+def _first_pass(subject: Subject, reads_layer: bool) -> None:
+    """One pass; the model's own error about inputs of this size goes to the user."""
+    try:
+        _ = subject.tapped if reads_layer else subject.answered
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UsageError(
+            f"the model refuses inputs {list(subject.inputs.shape)}: {said}; --preprocess sets how "
+            "images become inputs (size=…, image_mean=…)"
+        ) from error
+
+
+def _attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
+    try:
+        return attributed(subject, method, options)
+    except UsageError as error:
+        raise UsageError(f"{method.name}: {error}") from error
+
+
+def _image_facts(picture: Picture, subject: Subject, labels: Labels | None) -> ImageFacts:
+    logits, probabilities = subject.answer
+    best = logits.topk(min(_PREDICTIONS, len(logits))).indices.tolist()
+    return ImageFacts(
+        path=picture.path,
+        sha256=picture.sha256,
+        width=picture.width,
+        height=picture.height,
+        mode=picture.mode,
+        predictions=tuple(
+            Prediction(
+                index=index,
+                label=(labels or {}).get(index),
+                score=float(logits[index]),
+                probability=float(probabilities[index]),
+            )
+            for index in best
+        ),
+    )

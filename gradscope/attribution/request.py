@@ -1,0 +1,85 @@
+"""What is asked of a run of ``explain``: the same for every picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradscope.attribution.folder import Folder
+from gradscope.attribution.methods import Method, completed, method_named
+from gradscope.attribution.references import NAMES
+from gradscope.errors import UsageError
+from gradscope.models.images import open_image
+from gradscope.models.labels import RANKED
+from gradscope.models.preprocessing import Preprocessing
+from gradscope.models.vision import Vision
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Request:
+    """All that is the same for every picture."""
+
+    vision: Vision
+    methods: tuple[tuple[Method, dict[str, Any]], ...]
+    target: int | str
+    versus: int | str | None
+    layer: str | None
+    seed: int
+    chunk: int | None
+    evaluated: bool
+    folder: Folder | None
+
+    @property
+    def maps(self) -> int:
+        """Maps of each picture, for progress: topK means K targets."""
+        ranked = RANKED.fullmatch(str(self.target).strip())
+        # A rank beyond any number of classes is refused when classes are known.
+        return len(self.methods) * (int(ranked[1]) if ranked and len(ranked[1]) < 7 else 1)
+
+
+def request(
+    vision: Vision,
+    asked: tuple[tuple[Method, dict[str, Any]], ...],
+    target: int | str,
+    versus: int | str | None,
+    layer: str,
+    seed: int,
+    chunk: int | None,
+    evaluated: bool,
+    folder: Folder | None,
+) -> Request:
+    """The request with its layer checked and reference pictures read. Raises UsageError."""
+    named = None if layer == "auto" else layer
+    vision.model.check_layers([] if named is None else [named])
+    methods = tuple((m, _with_reference_image(o, vision.preprocessing)) for m, o in asked)
+    return Request(vision, methods, target, versus, named, seed, chunk, evaluated, folder)
+
+
+def asked(
+    method: str | Sequence[str], options: Mapping[str, Any]
+) -> tuple[tuple[Method, dict[str, Any]], ...]:
+    """Methods with their options. Raises UsageError for an option that none of them has."""
+    wanted = [method] if isinstance(method, str) else list(method)
+    found = [method_named(name) for name in dict.fromkeys(wanted)]
+    if not found:
+        raise UsageError("name a method; `gradscope methods` lists them")
+    for option in options:
+        if not any(option in m.options for m in found):
+            completed(found[0], options)
+    return tuple(
+        (m, completed(m, {k: v for k, v in options.items() if k in m.options})) for m in found
+    )
+
+
+def _with_reference_image(options: dict[str, Any], steps: Preprocessing) -> dict[str, Any]:
+    """The options with a reference picture read as an input."""
+    wanted = options.get("reference")
+    if not isinstance(wanted, str) or wanted in NAMES:
+        return options
+    if not Path(wanted).is_file():
+        raise UsageError(
+            f"--reference {wanted}: neither one of {', '.join(NAMES)} nor a picture file"
+        )
+    return options | {"reference": steps(open_image(wanted)).inputs}

@@ -1,0 +1,227 @@
+"""What commands have in common: their signature, their beginning, and how they end.
+
+``command`` turns a body into what typer takes. ``analysis`` does so for a body that returns a
+report: the request is checked before anything heavy is imported, the report is published after.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Protocol
+
+import typer
+
+from gradscope.cli.options import Gate, Output, split_commas
+from gradscope.cli.terminal import emit, leave, say, screen
+from gradscope.errors import GradscopeError, OutputError, UsageError
+from gradscope.files import write_whole
+from gradscope.formats import suffixes
+from gradscope.report.formats import Display, renderer
+
+ISSUES = "https://github.com/gradscope/gradscope/issues"
+#: Which exit code counts when several apply.
+PRECEDENCE = (70, 2, 3, 4, 1, 0)
+
+
+class Reported(Protocol):
+    """A report, described without importing pydantic."""
+
+    @property
+    def gate(self) -> Any:
+        """Holds the exit code."""
+        ...
+
+    @property
+    def errors(self) -> Any:
+        """What could not be read."""
+        ...
+
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")]
+
+
+def command(body: Callable[..., int]) -> Callable[..., None]:
+    """A body with every option in its signature, whose end is an exit code; a bug is 70, never 1.
+
+    A parameter whose type is a dataclass becomes the dataclass's fields; ``--debug`` is added.
+    """
+    own = inspect.signature(body, eval_str=True).parameters.values()
+    records: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
+
+    def run(**given: Any) -> None:
+        debug = given.pop("debug")
+        for name, record in records.items():
+            given[name] = record(**{f.name: given.pop(f.name) for f in fields(record)})
+        leave(_guarded(partial(body, **given), debug))
+
+    flat = [*_flat(own), _keyword("debug", _Debug, False)]
+    flat.sort(key=lambda p: p.default is not p.empty)
+    functools.update_wrapper(run, body)
+    run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in flat}
+    return run
+
+
+def _flat(parameters: Iterable[inspect.Parameter]) -> Iterator[inspect.Parameter]:
+    for p in parameters:
+        if isinstance(p.annotation, type) and is_dataclass(p.annotation):
+            yield from _flat(inspect.signature(p.annotation, eval_str=True).parameters.values())
+        else:
+            yield _keyword(p.name, p.annotation, p.default)
+
+
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+    )
+
+
+def _guarded(body: Callable[[], int], debug: bool) -> int:
+    try:
+        return body()
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    except GradscopeError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except MemoryError:
+        say("error: out of memory; use fewer --jobs")
+        return 70
+    except Exception as error:
+        return _bug(error, debug)
+
+
+def _bug(error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    first = str(error).split("\n", 1)[0]
+    say(
+        f"internal error: {type(error).__name__}: {first}. This is a bug in gradscope; please "
+        f"report it at {ISSUES}" + ("" if debug else " with the output of --debug")
+    )
+    return 70
+
+
+def analysis(body: Callable[..., Reported]) -> Callable[..., None]:
+    """A command whose body takes ``output: Output`` (and ``gate: Gate``) and returns a report."""
+
+    @functools.wraps(body)
+    def run(**given: Any) -> int:
+        output: Output = given["output"]
+        reports = _checked(output, given.get("gate"), _texts(given))
+        report = body(**given)
+        return min(_published(report, output, reports), key=PRECEDENCE.index)
+
+    return command(run)
+
+
+# --- before the work ------------------------------------------------------------------------------
+
+#: Files that hold what gradscope reads; no report is written over one.
+_DATA = (
+    *suffixes("tensors", "program"),
+    ".jit",
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+)
+
+
+def _checked(output: Output, gate: Gate | None, inputs: Iterable[str]) -> list[tuple[str, Path]]:
+    """Refuse a wrong request before anything heavy is imported. Raises UsageError."""
+    from gradscope.report.rules import load_rules, select
+
+    renderer(output.format_)
+    if gate is not None:
+        select(load_rules().values(), split_commas(gate.select), split_commas(gate.ignore))
+    reports = [_report_path(value) for value in output.report or ()]
+    _spare(reports, [path for path in map(Path, inputs) if path.exists()])
+    return reports
+
+
+def _report_path(value: str) -> tuple[str, Path]:
+    """``FORMAT=PATH`` as a format and a path that can be written."""
+    name, equals, path = value.partition("=")
+    if not equals or not path:
+        raise UsageError(f"--report takes FORMAT=PATH, e.g. json=report.json, not {value!r}")
+    renderer(name)
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"--report {value}: folder not found: {Path(path).parent}")
+    if Path(path).is_dir():
+        raise UsageError(f"--report {value}: {path} is a folder; name a file")
+    return name, Path(path)
+
+
+def _spare(reports: Iterable[tuple[str, Path]], inputs: list[Path]) -> None:
+    """Refuse to write a report over an input, over a file beside one, or over another report."""
+    written: set[Path] = set()
+    for name, path in reports:
+        if path.resolve() in written:
+            raise UsageError(f"--report {name}={path}: two reports cannot have the same path")
+        written.add(path.resolve())
+        if path.is_file() and (why := _kept(path, inputs)):
+            raise UsageError(f"--report {name}={path} would overwrite {why}; choose another path")
+
+
+def _kept(path: Path, inputs: list[Path]) -> str | None:
+    """What an existing file is, if a report must not take its place."""
+    if any(path.samefile(given) for given in inputs):
+        return "an input"
+    if path.suffix.lower() in _DATA:
+        return f"an existing {path.suffix} file"
+    folders = (p.resolve() if p.is_dir() else p.resolve().parent for p in inputs)
+    beside = path.suffix == ".json" and any(path.resolve().is_relative_to(f) for f in folders)
+    return "a file of the input that is not a report" if beside and not _is_report(path) else None
+
+
+def _is_report(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(4096)
+    return not start.strip() or (b'"schema_version"' in start and b'"tool"' in start)
+
+
+def _texts(given: Mapping[str, Any]) -> Iterator[str]:
+    """Every text that was given and may name an input."""
+    for value in given.values():
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            yield from (item for item in value if isinstance(item, str))
+        elif is_dataclass(value) and not isinstance(value, Output | Gate):
+            yield from _texts(vars(value))
+
+
+# --- after the work -------------------------------------------------------------------------------
+
+
+def _published(
+    report: Reported, output: Output, reports: Iterable[tuple[str, Path]]
+) -> Iterator[int]:
+    """Print the report, write the others, say what could not be read; the codes of each."""
+    yield report.gate.exit_code
+    try:
+        emit(renderer(output.format_)(report, screen(output.color, output.detail)))
+    except OutputError as error:
+        say(f"error: {error}")
+        yield error.exit_code
+    for name, path in reports:
+        text: str = renderer(name)(report, Display(detail=2))
+        try:
+            write_whole(path, partial(_write, text))
+        except OutputError as error:
+            say(f"error: {error}")
+            yield error.exit_code
+        else:
+            if output.detail:
+                say(f"wrote {path}")
+    for failure in report.errors:
+        say(f"error: {failure.input}: {failure.message}")
+
+
+def _write(text: str, file: BinaryIO) -> None:
+    file.write(text.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,98 @@
+"""Attention weights of a forward pass, also where attention is fused.
+
+Fused kernels never materialise the weights, so scaled dot products use the plain formula while
+they are recorded; outputs differ by rounding only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradscope.errors import UsageError
+from gradscope.models.model import Model
+from gradscope.models.probe import logits_of
+from gradscope.text import listed
+
+_SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+#: How far a row's sum may be from one; dropout, masks and sigmoid attention are farther off.
+_ROW_ERROR = 1e-3
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Attentions:
+    """One image's attention weights in the order of the blocks, and its logits [1, K]."""
+
+    recorded: tuple[Tensor, ...]
+    logits: Tensor
+    batch: int
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Weights [heads, T, T] of every block; rows are queries."""
+        return tuple(self._one(tensor.detach()) for tensor in self.recorded)
+
+    def gradients(self, objective: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of a scalar by the weights [heads, T, T]; zero where it has none."""
+        found = torch.autograd.grad(
+            objective, self.recorded, allow_unused=True, materialize_grads=True
+        )
+        return tuple(self._one(gradient) for gradient in found)
+
+    def _one(self, recorded: Tensor) -> Tensor:
+        return recorded.reshape(self.batch, -1, *recorded.shape[-2:])[0]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function in _SOFTMAX and output.dim() in (3, 4) and output.shape[-1] > 1:
+            self.found.append(output)
+        return output
+
+
+def attentions(model: Model, image: Tensor) -> Attentions:
+    """The self-attention weights over all tokens for an image [1, C, H, W]; the model is held.
+
+    Raises UsageError for a model without self-attention, with windowed attention or a changing
+    number of tokens, and where rows do not sum to one.
+    """
+    batch = model.batch or 1
+    # A leaf that requires a gradient keeps nn.MultiheadAttention off its fused fast path.
+    leaf = image.expand(batch, *image.shape[1:]).detach().clone().requires_grad_()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Recorder() as recorder:
+        answer = model.forward(leaf, {})
+    square = tuple(w for w in recorder.found if w.shape[-1] == w.shape[-2] and w.requires_grad)
+    _check(square, recorder.found, batch)
+    return Attentions(square, logits_of(answer)[0][:1], batch)
+
+
+def _check(square: tuple[Tensor, ...], found: list[Tensor], batch: int) -> None:
+    advice = "use a CAM method, integrated-gradients or rise"
+    if not square:
+        seen = f" (its softmax over {list(found[0].shape)} is not one)" if found else ""
+        raise UsageError(f"no self-attention found in the model{seen}; {advice}")
+    shapes = {tuple(w.shape) for w in square}
+    if len(shapes) > 1 or any(w.dim() == 4 and len(w) != batch for w in square):
+        raise UsageError(
+            "attention does not cover all tokens in every block (it is windowed, or the number of "
+            f"tokens changes: {listed(map(list, sorted(shapes)), len(shapes), 4)}), so blocks "
+            f"cannot be multiplied; {advice}"
+        )
+    error = max(float((w.detach().sum(-1) - 1).abs().max()) for w in square)
+    if not error <= _ROW_ERROR:
+        raise UsageError(
+            f"rows of the attention weights miss one by up to {error:.2g} (a mask, dropout or "
+            f"another normalisation); {advice}"
+        )

@@ -1,0 +1,313 @@
+"""What a finished tally says of its tensor, and several tensors' elements pooled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.checkpoints.tiles import PIECE, read_range
+from gradscope.statistics import codings
+from gradscope.statistics.distribution import Distribution
+from gradscope.statistics.kernels import BLOCK
+from gradscope.statistics.moments import Moments
+from gradscope.statistics.records import (
+    Element,
+    Numerics,
+    Outliers,
+    Statistics,
+    TensorProfile,
+    Units,
+)
+from gradscope.statistics.tally import Tally
+
+#: Farthest elements listed per tensor, and non-finite ones.
+LISTED = 10
+#: A row is dead when its L2 norm is below this share of the tensor's median row norm.
+DEAD_ROW = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor's profile with the little that pooling needs of its distribution."""
+
+    profile: TensorProfile
+    moments: Moments
+    buckets: npt.NDArray[np.uint32]
+    counts: npt.NDArray[np.int64]
+
+
+def finish(whole: Tally) -> Finished:
+    """Reduce a complete tally to the tensor's profile."""
+    ref = whole.ref
+    moments = whole.moments()
+    distribution = _distribution(whole)
+    statistics = _statistics(whole, moments, distribution)
+    buckets, counts = _coarse(distribution)
+    if not (codings.is_float(ref.dtype) or ref.dtype in codings.COMPLEX) or distribution is None:
+        return Finished(TensorProfile(ref, statistics), moments, buckets, counts)
+    described = distribution.n > 0
+    result = TensorProfile(
+        ref,
+        statistics,
+        units=_units(whole),
+        outliers=_outliers(whole, distribution) if described else None,
+        numerics=_numerics(whole, statistics),
+        nonfinite=_nonfinite(whole),
+        sparkline=tuple(distribution.sparkline()) if described else (),
+        content_hash=whole.content_hash(),
+    )
+    return Finished(result, moments, buckets, counts)
+
+
+def _distribution(whole: Tally) -> Distribution | None:
+    """The tally's distribution; of few values close together (norm gains) from a second read.
+
+    Buckets are 2^-8 wide beside the value, so a spread below sixteen of them would be lost.
+    """
+    found = whole.distribution()
+    if found is None or whole.kind in codings.CODED or whole.ref.numel > PIECE:
+        return found
+    low, high = whole.extremes()
+    if low == high or found.mad >= abs(found.median) / 16:
+        return found
+    values = _decoded(whole.ref, read_range(whole.ref, 0, whole.ref.numel))
+    return Distribution(*np.unique(values[np.isfinite(values)], return_counts=True))
+
+
+def _statistics(whole: Tally, moments: Moments, distribution: Distribution | None) -> Statistics:
+    zero, nan, posinf, neginf = whole.counts()
+    low, high = whole.extremes()
+    basic = Statistics(
+        count=whole.ref.numel,
+        nan_count=nan,
+        posinf_count=posinf,
+        neginf_count=neginf,
+        zero_count=zero,
+        zero_fraction=zero / whole.ref.numel,
+        subnormal_count=whole.subnormals(),
+        min=low,
+        max=high,
+        abs_max=None if low is None or high is None else max(abs(low), abs(high)),
+        mean=moments.mean if moments.n and math.isfinite(moments.mean) else None,
+        std=moments.std,
+        rms=moments.rms,
+        l2_norm=moments.l2_norm,
+        entropy_bits=whole.code_entropy(),
+    )
+    if whole.ref.dtype in codings.INTEGERS:
+        return basic
+    return _described(basic, distribution, moments)
+
+
+def _described(
+    basic: Statistics, distribution: Distribution | None, moments: Moments
+) -> Statistics:
+    """``basic`` with what the shape of the distribution gives."""
+    if distribution is None or distribution.n == 0:
+        return basic
+    trimmed = distribution.trimmed()
+    shape = moments if moments.in_range else distribution.scaled()
+    return replace(
+        basic,
+        skewness=shape.skewness,
+        kurtosis=shape.kurtosis,
+        trimmed_kurtosis=trimmed.kurtosis,
+        trimmed_skewness=trimmed.skewness,
+        median=distribution.median,
+        mad=distribution.mad,
+        negentropy_bits=distribution.negentropy_bits(moments),
+        quantiles=distribution.quantiles(),
+    )
+
+
+def _numerics(whole: Tally, statistics: Statistics) -> Numerics:
+    greatest = codings.greatest_finite(whole.kind)
+    peak = statistics.abs_max
+    headroom = math.log2(greatest) - math.log2(peak) if peak else None
+    if whole.kind not in codings.CODED or whole.table is None:
+        return Numerics(headroom, None, whole.payload(), None)
+    at_limit = whole.table[np.abs(codings.code_values(whole.kind)) == greatest].sum()
+    return Numerics(
+        headroom, int(at_limit) / statistics.count, None, int(np.count_nonzero(whole.table))
+    )
+
+
+def _units(whole: Tally) -> Units | None:
+    norms = whole.row_norms()
+    if norms is None:
+        return None
+    median = float(np.median(norms))
+    dead = np.flatnonzero((norms < DEAD_ROW * median) | (norms == 0))
+    duplicates = (
+        _duplicate_rows(whole.row_hashes(), norms) if whole.ref.dtype not in codings.COMPLEX else []
+    )
+    return Units(
+        rows=len(norms),
+        dead_rows=len(dead),
+        dead=tuple(map(int, dead[:LISTED])),
+        duplicate_rows=len(duplicates),
+        duplicates=tuple(duplicates[:LISTED]),
+        norm_min=float(norms.min()),
+        norm_median=median,
+        norm_max=float(norms.max()),
+    )
+
+
+def _duplicate_rows(
+    hashes: npt.NDArray[np.uint64], norms: npt.NDArray[np.float64]
+) -> list[tuple[int, int]]:
+    """(earlier row, row that repeats it bit by bit), rows of zeros aside."""
+    candidates = np.flatnonzero(norms > 0)
+    order = candidates[np.argsort(hashes[candidates], kind="stable")]
+    same = hashes[order[1:]] == hashes[order[:-1]]
+    if not same.any():
+        return []
+    runs = np.concatenate([[0], np.cumsum(~same)])
+    first = order[np.searchsorted(runs, runs)]
+    pairs = zip(first[1:][same], order[1:][same], strict=True)
+    return sorted(((int(a), int(b)) for a, b in pairs), key=lambda pair: pair[1])
+
+
+def _outliers(whole: Tally, distribution: Distribution) -> Outliers:
+    scale = distribution.robust_scale
+    with np.errstate(over="ignore"):  # distances between the ends of float64
+        top = _farthest(whole, distribution.median, scale) if scale > 0 else ()
+        counts = distribution.counts_above()
+    farthest = abs(top[0].value - distribution.median) if top else 0.0
+    return Outliers(counts, distribution.peak_ratio(farthest), scale, top)
+
+
+def _farthest(whole: Tally, median: float, scale: float) -> tuple[Element, ...]:
+    """The elements farthest from the median, found by reading again the few blocks they are in.
+
+    Each of the k farthest lies in one of the k blocks whose extremes are farthest, ties going to
+    the earlier block as they go to the earlier element.
+    """
+    low, high = whole.block_extremes()
+    reach = np.where(low <= high, np.maximum(np.abs(low - median), np.abs(high - median)), -1.0)
+    limit = np.partition(reach, -LISTED)[-LISTED] if len(reach) > LISTED else -1.0
+    blocks = np.flatnonzero(reach > limit)
+    ties = np.flatnonzero(reach == limit)[: LISTED - len(blocks)]
+    flat, values = _read_blocks(whole.ref, np.sort(np.concatenate([blocks, ties])))
+    finite = np.isfinite(values)
+    distance = np.where(finite, np.abs(np.where(finite, values, median) - median), -1.0)
+    if limit < 0 and len(distance) > LISTED:
+        limit = np.partition(distance, -LISTED)[-LISTED]
+    # Each of the blocks has an element at its reach, so none of the farthest is nearer than limit.
+    candidates = np.flatnonzero(finite & (distance >= limit))
+    order = candidates[np.argsort(-distance[candidates], kind="stable")[:LISTED]]
+    return tuple(
+        Element(
+            _index(whole.ref, flat[i]), float(values[i]), float(abs(values[i] - median) / scale)
+        )
+        for i in order
+    )
+
+
+def _nonfinite(whole: Tally) -> tuple[Element, ...]:
+    """The first elements that are NaN or infinite."""
+    found: list[Element] = []
+    for block in whole.dirty_blocks():
+        flat, values = _read_blocks(whole.ref, np.array([block]))
+        bad = np.flatnonzero(~np.isfinite(values))[: LISTED - len(found)]
+        found += [Element(_index(whole.ref, flat[i]), float(values[i])) for i in bad]
+        if len(found) == LISTED:
+            break
+    return tuple(found)
+
+
+def _read_blocks(ref: TensorRef, blocks: npt.NDArray[Any]) -> tuple[Any, Any]:
+    """Flat indices and float64 values of some blocks, in order."""
+    starts = [int(b) * BLOCK for b in blocks]
+    flat = [np.arange(s, min(s + BLOCK, ref.numel)) for s in starts]
+    values = [_decoded(ref, read_range(ref, s, min(s + BLOCK, ref.numel))) for s in starts]
+    return np.concatenate(flat), np.concatenate(values)
+
+
+def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    if ref.dtype in codings.COMPLEX:
+        stored = codings.magnitude(stored)
+    if ref.dtype in codings.CODED:
+        return np.asarray(codings.code_values(ref.dtype)[stored])
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return np.asarray(stored, np.float64)
+
+
+def _index(ref: TensorRef, flat: int) -> tuple[int, ...]:
+    return tuple(map(int, np.unravel_index(int(flat), ref.shape))) if ref.shape else ()
+
+
+def _coarse(
+    distribution: Distribution | None,
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """A distribution on the buckets that all dtypes share: the top 17 bits of float32."""
+    if distribution is None:
+        return np.empty(0, np.uint32), np.empty(0, np.int64)
+    with np.errstate(over="ignore"):
+        narrow = distribution.values.astype(np.float32)
+    limit = np.finfo(np.float32).max
+    return np.clip(narrow, -limit, limit).view(np.uint32) >> np.uint32(15), distribution.counts
+
+
+class Pool:
+    """Several tensors' elements as one: exact counts and moments, quantiles within 0.4 %."""
+
+    def __init__(self) -> None:
+        self.tensors = 0
+        self._statistics: list[Statistics] = []
+        self._moments: list[Moments] = []
+        self._table = np.zeros(1 << 17, np.int64)
+
+    def add(self, part: Finished) -> None:
+        """Take in one tensor."""
+        self.tensors += 1
+        self._statistics.append(part.profile.statistics)
+        self._moments.append(part.moments)
+        np.add.at(self._table, part.buckets, part.counts)
+
+    def merge(self, other: Pool) -> Pool:
+        """Both pools' elements, as a new pool."""
+        both = Pool()
+        both.tensors = self.tensors + other.tensors
+        both._statistics = self._statistics + other._statistics
+        both._moments = self._moments + other._moments
+        both._table = self._table + other._table
+        return both
+
+    def statistics(self) -> Statistics:
+        """The statistics of all elements together."""
+        moments = Moments.merged(np.array([m.row for m in self._moments]).reshape(-1, 5))
+        total = {name: sum(getattr(s, name) for s in self._statistics) for name in _COUNTERS}
+        lows = [s.min for s in self._statistics if s.min is not None]
+        highs = [s.max for s in self._statistics if s.max is not None]
+        basic = Statistics(
+            **total,
+            zero_fraction=total["zero_count"] / total["count"] if total["count"] else None,
+            min=min(lows, default=None),
+            max=max(highs, default=None),
+            abs_max=max((abs(v) for v in lows + highs), default=None),
+            mean=moments.mean if moments.n and math.isfinite(moments.mean) else None,
+            std=moments.std,
+            rms=moments.rms,
+            l2_norm=moments.l2_norm,
+        )
+        return _described(basic, self._distribution(basic), moments)
+
+    def _distribution(self, basic: Statistics) -> Distribution | None:
+        buckets = np.flatnonzero(self._table)
+        if not len(buckets) or basic.min is None or basic.max is None:
+            return None
+        middle = (buckets.astype(np.uint32) << np.uint32(15)) | np.uint32(1 << 14)
+        values = middle.view(np.float32).astype(np.float64)
+        values[(buckets == 0) | (buckets == 1 << 16)] = 0.0
+        values = np.clip(values, basic.min, basic.max)
+        order = np.argsort(values, kind="stable")
+        return Distribution(values[order], self._table[buckets][order])
+
+
+_COUNTERS = ("count", "nan_count", "posinf_count", "neginf_count", "zero_count", "subnormal_count")

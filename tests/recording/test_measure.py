@@ -1,0 +1,80 @@
+"""What is measured of gradients, where the recorder's small networks do not reach."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gradscope.recording import measure
+from gradscope.recording.measure import Sketcher, dots, norms
+
+
+def test_sketches_of_a_subset_estimate_the_cosine_of_all_elements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "MOST_SKETCHED", 1000)
+    rows, size = 60, 50_000
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(rows, size))
+    second = 0.6 * first + 0.8 * rng.normal(size=(rows, size))
+    sketcher = Sketcher([f"layers.{i}.weight" for i in range(rows)], [size] * rows, "cpu")
+
+    one, other = (
+        sketcher([torch.tensor(g) for g in x], torch.tensor(np.linalg.norm(x, axis=1))).numpy()
+        for x in (first, second)
+    )
+
+    # Each estimate is within a tenth; the mean of sixty within a seventieth, or 0.05 at four.
+    assert (one * one).sum(axis=1).mean() == pytest.approx(1.0, abs=0.07)
+    assert (one * other).sum(axis=1).mean() == pytest.approx(0.6, abs=0.05)
+
+
+def test_only_parameters_of_more_elements_than_that_lose_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "MOST_SKETCHED", 1000)
+
+    chosen = Sketcher(["small", "large"], [1000, 1001], "cpu").chosen
+
+    assert chosen[0] is None
+    assert chosen[1] is not None
+    assert len(chosen[1]) == 1000
+    assert 0 <= int(chosen[1].min()) <= int(chosen[1].max()) <= 1000
+
+
+@pytest.mark.parametrize("order", [2, math.inf, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_norms_are_those_of_numpy_in_every_type(order: float, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(1)
+    tensors = [torch.tensor(rng.normal(size=shape)).to(dtype) for shape in ((3, 4), (1,), (50,))]
+    tensors[0][1] = 0
+
+    found = norms(tensors, order)
+
+    want = [np.linalg.norm(t.double().numpy().ravel(), order) for t in tensors]
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [2, math.inf, 0])
+def test_a_gradient_of_no_elements_has_a_norm_of_zero(order: float) -> None:
+    found = norms([torch.ones(4), torch.ones(0)], order)
+
+    assert found.tolist() == [{2: 2.0, math.inf: 1.0, 0: 4.0}[order], 0.0]
+    assert norms([], order).tolist() == []
+
+
+def test_norms_of_float64_beyond_the_range_of_float32_do_not_wrap() -> None:
+    tensors = [torch.full((4,), 1e-30, dtype=torch.float64), torch.ones(4)]
+
+    assert norms(tensors, 2).tolist() == pytest.approx([2e-30, 2.0])
+
+
+def test_inner_products_are_pair_by_pair() -> None:
+    first = [torch.arange(6.0).view(2, 3), torch.tensor([2.0])]
+    second = [torch.ones(2, 3), torch.tensor([-4.0])]
+
+    assert dots(first, second).tolist() == [15.0, -8.0]

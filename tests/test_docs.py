@@ -1,0 +1,56 @@
+"""The documentation names what there is, and marks what there is not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from gradscope.attribution.methods import methods
+from gradscope.cli import app
+from gradscope.report.rules import load_rules
+
+GROUP: Any = typer.main.get_command(app)
+COMMANDS = GROUP.commands
+CONTRACT = (Path(__file__).resolve().parents[1] / "docs" / "contract.md").read_text()
+
+
+def section(number: int) -> str:
+    return CONTRACT.split(f"\n## {number}. ")[1].split("\n## ")[0]
+
+
+def named(text: str) -> dict[str, bool]:
+    """Names in backticks, and whether they are built: not marked with a dagger."""
+    return {name: mark == "" for name, mark in re.findall(r"`([a-z+-]+)`(†?)", text)}
+
+
+def test_the_contract_lists_every_method_and_marks_those_to_come() -> None:
+    listed = named(section(6).split(". The reference input")[0])
+
+    assert [name for name, built in listed.items() if built] == list(methods())
+
+
+def test_the_contract_lists_every_rule_and_marks_those_to_come() -> None:
+    listed = named(section(7).split("\n\nA rule has")[0])
+
+    built = {name for name, is_built in listed.items() if is_built}
+    assert built == {rule.name for rule in load_rules().values()}
+
+
+def test_the_contract_lists_every_command_and_marks_those_to_come() -> None:
+    rows = re.findall(r"^\| (`gradscope .*?) \|", section(1), re.MULTILINE)
+    listed = re.findall(r"`gradscope ([a-z]+)[^`]*`(†?)", " ".join(rows))
+
+    assert {name for name, mark in listed if not mark} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_contract_lists_every_option_of_a_command(name: str) -> None:
+    tables = section(1)
+    short = {"--quiet": "-q", "--verbose": "-v", "--all": "layers"}
+    options = [o for p in COMMANDS[name].params for o in p.opts if o.startswith("--")]
+
+    assert [o for o in options if not re.search(rf"{short.get(o, o)}\b", tables)] == []
