@@ -9,22 +9,32 @@ from typing import Literal
 import numpy as np
 
 from gradscope.errors import InputError, UsageError
-from gradscope.flow.dead_zones import dead_cells, dead_zones
+from gradscope.flow import judgement
+from gradscope.flow.dead_zones import covered, dead, dead_candidates, dead_stretches
 from gradscope.flow.depth import depth_of
 from gradscope.flow.directions import Cosines, cosines
-from gradscope.flow.exploding import exploding, exploding_regions, spikes
-from gradscope.flow.explosion import explosion
+from gradscope.flow.excerpt import between
+from gradscope.flow.exploding import exploding, exploding_candidates
 from gradscope.flow.graph import Graph, graph_of
-from gradscope.flow.layers import layer_flows, levels
+from gradscope.flow.joining import By, series
+from gradscope.flow.layers import layer_flows
+from gradscope.flow.levels import levels
+from gradscope.flow.limits import MIN_TREND
 from gradscope.flow.motion import convergence, missing, stagnation, update_ratios
 from gradscope.flow.network import flows, network
 from gradscope.flow.nonfinite import nonfinite
-from gradscope.flow.oscillation import learning_rate_advice, oscillations
+from gradscope.flow.norms import above, explosion
+from gradscope.flow.oscillation import current_rate, oscillations
 from gradscope.flow.paths import critical_paths
+from gradscope.flow.recent import recent
 from gradscope.flow.result import FlowReport, FlowResult, Need
-from gradscope.flow.series import By, Series, between, series
+from gradscope.flow.rules.magnitudes import exploding_gradient, vanishing_gradient
+from gradscope.flow.rules.motion import oscillation as oscillation_rule
+from gradscope.flow.rules.paths import dead_zone
+from gradscope.flow.series import Series
+from gradscope.flow.spikes import spikes
 from gradscope.flow.temporal import WINDOW, directions, recent_records, temporal
-from gradscope.flow.vanishing import vanishing, vanishing_regions
+from gradscope.flow.vanishing import vanishing, vanishing_candidates
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 from gradscope.report.model import Coverage, Input, InputFailure, Skip
@@ -107,7 +117,7 @@ def analyze(
     all_series: bool = False,
     threshold: float | None = None,
 ) -> FlowResult:
-    """Every analyzer over one history: arrays in, the typed result out; nothing is judged here."""
+    """Every measurement of one history, judged by the rules' own limits: arrays in, result out."""
     # NaN and infinity are data here, and what is divided by zero is undefined, not an accident.
     with np.errstate(all="ignore"):
         return _analyzed(history, by, window, all_series, threshold)
@@ -119,51 +129,63 @@ def _analyzed(
     s = series(history, by)
     graph = graph_of(s)
     depth = depth_of(s, graph)
+    against = levels(s, graph)
     compared = cosines(s)
-    measured = levels(s, graph, window)
+    now = recent(s, graph, against, window)
     edges = flows(s, graph, window)
-    blown = exploding(s, graph)
-    exploding_ = exploding_regions(s, graph, blown, depth)
-    net = network(s, graph, measured, edges, depth, window)
+    net = network(s, graph, now, edges, depth, window)
     bottlenecks = frozenset(
         row
         for row, node in zip(graph.order, net.nodes, strict=True)
         if node.condition == "bottleneck"
     )
-    waves = oscillations(s, compared, window)
+    flat = dead(s)
+    zones = dead_stretches(flat)
+    starved = vanishing_candidates(
+        s, graph, against, vanishing(s, against), covered(zones, flat.shape), depth
+    )
+    blown = exploding(s, against)
+    exploded = judgement.exploding(
+        exploding_candidates(s, graph, blown, depth), **judgement.limits(exploding_gradient)
+    )
+    waves = oscillations(s, against, compared, window)
+    fell = convergence(s)
     total = len(s.steps)
     shown = range(total) if all_series else range(*_span(recent_records(s, SERIES_ROWS), total))
     drawn = shown if all_series else shown[-window:]
-    last = directions(s, compared, np.array([total - 1] if total else [], dtype=np.int64), window)
+    turns = directions(s, against, compared, np.array(shown, dtype=np.int64), window)
     return FlowResult(
-        layers=tuple(layer_flows(s, measured, compared, last, window, shown, drawn))
-        if total
-        else (),
-        temporal=tuple(temporal(s, compared, np.array(shown, dtype=np.int64), window)),
+        layers=tuple(layer_flows(s, now, compared, turns, window, shown, drawn)) if total else (),
+        temporal=tuple(temporal(s, turns, window)),
         network=net,
-        critical_paths=tuple(
-            critical_paths(s.names, graph, edges.capacity, measured.rms, bottlenecks)
+        critical_paths=tuple(critical_paths(s.names, graph, edges.capacity, now.rms, bottlenecks)),
+        vanishing_regions=judgement.vanishing(starved, **judgement.limits(vanishing_gradient)),
+        exploding_regions=exploded,
+        dead_zones=judgement.dead_zones(
+            dead_candidates(s, graph, flat, zones), **judgement.limits(dead_zone)
         ),
-        vanishing_regions=tuple(
-            vanishing_regions(s, graph, vanishing(s, graph), dead_cells(s), depth)
+        explosion=explosion(
+            s, exploded, judgement.exploding_layers(exploded, above(s, threshold), threshold)
         ),
-        exploding_regions=tuple(exploding_),
-        dead_zones=tuple(dead_zones(s, graph)),
-        explosion=explosion(s, exploding_, threshold),
         topology=graph.topology,
         steps=total,
         first_step=int(s.steps[0]) if total else None,
         last_step=int(s.steps[-1]) if total else None,
-        spikes=tuple(spikes(s, blown, exploding_)),
+        spikes=tuple(spikes(s, blown.jumps, judgement.lasting(exploded))),
         skipped_steps=int(s.skipped.sum()),
         nonfinite=tuple(nonfinite(s, graph)),
         depth=depth,
         oscillation=tuple(waves),
-        stagnation=stagnation(s),
-        learning_rate=learning_rate_advice(s, waves),
+        stagnation=stagnation(s, against, fell),
+        learning_rate=judgement.learning_rate(
+            waves,
+            s.plain_descent and s.gap == 1,
+            current_rate(s),
+            opposed=judgement.limits(oscillation_rule)["opposed"],
+        ),
         update_ratios=tuple(update_ratios(s)),
         missing=tuple(missing(s)),
-        convergence=convergence(s),
+        convergence=fell,
         measured=tuple(_measured(s, graph, compared)),
         rows_omitted=(total - len(shown)) * len(s.layers),
         notes=tuple(_notes(s)),
@@ -177,7 +199,7 @@ def _span(recent: Sequence[int], total: int) -> tuple[int, int]:
 def _measured(s: Series, graph: Graph, compared: Cosines | None) -> Iterator[Need]:
     """The kinds of facts that the history has."""
     yield Need.NORMS
-    if len(s.steps) >= 8:
+    if len(s.steps) >= MIN_TREND:
         yield Need.RECORDS
     if len([r for r in graph.rows if s.group(r) == "weight"]) >= 2:
         yield Need.COMPARABLE

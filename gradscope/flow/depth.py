@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from gradscope.flow.graph import Graph
+from gradscope.flow.levels import DECADE
+from gradscope.flow.limits import DEPTH_DECADES, SYSTEMIC_FIT, SYSTEMIC_NATS
 from gradscope.flow.result import Depth
 from gradscope.flow.robust import nanmedian, r_squared, theil_sen
 from gradscope.flow.series import Series
 
-#: A factor of three a layer is lost (or gained), and a line explains it.
-SYSTEMIC_NATS = math.log(3)
-SYSTEMIC_FIT = 0.8
 _LEAST_LAYERS = 4
-#: Fewer decades from end to end harm nobody, however regular.
-_LEAST_DECADES = 3.0
+#: Fewer decades from end to end do no harm, however regular.
+_LEAST_DECADES = DEPTH_DECADES
 #: Pairwise slopes are quadratic in the layers.
 _MOST_LAYERS = 1000
 
@@ -40,7 +37,7 @@ def depth_of(series: Series, graph: Graph) -> Depth | None:
         return None
     fit = r_squared(away[known], level[known], *line)
     lost = -line[0]
-    decades = abs(lost) * float(np.ptp(away[known])) / math.log(10)
+    decades = abs(lost) * float(np.ptp(away[known])) / DECADE
     systemic = fit > SYSTEMIC_FIT and decades >= _LEAST_DECADES and abs(lost) > SYSTEMIC_NATS
     return Depth(
         nats_per_layer=lost,

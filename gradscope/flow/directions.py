@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,12 +133,3 @@ def turned(now: Window, before: Window) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         cosine: Array = np.einsum("lk,lk->l", a, b) / scale
     return cosine
-
-
-def windows(series: Series, width: int) -> Iterator[tuple[int, Window]]:
-    """(record, the sketches up to it) for every sketch that ends a full window."""
-    if series.sketches is None:
-        return
-    for end in range(width, len(series.sketches.index) + 1):
-        last = int(series.sketches.index[end - 1])
-        yield last, Window(series.sketches.values[end - width : end])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import networkx as nx
-import numpy as np
 
 from gradscope.flow.series import Series
 from gradscope.histories.history import Topology
@@ -131,30 +130,3 @@ def _end_at_the_loss(graph: nx.DiGraph, rows: Sequence[int]) -> None:
             r for r in rows if graph.in_degree(r) + graph.out_degree(r) and not graph.out_degree(r)
         ]
         graph.add_edges_from((row, LOSS) for row in ends)
-
-
-def loss_side(series: Series, graph: Graph, group: str) -> list[int]:
-    """The layers of a kind nearest the loss, which the others are measured against.
-
-    A quarter of them, at most three and at least one. Empty when there are fewer than two.
-    """
-    members = [row for row in graph.order if series.group(row) == group]
-    if len(members) < 2:
-        return []
-    return members[-max(1, min(3, len(members) // 4)) :]
-
-
-def reference(series: Series, graph: Graph) -> np.ndarray:
-    """Natural logarithm of the loss side's RMS gradient for each layer's kind, [T, L].
-
-    NaN where the kind has no loss side, or nothing finite was recorded there.
-    """
-    from gradscope.flow.robust import nanmedian
-
-    out = np.full(series.rms.shape, np.nan)
-    for group in {series.group(row) for row in graph.rows}:
-        members = [row for row in graph.rows if series.group(row) == group]
-        anchors = loss_side(series, graph, group)
-        if anchors:
-            out[:, members] = nanmedian(series.finite_log[:, anchors], axis=1)[:, None]
-    return out

@@ -3,79 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from gradscope.flow.directions import Cosines, Window, pairwise_cosine
-from gradscope.flow.graph import Graph, reference
+from gradscope.flow.limits import MIN_WINDOW
+from gradscope.flow.recent import Recent
 from gradscope.flow.result import Basis, GradientDirection, LayerFlow
-from gradscope.flow.robust import MIN_WINDOW, Array, nanmedian, steadiness
+from gradscope.flow.robust import Array, nanmedian, steadiness
 from gradscope.flow.series import Series
 from gradscope.flow.temporal import Directions, magnitude, stability
 from gradscope.histories.history import Status
 
-#: Decades below the neighbours that make a full bottleneck.
-BOTTLENECK_DECADES = 3.0
 _MOST_SIGNAL = 0.999
-
-
-@dataclass(frozen=True, eq=False)
-class Levels:
-    """Medians of the last window, [L] each: what layers and the network are compared by."""
-
-    rms: Array
-    bottleneck: Array
-    deficit: Array
-
-
-def levels(series: Series, graph: Graph, window: int) -> Levels:
-    """Medians over the last ``window`` records; the bottleneck score and the deficit in decades.
-
-    The score is clip(log10(min(median before, median after) / RMS) / 3, 0, 1), by neighbours of
-    the same kind; NaN for a layer that has none on one side.
-    """
-    recent = slice(-window, None)
-    rms: Array = nanmedian(series.rms[recent], axis=0)
-    deficit: Array = nanmedian((reference(series, graph) - series.finite_log)[recent], axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log10(rms)
-        score = np.array([_bottleneck(series, graph, logs, row) for row in graph.rows])
-    return Levels(rms, score, deficit / math.log(10))
-
-
-def _bottleneck(series: Series, graph: Graph, logs: Array, row: int) -> float:
-    before = [logs[r] for r in kin(series, row, graph.before)]
-    after = [logs[r] for r in kin(series, row, graph.after)]
-    if not before or not after or np.isnan(logs[row]):
-        return math.nan
-    lower = min(float(nanmedian(before)), float(nanmedian(after)))
-    return float(np.clip((lower - logs[row]) / BOTTLENECK_DECADES, 0, 1))
-
-
-def kin(series: Series, row: int, neighbours: Callable[[int], list[int]]) -> list[int]:
-    """The nearest layers of the same kind on one side, other kinds passed over."""
-    seen: set[int] = set()
-    found: list[int] = []
-    front = list(neighbours(row))
-    while front:
-        at = front.pop(0)
-        if at in seen:
-            continue
-        seen.add(at)
-        if series.group(at) == series.group(row):
-            found.append(at)
-        else:
-            front.extend(neighbours(at))
-    return found
 
 
 def layer_flows(
     series: Series,
-    measured: Levels,
+    now: Recent,
     found: Cosines | None,
-    now: Directions,
+    directions: Directions,
     window: int,
     shown: range,
     drawn: range,
@@ -97,14 +46,16 @@ def layer_flows(
             flow_consistency=float(together[row])
             if directed and together is not None
             else steadiness(series.finite_log[-window:, row], series.steps[-window:].astype(float)),
-            bottleneck_score=_or_none(measured.bottleneck[row]),
+            bottleneck_score=_or_none(now.bottleneck[row]),
             information_flow_rate=_rate(series, row, window, signal),
             basis=basis,
-            rms=_or_none(measured.rms[row]),
-            deficit=_or_none(measured.deficit[row]),
+            rms=_or_none(now.rms[row]),
+            deficit=_or_none(now.deficit[row]),
             update_ratio=_median(series.update_ratio, row, window),
             zero_fraction=_median(series.zero_fraction, row, window),
-            flow_direction=str(now.direction[-1, row]) if len(now.direction) else "indeterminate",  # type: ignore[arg-type]
+            flow_direction=str(directions.direction[-1, row])
+            if len(directions.direction)
+            else "indeterminate",  # type: ignore[arg-type]
             stability_score=_or_none(steady[row]),
             noise_scale=noise_scale(series, signal),
             records=int(series.recorded[:, row].sum()),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from gradscope.flow.regions import SHORTEST, onset, runs
+from gradscope.flow.levels import DECADE, Levels, own_records
+from gradscope.flow.limits import (
+    ATTENUATED,
+    MIN_TREND,
+    SHORTEST,
+    STANDSTILL,
+    TOGETHER_DECADES,
+    UPDATE_WARN,
+)
+from gradscope.flow.regions import onset, stretches
 from gradscope.flow.result import (
     Absence,
     Convergence,
@@ -17,15 +25,11 @@ from gradscope.flow.result import (
     Standstill,
     UpdateRatio,
 )
-from gradscope.flow.robust import MIN_TREND, nanmedian
-from gradscope.flow.series import Mask, Series, own_records
-from gradscope.flow.temporal import STAGNANT_UPDATE
-from gradscope.flow.vanishing import attenuation
+from gradscope.flow.robust import nanmedian
+from gradscope.flow.series import Mask, Series
 from gradscope.histories.history import Status
 
-#: Reported from here on (neurolens's upper band); exploding from twice that.
-UPDATE_WARN = 0.05
-_CONVERGED_DECADES = 1.0
+_LATE_RECORDS = 32
 
 
 def update_ratios(series: Series) -> Iterator[UpdateRatio]:
@@ -57,11 +61,11 @@ def convergence(series: Series) -> Convergence | None:
     """
     level = series.median_log
     early = level[own_records(series)]
-    late = level[-min(32, max(1, len(level) // 4)) :]
+    late = level[-min(_LATE_RECORDS, max(1, len(level) // 4)) :]
     if np.isfinite(early).sum() < MIN_TREND or not np.isfinite(late).any():
         return None
-    decades = float(nanmedian(early) - nanmedian(late)) / math.log(10)
-    if decades < _CONVERGED_DECADES:
+    decades = float(nanmedian(early) - nanmedian(late)) / DECADE
+    if decades < TOGETHER_DECADES:
         return None
     return Convergence(decades=decades, loss_fell=_loss_fell(series))
 
@@ -74,40 +78,45 @@ def _loss_fell(series: Series) -> bool | None:
     return bool(nanmedian(loss[-tenth:]) < nanmedian(loss[:tenth]))
 
 
-def stagnation(series: Series) -> Stagnation | None:
+def stagnation(series: Series, levels: Levels, converged: Convergence | None) -> Stagnation | None:
     """A network that stands still at the end of the history, for at least eight records."""
-    for reason, flags in _standing(series):
-        last = [run for run in runs(flags[:, None], shortest=MIN_TREND) if run.end == len(flags)]
+    for reason, flags in _standing(series, levels):
+        last = [s for s in stretches(flags[:, None], shortest=MIN_TREND) if s.end == len(flags)]
         if last:
-            converged = convergence(series)
+            first = last[0].first
             return Stagnation(
-                onset=onset(series, last[0].first),
-                update_ratio=_recent_ratio(series, last[0].first),
+                onset=onset(series, first),
+                update_ratio=_recent_ratio(series, first),
                 reason=reason,
                 converged=converged is not None and converged.loss_fell is not False,
+                fastest=_fastest(series, first) if reason == "update" else None,
             )
     return None
 
 
-def _standing(series: Series) -> Iterator[tuple[Standstill, Mask]]:
+def _fastest(series: Series, first: int) -> float | None:
+    """The greatest of the median update ratios that are below the limit."""
+    if series.update_ratio is None:
+        return None
+    medians = nanmedian(series.update_ratio[first:], axis=1)
+    return float(medians[medians < STANDSTILL].max())
+
+
+def _standing(series: Series, levels: Levels) -> Iterator[tuple[Standstill, Mask]]:
     """Records at which the median layer does not move, by each sign there is."""
     if series.update_ratio is not None:
-        with np.errstate(invalid="ignore"):
-            yield "update", nanmedian(series.update_ratio, axis=1) < STAGNANT_UPDATE
-    kept = attenuation(series)
-    if kept is not None and series.update_ratio is None:
-        with np.errstate(invalid="ignore"):
-            yield "epsilon", nanmedian(kept, axis=1) < 0.5
+        yield "update", nanmedian(series.update_ratio, axis=1) < STANDSTILL
+    elif levels.attenuation is not None:
+        yield "epsilon", nanmedian(levels.attenuation, axis=1) < ATTENUATED
     yield "repeats", _repeats(series)
 
 
 def _repeats(series: Series) -> Mask:
     """Records whose every norm equals the one before to the bit: nothing was updated."""
     same = np.zeros(len(series.steps), bool)
-    if len(same) > 1 and len(series.layers):
-        known = series.norm[1:] > 0
-        equal = np.where(known, series.norm[1:] == series.norm[:-1], True)
-        same[1:] = equal.all(axis=1) & known.any(axis=1)
+    known = series.norm[1:] > 0
+    equal = np.where(known, series.norm[1:] == series.norm[:-1], True)
+    same[1:] = equal.all(axis=1) & known.any(axis=1)
     return same
 
 

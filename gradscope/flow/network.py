@@ -1,4 +1,4 @@
-"""The network as nodes and edges: who starves, who amplifies, which connections carry nothing."""
+"""The network as nodes and edges: which layers starve or amplify, and what each edge carries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradscope.flow.graph import LOSS, Graph
-from gradscope.flow.layers import Levels, kin
+from gradscope.flow.limits import BOTTLENECK_DECADES, BOTTLENECK_FROM, MIN_WINDOW, SPREAD_FLOOR
 from gradscope.flow.paths import Edge, widest
+from gradscope.flow.recent import Recent, kin
 from gradscope.flow.result import (
     Condition,
     Depth,
@@ -30,10 +31,8 @@ BLOCKED_FLOW = 1e-3
 WEAK_FLOW = 0.1
 _BLOCKED_SHARE = 0.1
 _STEADY_SHARE = 0.9
-_LEAST_RECORDS = 5
 AMPLIFIER_GAIN = 10.0
 _AMPLIFIER_Z = 3.5
-BOTTLENECK_RATIO = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,34 +75,34 @@ def _recorded(series: Series, graph: Graph) -> dict[Edge, Array]:
 
 
 def network(
-    series: Series, graph: Graph, measured: Levels, found: Flows, depth: Depth | None, window: int
+    series: Series, graph: Graph, now: Recent, found: Flows, depth: Depth | None, window: int
 ) -> FlowNetwork:
     """Nodes in order, edges in order, and the metrics of the whole."""
-    nodes = tuple(_nodes(series, graph, measured))
+    nodes = tuple(_nodes(series, graph, now))
     edges = tuple(_edges(series, graph, found, window))
     return FlowNetwork(
         nodes=nodes, edges=edges, metrics=_metrics(series, graph, found, nodes, edges, depth)
     )
 
 
-def _nodes(series: Series, graph: Graph, measured: Levels) -> Iterator[FlowNode]:
+def _nodes(series: Series, graph: Graph, now: Recent) -> Iterator[FlowNode]:
     chain = graph.topology == "assumed-chain"
     total = series.numel(graph.rows)
-    gains = _gains(series, graph, measured)
+    gains = _gains(series, graph, now)
     usual = _usual(series, graph, gains)
     influence = (
         {} if chain else {row: series.numel(behind) for row, behind in graph.dominated.items()}
     )
     for row in graph.order:
         role = _role(graph, row)
-        condition = _condition(measured, gains, usual[series.group(row)], row)
+        condition = _condition(now, gains, usual[series.group(row)], row)
         share = influence.get(row)
         yield FlowNode(
             layer_name=series.names[row],
             node_type=_type(role, condition),
             role=role,  # type: ignore[arg-type]
             condition=condition,
-            gradient_strength=None if np.isnan(measured.rms[row]) else float(measured.rms[row]),
+            gradient_strength=None if np.isnan(now.rms[row]) else float(now.rms[row]),
             connectivity=len(graph.before(row)) + len(graph.after(row)),
             influence_score=None if share is None or not total else share / total,
             depth=graph.depth.get(row),
@@ -125,11 +124,11 @@ def _type(role: str, condition: Condition) -> NodeType:
     return role if role in ("source", "sink") else "normal"  # type: ignore[return-value]
 
 
-def _gains(series: Series, graph: Graph, measured: Levels) -> Array:
+def _gains(series: Series, graph: Graph, now: Recent) -> Array:
     """ln of each layer's RMS over the median of its kind's next layers towards the loss."""
     out = np.full(len(graph.rows), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(measured.rms)
+        logs = np.log(now.rms)
         for row in graph.rows:
             ahead = kin(series, row, graph.after)
             if ahead:
@@ -137,13 +136,13 @@ def _gains(series: Series, graph: Graph, measured: Levels) -> Array:
     return out
 
 
-def _condition(measured: Levels, gains: Array, usual: tuple[float, float], row: int) -> Condition:
+def _condition(now: Recent, gains: Array, usual: tuple[float, float], row: int) -> Condition:
     """A tenth of both neighbours is a bottleneck; ten times the next layer, alone, an amplifier."""
-    if measured.bottleneck[row] > math.log10(1 / BOTTLENECK_RATIO) / 3:
+    if now.bottleneck[row] > BOTTLENECK_FROM / BOTTLENECK_DECADES:
         return "bottleneck"
     centre, wide = usual
     with np.errstate(invalid="ignore"):
-        unusual = gains[row] - centre > _AMPLIFIER_Z * max(wide, 0.05)
+        unusual = gains[row] - centre > _AMPLIFIER_Z * max(wide, SPREAD_FLOOR)
     return "amplifier" if gains[row] > math.log(AMPLIFIER_GAIN) and unusual else "normal"
 
 
@@ -188,7 +187,7 @@ def edge_type(relative: Array) -> EdgeType:
     blocked below 10 % of the records, intermittent below 90 %, else weak under a tenth of the
     median edge, else strong; unknown with fewer than five records.
     """
-    if len(relative) < _LEAST_RECORDS:
+    if len(relative) < MIN_WINDOW:
         return "unknown"
     share = float((relative > BLOCKED_FLOW).mean())
     if share < _BLOCKED_SHARE:

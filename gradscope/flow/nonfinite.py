@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from gradscope.flow.graph import Graph
-from gradscope.flow.regions import BRIDGE
+from gradscope.flow.limits import BRIDGE, MIN_TREND
 from gradscope.flow.result import NonFinite
 from gradscope.flow.series import Series
+
+#: Records that say what was usual before gradients overflowed, and the latest, which do not.
+_USUAL = 32
+_LATEST = 4
 
 
 def nonfinite(series: Series, graph: Graph) -> list[NonFinite]:
@@ -49,8 +53,9 @@ def _entry(
 
 
 def _growth(series: Series, row: int, first: int) -> float | None:
-    before = series.norm[max(0, first - 36) : first, row]
+    """The last norm before a record over the median of those that precede it by a few records."""
+    before = series.norm[max(0, first - _USUAL - _LATEST) : first, row]
     before = before[np.isfinite(before) & (before > 0)]
-    if len(before) < 8:
+    if len(before) < MIN_TREND:
         return None
-    return float(before[-1] / np.median(before[:-4]))
+    return float(before[-1] / np.median(before[:-_LATEST]))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from gradscope.flow.directions import Cosines
+from gradscope.flow.levels import Levels
+from gradscope.flow.limits import MIN_TREND
 from gradscope.flow.regions import onset
-from gradscope.flow.result import LearningRateAdvice, Oscillation
-from gradscope.flow.robust import MIN_TREND, Array, nanmedian, theil_sen
+from gradscope.flow.result import Oscillation
+from gradscope.flow.robust import Array, nanmedian, theil_sen
 from gradscope.flow.series import Series
 from gradscope.flow.temporal import Directions, directions
 
 
-def oscillations(series: Series, found: Cosines | None, window: int) -> list[Oscillation]:
+def oscillations(
+    series: Series, levels: Levels, found: Cosines | None, window: int
+) -> list[Oscillation]:
     """The stretches of windows in which layers oscillate, each with all its layers.
 
     Windows follow each other without overlap, so that a stretch is evidence and not an echo.
@@ -22,7 +24,7 @@ def oscillations(series: Series, found: Cosines | None, window: int) -> list[Osc
     ends = _window_ends(series, window)
     if not len(ends):
         return []
-    judged = directions(series, found, ends, window)
+    judged = directions(series, levels, found, ends, window)
     flags = judged.direction == "oscillating"
     busy = np.flatnonzero(flags.any(axis=1))
     if not len(busy):
@@ -80,47 +82,8 @@ def _slope(steps: Array, logs: Array) -> float | None:
     return None if line is None else line[0]
 
 
-def learning_rate_advice(series: Series, found: list[Oscillation]) -> LearningRateAdvice | None:
-    """What the last stretch says of the learning rate.
-
-    For plain gradient descent on a quadratic g' = (1 - eta h) g: opposed gradients that grow by
-    e^gamma a step have eta h = 1 + e^gamma, so dividing the rate by that reaches eta h = 1, where
-    the sharpest direction is solved in one step. With momentum, Adam or noise only the sign holds.
-    """
-    last = next(
-        (o for o in reversed(found) if o.cosine is not None and o.growth_per_step is not None), None
-    )
-    if last is None or last.cosine is None or last.growth_per_step is None:
-        return None
-    if last.cosine > -0.5:
-        return None
-    exact = series.plain_descent and last.cosine < -0.9 and series.gap == 1
-    factor = 1 + math.exp(last.growth_per_step) if exact else None
-    current = _current_rate(series)
-    return LearningRateAdvice(
-        divide_by=factor,
-        current=current,
-        suggested=current / factor if current is not None and factor else None,
-        growth_per_step=last.growth_per_step,
-        cosine=last.cosine,
-        why=_why(factor, last.growth_per_step),
-    )
-
-
-def _why(factor: float | None, growth: float) -> str:
-    if factor is None:
-        return (
-            "steps overshoot; with momentum, an adaptive optimizer or noisy batches no "
-            "factor follows"
-        )
-    state = "diverges" if growth > 0 else "still converges"
-    return (
-        f"plain gradient descent at {factor:.3g} times the rate that would not "
-        f"overshoot; it {state}"
-    )
-
-
-def _current_rate(series: Series) -> float | None:
+def current_rate(series: Series) -> float | None:
+    """The greatest learning rate of the last record that has any."""
     rates = series.history.lr
     if rates is None or not rates.size:
         return None

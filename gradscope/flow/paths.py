@@ -1,9 +1,10 @@
-"""The ways of the gradient from the loss to the layers where it ends: the widest, its weak link."""
+"""Paths of the gradient from the loss to the layers where it ends: the widest, and around it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,10 +22,10 @@ _ALTERNATIVES = 3
 def widest(
     graph: Graph, capacity: Mapping[Edge, float], without: frozenset[Edge] = frozenset()
 ) -> tuple[dict[int, float], dict[int, int]]:
-    """Greatest bottleneck capacity from the loss to every layer, and the layer before on the way.
+    """Greatest bottleneck capacity from the loss to every layer, and the next layer on that path.
 
-    Dynamic programming in reverse topological order; of equally wide ways the one with fewer
-    layers, then the earlier layer. Layers that cannot be reached are absent.
+    Dynamic programming in reverse topological order; of equally wide paths the one with fewer
+    layers, then that over the earlier layer. Layers that cannot be reached are absent.
     """
     width: dict[int, float] = {LOSS: math.inf}
     hops: dict[int, int] = {LOSS: 0}
@@ -61,23 +62,19 @@ def critical_paths(
     entries = [row for row in graph.entries if row in onward]
     if len(entries) > MOST_PATHS:
         entries = sorted(entries, key=lambda row: width[row])[:MOST_PATHS]
-    found = _Found(names, graph, capacity, level, flagged)
-    return [found.path(i, walk(row, onward), width[row]) for i, row in enumerate(entries)]
+    network = _Described(names, graph, capacity, level, flagged)
+    return [network.path(i, walk(row, onward), width[row]) for i, row in enumerate(entries)]
 
 
-class _Found:
-    """What every path of one network is described with."""
+@dataclass(frozen=True, eq=False)
+class _Described:
+    """A network as its paths are described: what edges carry, how layers do, which are flagged."""
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        graph: Graph,
-        capacity: Mapping[Edge, float],
-        level: Array,
-        flagged: frozenset[int],
-    ) -> None:
-        self.names, self.graph, self.capacity = names, graph, capacity
-        self.level, self.flagged = level, flagged
+    names: Sequence[str]
+    graph: Graph
+    capacity: Mapping[Edge, float]
+    level: Array
+    flagged: frozenset[int]
 
     def path(self, number: int, way: list[int], width: float) -> CriticalPath:
         links = [(u, v) for v, u in pairwise(way)]
@@ -105,7 +102,7 @@ class _Found:
         )
 
     def _others(self, entry: int, weakest: Edge) -> Iterator[tuple[list[int], float]]:
-        """Up to three ways around: the weakest link is removed, then that of the next way."""
+        """Up to three paths around: without the weakest link, then without the next one's."""
         without = frozenset({weakest})
         for _ in range(_ALTERNATIVES):
             width, onward = widest(self.graph, self.capacity, without)

@@ -1,29 +1,24 @@
-"""From a grid of flags over records and layers to regions: runs in time, joined over the graph."""
+"""From flags over records and layers to regions: stretches in time, joined over the graph."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gradscope.flow.graph import Graph
+from gradscope.flow.limits import BRIDGE, SHORTEST
 from gradscope.flow.result import Extent
+from gradscope.flow.robust import Array
 from gradscope.flow.series import Mask, Series
-
-#: Gaps of this many records do not end a run, and shorter runs are no region.
-BRIDGE = 2
-SHORTEST = 3
-_MAX_RUNS = 200_000
-
-Grid = NDArray[np.int8]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Stretch:
     """One layer over the records ``first`` to ``end`` (not included)."""
 
     row: int
@@ -35,36 +30,36 @@ def hysteresis(enter: Mask, stay: Mask) -> Mask:
     """Cells of ``stay`` whose unbroken stretch in time has a cell of ``enter``."""
     stay = stay | enter
     out = np.zeros_like(stay)
-    for run in _stretches(stay & enter.any(axis=0)):
+    for run in _unbroken(stay & enter.any(axis=0)):
         if enter[run.first : run.end, run.row].any():
             out[run.first : run.end, run.row] = True
     return out
 
 
-def runs(flags: Mask, shortest: int = SHORTEST, bridge: int = BRIDGE) -> list[Run]:
-    """The runs of each layer, gaps of up to ``bridge`` records closed, short ones dropped."""
-    joined: list[Run] = []
-    for run in _stretches(flags):
+def stretches(flags: Mask, shortest: int = SHORTEST, bridge: int = BRIDGE) -> list[Stretch]:
+    """The stretches of each layer, gaps of up to ``bridge`` records closed, short ones dropped."""
+    joined: list[Stretch] = []
+    for run in _unbroken(flags):
         if joined and joined[-1].row == run.row and run.first - joined[-1].end <= bridge:
-            joined[-1] = Run(run.row, joined[-1].first, run.end)
+            joined[-1] = Stretch(run.row, joined[-1].first, run.end)
         else:
             joined.append(run)
     return [run for run in joined if run.end - run.first >= shortest]
 
 
-def _stretches(flags: Mask) -> Iterator[Run]:
-    """Unbroken runs by layer, then time."""
+def _unbroken(flags: Mask) -> Iterator[Stretch]:
+    """Unbroken stretches by layer, then time."""
     padded = np.zeros((flags.shape[0] + 2, flags.shape[1]), np.int8)
     padded[1:-1] = flags
     change = np.diff(padded, axis=0).T
     first_row, first = np.nonzero(change == 1)
     _, end = np.nonzero(change == -1)
     for row, a, b in zip(first_row.tolist(), first.tolist(), end.tolist(), strict=True):
-        yield Run(row, a, b)
+        yield Stretch(row, a, b)
 
 
-def joined(found: Sequence[Run], graph: Graph) -> list[list[Run]]:
-    """Connected components of runs: same time, layers adjacent or with one layer between."""
+def joined(found: Sequence[Stretch], graph: Graph) -> list[list[Stretch]]:
+    """Connected components of stretches: same time, layers adjacent or with one layer between."""
     by_row: dict[int, list[int]] = defaultdict(list)
     for i, run in enumerate(found):
         by_row[run.row].append(i)
@@ -80,7 +75,7 @@ def joined(found: Sequence[Run], graph: Graph) -> list[list[Run]]:
         for other in _near(graph, row):
             for a, b in _overlaps(found, here, by_row.get(other, [])):
                 parent[max(root(a), root(b))] = min(root(a), root(b))
-    parts: dict[int, list[Run]] = defaultdict(list)
+    parts: dict[int, list[Stretch]] = defaultdict(list)
     for i, run in enumerate(found):
         parts[root(i)].append(run)
     return sorted(parts.values(), key=lambda part: min((r.first, r.row) for r in part))
@@ -92,9 +87,9 @@ def _near(graph: Graph, row: int) -> set[int]:
 
 
 def _overlaps(
-    found: Sequence[Run], a: Sequence[int], b: Sequence[int]
+    found: Sequence[Stretch], a: Sequence[int], b: Sequence[int]
 ) -> Iterator[tuple[int, int]]:
-    """Pairs of runs of two layers that share or touch in time; both are in order."""
+    """Pairs of stretches of two layers that share or touch in time; both are in order."""
     i = j = 0
     while i < len(a) and j < len(b):
         left, right = found[a[i]], found[b[j]]
@@ -106,15 +101,15 @@ def _overlaps(
             j += 1
 
 
-def rows_of(part: Sequence[Run], graph: Graph) -> list[int]:
+def rows_of(part: Sequence[Stretch], graph: Graph) -> list[int]:
     """The layers of a region from the input to the loss."""
     inside = {run.row for run in part}
     return [row for row in graph.order if row in inside]
 
 
 def named(
-    kind: str, parts: Sequence[Sequence[Run]], series: Series, graph: Graph
-) -> Iterator[tuple[str, Sequence[Run]]]:
+    kind: str, parts: Sequence[Sequence[Stretch]], series: Series, graph: Graph
+) -> Iterator[tuple[str, Sequence[Stretch]]]:
     """Each region with an identity that survives another run: kind, ends, which of several."""
     seen: dict[tuple[str, str], int] = defaultdict(int)
     for part in parts:
@@ -125,7 +120,7 @@ def named(
         yield f"{kind}-{sha256(key.encode(errors='surrogatepass')).hexdigest()[:8]}", part
 
 
-def fired(tests: Mapping[str, Mask], part: Sequence[Run]) -> tuple[str, ...]:
+def fired(tests: Mapping[str, Mask], part: Sequence[Stretch]) -> tuple[str, ...]:
     """The tests that any cell of a region passed."""
     return tuple(
         name
@@ -134,7 +129,7 @@ def fired(tests: Mapping[str, Mask], part: Sequence[Run]) -> tuple[str, ...]:
     )
 
 
-def median_update(series: Series, part: Sequence[Run]) -> float | None:
+def median_update(series: Series, part: Sequence[Stretch]) -> float | None:
     """Median update ratio over a region; None when it was not recorded."""
     if series.update_ratio is None:
         return None
@@ -143,7 +138,7 @@ def median_update(series: Series, part: Sequence[Run]) -> float | None:
     return float(np.median(inside)) if len(inside) else None
 
 
-def extent(part: Sequence[Run], series: Series, graph: Graph) -> Extent:
+def extent(part: Sequence[Stretch], series: Series, graph: Graph) -> Extent:
     """Where and when a region is, in the history's own steps."""
     rows = rows_of(part, graph)
     first, end = min(run.first for run in part), max(run.end for run in part)
@@ -167,13 +162,19 @@ def onset(series: Series, record: int) -> tuple[int | None, int]:
     return before, int(series.steps[record])
 
 
-def sustained(levels: Grid, part: Sequence[Run], least: int = SHORTEST) -> int:
-    """The worst level that one layer holds for ``least`` records of a region."""
-    worst = 0
+def held(values: Array, part: Sequence[Stretch]) -> float:
+    """The greatest value that one layer of a region reaches at ``SHORTEST`` records or more.
+
+    At all of them when the stretch is shorter; minus infinity where values are not known.
+    """
+    greatest = -math.inf
     for run in part:
-        inside = levels[run.first : run.end, run.row]
-        for level in range(int(inside.max(initial=0)), worst, -1):
-            if int((inside >= level).sum()) >= min(least, run.end - run.first):
-                worst = level
-                break
-    return worst
+        inside = values[run.first : run.end, run.row]
+        ordered = np.sort(np.where(np.isnan(inside), -np.inf, inside))
+        greatest = max(greatest, float(ordered[-min(SHORTEST, len(ordered))]))
+    return greatest
+
+
+def held_tests(tests: Mapping[str, Mask], part: Sequence[Stretch]) -> tuple[str, ...]:
+    """The tests that one layer of a region passes for as long."""
+    return tuple(name for name, flags in tests.items() if held(flags.astype(np.float64), part) == 1)

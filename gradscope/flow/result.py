@@ -10,6 +10,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
+from gradscope.flow.facts import DeadFacts, ExplodingFacts, VanishingFacts
 from gradscope.report.model import Number, Record, Report
 
 #: As ``History.topology``; spelled out, because listing rules must not import NumPy.
@@ -190,6 +193,8 @@ class Region(Record):
     update_ratio: float | None
     cause: str
     mitigation_suggestions: tuple[str, ...]
+    #: What the level was judged by; not part of the report.
+    facts: VanishingFacts | ExplodingFacts | None = Field(default=None, exclude=True, repr=False)
 
 
 class DeadZone(Record):
@@ -205,6 +210,8 @@ class DeadZone(Record):
     intervention_required: bool
     extent: Extent
     past_recoveries: int
+    #: What recovery was judged by; not part of the report.
+    facts: DeadFacts | None = Field(default=None, exclude=True, repr=False)
 
 
 class ExplodingLayer(Record):
@@ -269,7 +276,7 @@ class NonFinite(Record):
 
 
 class Depth(Record):
-    """How the RMS gradient changes on the way back from the loss."""
+    """How the RMS gradient changes in the backward pass."""
 
     #: Nats lost per layer (negative: gained), by Theil-Sen over the weights.
     nats_per_layer: float
@@ -309,6 +316,8 @@ class Stagnation(Record):
     update_ratio: float | None
     reason: Standstill
     converged: bool
+    #: The greatest median update ratio of its records, where they tell; not part of the report.
+    fastest: float | None = Field(default=None, exclude=True, repr=False)
 
 
 class UpdateRatio(Record):

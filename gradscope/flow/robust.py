@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.flow.limits import MIN_TREND, MIN_WINDOW
+
 Array = NDArray[np.float64]
 
 #: What makes the median absolute deviation of Gaussian values their standard deviation.
 GAUSSIAN = 1.4826
-#: Below this many records no statistic of a window is given, and below this none of a trend.
-MIN_WINDOW = 5
-MIN_TREND = 8
 
 
 def nanmedian(values: Any, axis: int | None = None) -> Any:
@@ -105,6 +104,19 @@ def column_trends(values: Array) -> tuple[Array, Array]:
         z = np.maximum(0.0, np.abs(score) - 1) / np.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     p = np.array([math.erfc(each / math.sqrt(2)) for each in np.nan_to_num(z).tolist()])
     return slope, p
+
+
+def detrended(values: Array) -> tuple[Array, Array]:
+    """Each column of [W, L] less its least-squares line over the known, and the line's slope."""
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    at = np.where(known, np.arange(len(values), dtype=np.float64)[:, None], 0.0)
+    filled = np.where(known, values, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = np.where(known, at - at.sum(axis=0) / count, 0.0)
+        centred = np.where(known, filled - filled.sum(axis=0) / count, np.nan)
+        slope: Array = np.nansum(at * centred, axis=0) / (at**2).sum(axis=0)
+    return centred - slope * at, np.nan_to_num(slope)
 
 
 def r_squared(x: Array, y: Array, slope: float, intercept: float) -> float:

@@ -62,11 +62,8 @@ def _layers(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderabl
         ("norm over time (log)", "left"),
     )  # fmt: skip
     for flow in shown:
-        name = shortened(flow.layer_name) or "(root)"
-        if not wide and len(name) > _NARROW_NAME:
-            name = "…" + name[1 - _NARROW_NAME :]
         made.add_row(
-            name,
+            _label(flow.layer_name, narrow=not wide),
             number(flow.numel),
             number(_last(flow)),
             _decades(flow.deficit),
@@ -80,6 +77,12 @@ def _layers(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderabl
     if len(layers) > len(shown):
         rest = len(layers) - len(shown)
         yield Text(f"… {rest:,} more layers; -v shows every one", style="dim")
+
+
+def _label(name: str, narrow: bool) -> str:
+    """A layer's name, of a long one its end: that is where names differ."""
+    shown = shortened(name) or "(root)"
+    return "…" + shown[1 - _NARROW_NAME :] if narrow and len(shown) > _NARROW_NAME else shown
 
 
 def _last(flow: LayerFlow) -> float | None:
@@ -140,9 +143,7 @@ def _heatmap(layers: Sequence[LayerFlow], display: Display) -> Iterator[Renderab
     low, high = min(finite), max(finite)
     yield Text("\nRMS gradient, layers from input (top) to loss × time", style="bold")
     for name, logs in rows:
-        shown = shortened(name) or "(root)"
-        label = shown if len(shown) <= _NARROW_NAME else "…" + shown[1 - _NARROW_NAME :]
-        line = Text(f"{label:<{_NARROW_NAME}}  ")
+        line = Text(f"{_label(name, narrow=True):<{_NARROW_NAME}}  ")
         for value in logs:
             line.append_text(_cell(value, low, high, display))
         yield line
@@ -181,7 +182,7 @@ def _paths(paths: Sequence[CriticalPath], display: Display) -> Iterator[Renderab
     known = [path for path in paths if path.criticality_score is not None]
     shown = known if display.width is None or display.detail > 1 else known[:_PATHS]
     if shown:
-        yield Text("\nWidest ways from the loss", style="bold")
+        yield Text("\nWidest paths from the loss", style="bold")
     for path in shown:
         names = [shortened(name) for name in path.layers]
         way = names if len(names) <= 6 else [*names[:3], "…", *names[-2:]]

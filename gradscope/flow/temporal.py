@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.flow.directions import Cosines, Window, turned
+from gradscope.flow.levels import Levels
+from gradscope.flow.limits import ATTENUATED, MIN_TREND, MIN_WINDOW, STANDSTILL
 from gradscope.flow.result import Basis, TemporalFlow
-from gradscope.flow.robust import GAUSSIAN, MIN_TREND, Array, column_trends, nanmedian
+from gradscope.flow.robust import GAUSSIAN, Array, column_trends, detrended, nanmedian
 from gradscope.flow.series import Mask, Series
-from gradscope.flow.vanishing import attenuation
 
 #: Cosines averaged, and the least number of them that says anything.
 WINDOW = 32
@@ -21,7 +22,6 @@ _BATCH = 4
 #: A mean cosine nearer to zero than this is noise, whatever its standard error.
 LEAST_COSINE = 0.1
 _ERRORS = 3.0
-STAGNANT_UPDATE = 1e-6
 _TREND_P = 0.01
 _TREND_NATS = math.log(2)
 _OSCILLATING_LAG = -0.5
@@ -38,7 +38,11 @@ class Directions:
 
 
 def directions(
-    series: Series, found: Cosines | None, records: NDArray[np.int64], window: int = WINDOW
+    series: Series,
+    levels: Levels,
+    found: Cosines | None,
+    records: NDArray[np.int64],
+    window: int = WINDOW,
 ) -> Directions:
     """The flow direction of every layer at some records, by the window that ends there.
 
@@ -52,7 +56,7 @@ def directions(
     significant monotone trend that doubles (halves) the norm is forward (backward), a lag-one
     autocorrelation below -0.5 by three standard errors oscillating.
     """
-    standing = _stagnant(series, records, window)
+    standing = _stagnant(series, levels, records, window)
     if found is None:
         named, level = _by_norm(series, records, window)
     else:
@@ -62,16 +66,13 @@ def directions(
     return Directions(records, named, level, found.basis if found is not None else "norm")
 
 
-def _stagnant(series: Series, records: NDArray[np.int64], window: int) -> Mask:
+def _stagnant(series: Series, levels: Levels, records: NDArray[np.int64], window: int) -> Mask:
     zero = (series.norm == 0) & series.recorded
     standing: Mask = zero[records]
-    kept = attenuation(series)
     if series.update_ratio is not None:
-        with np.errstate(invalid="ignore"):
-            standing = standing | (_recent(series.update_ratio, records, window) < STAGNANT_UPDATE)
-    elif kept is not None:
-        with np.errstate(invalid="ignore"):
-            standing = standing | (_recent(kept, records, window) < 0.5)
+        standing = standing | (_recent(series.update_ratio, records, window) < STANDSTILL)
+    elif levels.attenuation is not None:
+        standing = standing | (_recent(levels.attenuation, records, window) < ATTENUATED)
     return standing
 
 
@@ -153,7 +154,7 @@ def _by_norm(
 def _norm_directions(log_norms: Array) -> NDArray[np.str_]:
     """One window, [W, L], by trend and lag-one autocorrelation of what the trend leaves."""
     known = np.isfinite(log_norms).sum(axis=0)
-    residual, drift = _detrended(log_norms)
+    residual, drift = detrended(log_norms)
     slope, p = np.zeros(len(known)), np.ones(len(known))
     # A necessary sign first: pairwise slopes of every layer would take most of the time.
     rows = np.flatnonzero(np.abs(drift) * (len(log_norms) - 1) > 0.5 * _TREND_NATS)
@@ -169,19 +170,6 @@ def _norm_directions(log_norms: Array) -> NDArray[np.str_]:
     return np.where(known >= MIN_TREND, named, "indeterminate")
 
 
-def _detrended(values: Array) -> tuple[Array, Array]:
-    """Each column less its least-squares line over what is known, and the line's slope."""
-    known = np.isfinite(values)
-    count = known.sum(axis=0)
-    at = np.where(known, np.arange(len(values), dtype=np.float64)[:, None], 0.0)
-    filled = np.where(known, values, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        at = np.where(known, at - at.sum(axis=0) / count, 0.0)
-        centred = np.where(known, filled - filled.sum(axis=0) / count, np.nan)
-        slope: Array = np.nansum(at * centred, axis=0) / (at**2).sum(axis=0)
-    return centred - slope * at, np.nan_to_num(slope)
-
-
 def stability(series: Series, records: NDArray[np.int64], window: int = WINDOW) -> Array:
     """exp(-spread of the change of ln norm per step) over the window before each record, [R, L].
 
@@ -192,18 +180,16 @@ def stability(series: Series, records: NDArray[np.int64], window: int = WINDOW) 
     out = np.full((len(records), len(series.layers)), np.nan)
     for i, record in enumerate(records.tolist()):
         inside = changes[max(0, record - window) : record]
-        if len(inside) >= 5:
+        if len(inside) >= MIN_WINDOW:
             centre = nanmedian(inside, axis=0)
             out[i] = np.exp(-GAUSSIAN * nanmedian(np.abs(inside - centre), axis=0))
-            out[i, np.isfinite(inside).sum(axis=0) < 5] = np.nan
+            out[i, np.isfinite(inside).sum(axis=0) < MIN_WINDOW] = np.nan
     return out
 
 
-def temporal(
-    series: Series, found: Cosines | None, records: NDArray[np.int64], window: int = WINDOW
-) -> Iterator[TemporalFlow]:
-    """One row for each record and layer that was recorded, in the order of time."""
-    flows = directions(series, found, records, window)
+def temporal(series: Series, flows: Directions, window: int = WINDOW) -> Iterator[TemporalFlow]:
+    """One row for each record of some flow directions and layer that was recorded, by time."""
+    records = flows.records
     steady = stability(series, records, window)
     for i, record in enumerate(records.tolist()):
         for row in np.flatnonzero(series.status[record] != 0).tolist():

@@ -88,7 +88,7 @@ def test_a_norm_below_zero_is_malformed_and_located(tmp_path: Path) -> None:
     done = flow(tmp_path / "x.csv")
 
     assert done.returncode == 3
-    assert "a at step 2 is -0.5" in done.stdout
+    assert "'a' at step 2 is -0.5" in done.stdout
 
 
 def test_a_damaged_shard_is_exit_3_and_the_rest_is_reported(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_an_infinity_on_a_skipped_step_is_information() -> None:
     assert report.gate.exit_code == 0
 
 
-def test_white_noise_raises_no_alarm_in_a_hundred_thousand_layer_records(
+def test_white_noise_has_no_finding_in_a_hundred_thousand_layer_records(
     record_property: Callable[[str, object], None],
 ) -> None:
     report = analyze_flow(made(noise(2500, 40)))
@@ -279,7 +279,7 @@ def test_growth_that_no_spike_detector_sees_is_an_explosion() -> None:
     assert 150 <= until <= 240
 
 
-def test_growth_under_a_falling_loss_is_no_explosion() -> None:
+def test_growth_under_a_falling_loss_is_not_an_explosion() -> None:
     norms = noise(300, 5, scale=0.1)
     norms[200:] *= np.exp(0.03 * np.arange(100))[:, None]
 

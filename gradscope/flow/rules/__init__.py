@@ -1,5 +1,5 @@
 """The rules of ``gradscope flow``; importing this registers them."""
 
-from gradscope.flow.rules import flow, health, values
+from gradscope.flow.rules import magnitudes, motion, paths
 
-__all__ = ["flow", "health", "values"]
+__all__ = ["magnitudes", "motion", "paths"]

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 
 from gradscope.flow.result import Extent, Level
 from gradscope.report.severity import Severity
+from gradscope.text import listed
 
-#: The seeds' scale on ours.
-SEVERITY = {
+#: The levels of the seeds on the scale of the report.
+SEVERITY: dict[Level, Severity] = {
     "none": Severity.INFO,
     "mild": Severity.LOW,
     "moderate": Severity.MEDIUM,
     "severe": Severity.HIGH,
     "critical": Severity.CRITICAL,
 }
-
-
-def severity(level: Level) -> Severity:
-    """The severity of a region's level."""
-    return SEVERITY[level]
+_NAMES = 4
 
 
 def place(layers: Sequence[str]) -> str:
@@ -27,10 +24,9 @@ def place(layers: Sequence[str]) -> str:
     return layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]}"
 
 
-def some(layers: Sequence[str], most: int = 4) -> str:
+def several(layers: Sequence[str]) -> str:
     """A few names, and how many more."""
-    rest = len(layers) - most
-    return ", ".join(layers[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return listed(layers, len(layers), _NAMES)
 
 
 def since(onset: tuple[int | None, int]) -> str:
@@ -46,8 +42,3 @@ def span(extent: Extent) -> str:
     return (
         f"{since(extent.onset)}, {'to the end' if extent.ongoing else f'until step {extent.end}'}"
     )
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 layer``, ``2 layers``."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"

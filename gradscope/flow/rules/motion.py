@@ -4,45 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gradscope.flow.limits import STANDSTILL, UPDATE_HIGH, UPDATE_WARN, UPDATE_WILD
 from gradscope.flow.result import FlowResult, LearningRateAdvice, Need, Oscillation
-from gradscope.flow.rules.say import plural, since, some
+from gradscope.flow.rules.say import several, since
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
+from gradscope.text import plural
 
 
 @rule("F106", "oscillation", Severity.MEDIUM, reads=FlowResult, needs=Need.RECORDS)
 def oscillation(
-    result: FlowResult, *, opposed: float = -0.5, most: float = 0.5
+    result: FlowResult, *, opposed: float = -0.5, most: float = 0.5, growing: float = 0.005
 ) -> Iterator[Observation | Unknown]:
     """Successive gradients oppose each other: steps overshoot.
 
     For gradient descent on a quadratic the cosine of successive gradients is -1 exactly when the
     learning rate times the curvature exceeds 1, which diverges from 2 on: the sign shows it before
-    the loss does. High when most parameters oscillate below ``opposed`` and their gradients grow,
-    medium when they do not grow, low otherwise; a cosine slightly below zero is what sampling
-    without replacement gives a network near its optimum.
+    the loss does. Low, because sampling without replacement gives a network near its optimum a
+    cosine slightly below zero; medium when the cosine is below ``opposed`` for ``most`` of the
+    parameters, high when their norms also grow by more than ``growing`` nats a step.
     """
     if Need.DIRECTIONS not in result.measured and not result.oscillation:
         yield Unknown("needs directions (sketches or cosines); norms alone show only gross swings")
     if result.oscillation:
-        worst = max(result.oscillation, key=lambda o: _order(o, opposed, most))
-        yield _oscillation(result, worst, opposed, most)
+        judged = [(_severity(o, opposed, most, growing), o) for o in result.oscillation]
+        severity, worst = max(judged, key=lambda pair: (pair[0].rank, pair[1].share_of_layers))
+        yield _oscillation(result, worst, severity, opposed, most)
 
 
-def _order(o: Oscillation, opposed: float, most: float) -> tuple[int, float]:
-    return _oscillating(o, opposed, most).rank, o.share_of_layers
-
-
-def _oscillating(o: Oscillation, opposed: float, most: float) -> Severity:
-    strong = o.cosine is not None and o.cosine < opposed and o.share_of_layers >= most
-    if not strong:
+def _severity(o: Oscillation, opposed: float, most: float, growing: float) -> Severity:
+    if o.cosine is None or o.cosine >= opposed or o.share_of_layers < most:
         return Severity.LOW
-    growing = o.growth_per_step is not None and o.growth_per_step > 0.005
-    return Severity.HIGH if growing else Severity.MEDIUM
+    grows = o.growth_per_step is not None and o.growth_per_step > growing
+    return Severity.HIGH if grows else Severity.MEDIUM
 
 
-def _oscillation(result: FlowResult, o: Oscillation, opposed: float, most: float) -> Observation:
+def _oscillation(
+    result: FlowResult, o: Oscillation, severity: Severity, opposed: float, most: float
+) -> Observation:
     cosine = f"mean cosine {o.cosine:.2f}" if o.cosine is not None else "alternating norms"
     growth = (
         f", growing {o.growth_per_step:+.3g} nats a step" if (o.growth_per_step or 0) > 0 else ""
@@ -58,12 +58,12 @@ def _oscillation(result: FlowResult, o: Oscillation, opposed: float, most: float
         facts["divide_learning_rate_by"] = advice.divide_by
     return Observation(
         "network" if o.share_of_layers >= most else o.layers[0],
-        f"successive gradients oppose each other ({cosine}{growth}) in {some(o.layers)}, "
+        f"successive gradients oppose each other ({cosine}{growth}) in {several(o.layers)}, "
         f"{since(o.onset)}" + (", to the end" if o.ongoing else ""),
         _lower(advice),
         facts,
         threshold=opposed,
-        severity=_oscillating(o, opposed, most),
+        severity=severity,
     )
 
 
@@ -77,17 +77,17 @@ def _lower(advice: LearningRateAdvice | None) -> str:
 
 
 @rule("F107", "stagnation", Severity.MEDIUM, reads=FlowResult, needs=Need.RECORDS)
-def stagnation(result: FlowResult, *, still: float = 1e-6) -> Iterator[Observation | Unknown]:
+def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Observation | Unknown]:
     """The network no longer moves at the end of the history.
 
     Steps below ``still`` of the weights, a gradient below the optimizer's epsilon, or gradients
-    that repeat to the bit, for eight records. When its gradients fell with its loss it converged,
-    which is information.
+    that repeat to the bit, for eight records. Gradients that fell with the loss have converged,
+    which is info.
     """
     if Need.UPDATES not in result.measured and result.stagnation is None:
         yield Unknown("needs update norms; without them only gradients that repeat are seen")
     found = result.stagnation
-    if found is None or _explained(result):
+    if found is None or _explained(result) or (found.fastest or 0) >= still:
         return
     reasons = {
         "update": f"steps change the weights by less than {still:g} of their norm",
@@ -123,40 +123,42 @@ def _move(reason: str) -> str:
 
 @rule("F109", "update-ratio", Severity.LOW, reads=FlowResult, needs=Need.UPDATES)
 def update_ratio(
-    result: FlowResult, *, high: float = 0.1, wild: float = 0.5
+    result: FlowResult,
+    *,
+    low: float = UPDATE_WARN,
+    high: float = UPDATE_HIGH,
+    wild: float = UPDATE_WILD,
+    share: float = 0.05,
 ) -> Iterator[Observation]:
     """The median step of a layer changes it by more than a twentieth of its norm.
 
-    About 1e-3 is usual. Low from 0.05, medium above ``high`` (half of which is neurolens's upper
-    band) for a twentieth of the parameters and more, high above ``wild``: such weights are
-    replaced rather than trained.
+    About 1e-3 is usual. Low above ``low`` (neurolens's upper band); where layers above ``high``
+    hold a ``share`` of the parameters, medium, and high above ``wild``: such weights are replaced
+    rather than trained.
     """
-    if not result.update_ratios:
+    found = sorted((u for u in result.update_ratios if u.median > low), key=lambda u: -u.median)
+    if not found:
         return
     total = sum(layer.numel or 0 for layer in result.layers)
-    found = sorted(result.update_ratios, key=lambda u: -u.median)
     worst = found[0]
-    share = sum(u.numel or 0 for u in found if u.median > high) / total if total else 1.0
-    names = [u.layer_name for u in found]
+    pushed = sum(u.numel or 0 for u in found if u.median > high) / total if total else 1.0
     yield Observation(
         worst.layer_name if len(found) == 1 else "network",
-        f"the median step changes {plural(len(found), 'layer')} by more than a twentieth of "
-        "the weights: "
-        f"{some(names)} (most {worst.median:.2g}, peak {worst.peak:.2g} at step {worst.step})",
+        f"the median step changes {plural(len(found), 'layer')} by more than {low:.0%} of the "
+        f"weights: {several([u.layer_name for u in found])} (most {worst.median:.2g}, peak "
+        f"{worst.peak:.2g} at step {worst.step})",
         "lower the learning rate of these layers, or warm it up; zero-initialised layers "
         "settle by themselves",
         {
             "median": worst.median,
             "peak": worst.peak,
             "layers": len(found),
-            "share_of_parameters": share,
+            "share_of_parameters": pushed,
         },
         threshold=high,
-        severity=_ratio_severity(worst.median, share, high, wild),
+        severity=Severity.LOW
+        if pushed < share or worst.median <= high
+        else Severity.HIGH
+        if worst.median > wild
+        else Severity.MEDIUM,
     )
-
-
-def _ratio_severity(median: float, share: float, high: float, wild: float) -> Severity:
-    if share < 0.05 or median <= high:
-        return Severity.LOW
-    return Severity.HIGH if median > wild else Severity.MEDIUM

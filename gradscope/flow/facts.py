@@ -1,0 +1,89 @@
+"""What is measured of a region or a zone, before anything is made of it.
+
+Measurements fill these in, ``judgement`` reads them. A value that is *held* is one that a single
+layer reaches at three records or more of the region (at all of them when it is shorter).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from gradscope.flow.result import Extent, Peak
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True, slots=True)
+class VanishingFacts:
+    """A region of vanishing gradients."""
+
+    tests: tuple[str, ...]
+    #: The tests that one layer fails for as long as a value has to be held.
+    held_tests: tuple[str, ...]
+    #: The whole stack loses its gradient, by ``nats_per_layer``.
+    systemic: bool
+    nats_per_layer: float | None
+    #: Decades lost by depth or time, held; minus infinity when they are not.
+    decades: float
+    #: Share of its full step that epsilon leaves, held where the update test fires, and the median.
+    attenuation_held: float
+    attenuation: float | None
+    #: Median norm of a step's change over that of the weights.
+    update_ratio: float | None
+    #: Epsilon of an Adam-like optimizer.
+    epsilon: float | None
+    only_biases: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExplodingFacts:
+    """A region of exploding gradients."""
+
+    tests: tuple[str, ...]
+    held_tests: tuple[str, ...]
+    systemic: bool
+    nats_per_layer: float | None
+    #: Held where the test fires, else minus infinity: norm over the layer's own level, nats above
+    #: the loss side's RMS, norm of the step over that of the weights.
+    own_ratio: float
+    depth_nats: float
+    update_ratio: float
+    #: The fastest growth of ln RMS per step of any of its layers.
+    growth: float | None
+    #: Whether the loss lies above that of the records before; None when unknown.
+    loss_rises: bool | None
+    #: 90th percentile of the total norm over the calmer half of the run.
+    usual_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeadFacts:
+    """A zone without gradient."""
+
+    #: Steps of the longest stretch.
+    duration: int
+    #: Records that the longest stretch at the end of the history has lasted; None: all are over.
+    age: int | None
+    #: Lengths in records of earlier dead stretches of these layers that ended.
+    ended: tuple[int, ...]
+    #: Some elements still have a gradient at the last record.
+    partly_alive: bool
+    #: Gradients of these layers were not finite before.
+    was_nonfinite: bool
+    #: At the end every layer of the network is dead.
+    everything: bool
+    only_biases: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate(Generic[F]):
+    """A region as it was measured: adjacent layers over a stretch of time."""
+
+    region_id: str
+    affected_layers: tuple[str, ...]
+    extent: Extent
+    peak: Peak | None
+    update_ratio: float | None
+    facts: F

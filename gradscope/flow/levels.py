@@ -1,0 +1,85 @@
+"""What gradients are measured against, computed once a run: the loss side, and their own past."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradscope.flow.graph import Graph
+from gradscope.flow.limits import MIN_TREND
+from gradscope.flow.robust import Array, nanmedian
+from gradscope.flow.series import Series
+
+DECADE = math.log(10)
+#: Records after warm-up that a layer's own level is taken from, at most.
+_OWN_RECORDS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Nats that ln RMS lies below a reference, [T, L]: infinite for a gradient of zero.
+
+    NaN where there is no reference, or no finite gradient.
+    """
+
+    #: Below the median of the loss side's layers of the same kind, at the same record.
+    below_loss: Array
+    #: Below the layer's own median after warm-up, for the records that follow.
+    below_own: Array
+    #: Share of its full step that epsilon leaves an Adam-like optimizer, RMS / (RMS + eps); None
+    #: for other optimizers and where sizes are unknown.
+    attenuation: Array | None
+
+
+def levels(series: Series, graph: Graph) -> Levels:
+    """Every layer against the loss side, its own past and the optimizer's epsilon."""
+    below_own: Array = own_level(series) - series.log_rms
+    below_own[: own_records(series).stop] = np.nan
+    eps = series.adaptive_epsilon
+    return Levels(
+        below_loss=reference(series, graph) - series.log_rms,
+        below_own=below_own,
+        attenuation=None
+        if eps is None or not series.per_element
+        else series.rms / (series.rms + eps),
+    )
+
+
+def reference(series: Series, graph: Graph) -> Array:
+    """Natural logarithm of the loss side's RMS gradient for each layer's kind, [T, L].
+
+    NaN where the kind has no loss side, or nothing finite was recorded there.
+    """
+    out = np.full(series.rms.shape, np.nan)
+    for group in {series.group(row) for row in graph.rows}:
+        members = [row for row in graph.rows if series.group(row) == group]
+        anchors = loss_side(series, graph, group)
+        if anchors:
+            out[:, members] = nanmedian(series.finite_log[:, anchors], axis=1)[:, None]
+    return out
+
+
+def loss_side(series: Series, graph: Graph, group: str) -> list[int]:
+    """The layers of a kind nearest the loss, which the others are measured against.
+
+    A quarter of them, at most three and at least one. Empty when there are fewer than two.
+    """
+    members = [row for row in graph.order if series.group(row) == group]
+    if len(members) < 2:
+        return []
+    return members[-max(1, min(3, len(members) // 4)) :]
+
+
+def own_records(series: Series) -> slice:
+    """The records that every layer's own level is taken from; what follows is compared with it."""
+    count = min(_OWN_RECORDS, len(series.steps) // 4)
+    return slice(series.warm_up, series.warm_up + count)
+
+
+def own_level(series: Series) -> Array:
+    """Each layer's median ln RMS over those records, [L]; NaN with fewer than eight."""
+    inside = series.finite_log[own_records(series)]
+    known = np.isfinite(inside).sum(axis=0)
+    return np.where(known >= MIN_TREND, nanmedian(inside, axis=0), np.nan)

@@ -1,0 +1,87 @@
+"""Norms over the whole history: their statistics, and the layers whose gradients explode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from gradscope.flow.judgement import LayerVerdict, worst
+from gradscope.flow.result import ExplodingLayer, Explosion, Region
+from gradscope.flow.robust import nanmedian
+from gradscope.flow.series import Series
+
+
+def explosion(
+    series: Series, regions: Sequence[Region], verdicts: Mapping[str, LayerVerdict]
+) -> Explosion:
+    """The analysis that seed 002 makes of one step, made of every step.
+
+    ``verdicts`` are those of the layers that explode. Mean, standard deviation (population) and
+    median are over all finite norms; ratios are of layers and of parameters.
+    """
+    rows = [row for row, name in enumerate(series.names) if name in verdicts]
+    layers = tuple(_layer(series, row, verdicts[series.names[row]]) for row in rows)
+    finite = series.norm[np.isfinite(series.norm)]
+    at = _location(series)
+    part, whole = series.numel(rows), series.numel(range(len(series.layers)))
+    median = np.median(finite) if len(finite) else math.nan
+    return Explosion(
+        exploding_layers=layers,
+        max_gradient_norm=float(finite.max()) if len(finite) else None,
+        max_layer=None if at is None else series.names[at[1]],
+        max_step=None if at is None else int(series.steps[at[0]]),
+        mean_gradient_norm=float(finite.mean()) if len(finite) else None,
+        std_gradient_norm=float(finite.std()) if len(finite) else None,
+        median_gradient_norm=float(median) if len(finite) else None,
+        mad_gradient_norm=float(np.median(np.abs(finite - median))) if len(finite) else None,
+        explosion_ratio=len(rows) / len(series.layers) if series.layers else None,
+        parameter_ratio=None if part is None or not whole else part / whole,
+        overall_severity=worst(layer.severity for layer in layers),
+        mitigation_recommendations=tuple(
+            dict.fromkeys(advice for r in regions for advice in r.mitigation_suggestions)
+        ),
+    )
+
+
+def _layer(series: Series, row: int, verdict: LayerVerdict) -> ExplodingLayer:
+    norms = series.norm[:, row]
+    known = np.isfinite(norms).any()
+    at = int(np.nanargmax(norms)) if known else 0
+    median = float(nanmedian(norms)) if known else math.nan
+    return ExplodingLayer(
+        layer_name=series.names[row],
+        gradient_norm=float(norms[at]) if known else math.nan,
+        step=int(series.steps[at]) if known else None,
+        severity=verdict.level,
+        tests=verdict.tests,
+        ratio=float(norms[at]) / median if median > 0 else None,
+        numel=series.layers[row].numel,
+        recommended_action=verdict.advice,
+    )
+
+
+def _location(series: Series) -> tuple[int, int] | None:
+    if not np.isfinite(series.norm).any():
+        return None
+    record, row = np.unravel_index(int(np.nanargmax(series.norm)), series.norm.shape)
+    return int(record), int(row)
+
+
+def above(series: Series, threshold: float | None) -> list[str]:
+    """The layers whose norm ever exceeds an absolute limit; none without one."""
+    if threshold is None:
+        return []
+    rows = np.flatnonzero((series.norm > threshold).any(axis=0)).tolist()
+    return [series.names[row] for row in rows]
+
+
+def usual_norm(series: Series) -> float:
+    """The 90th percentile of the total gradient norm over the calmer half of the run."""
+    total = series.history.total_l2
+    if total is None or not np.isfinite(total).any():
+        total = np.sqrt(np.nansum(series.norm**2, axis=1))
+    total = total[np.isfinite(total)]
+    half = np.sort(total)[: max(1, len(total) // 2)] if len(total) else np.array([math.nan])
+    return float(np.quantile(half, 0.9))

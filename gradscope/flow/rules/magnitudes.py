@@ -1,0 +1,314 @@
+"""Rules about the size of gradients."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from gradscope.flow import judgement
+from gradscope.flow.limits import (
+    ATTENUATED,
+    CRITICAL_RATIO,
+    DEPTH_DECADES,
+    DEPTH_RATIO,
+    MODERATE_RATIO,
+    MOVING,
+    SEVERE_RATIO,
+    SPIKE_RATIO,
+    UPDATE_HIGH,
+    UPDATE_WILD,
+)
+from gradscope.flow.result import LEVELS, FlowResult, Need, NonFinite, Region, Spike
+from gradscope.flow.rules.say import SEVERITY, place, several, since, span
+from gradscope.report.model import Fact
+from gradscope.report.rules import Observation, Unknown, rule
+from gradscope.report.severity import Severity
+from gradscope.text import listed, plural
+
+_STEPS_SHOWN = 5
+
+
+@rule("F101", "non-finite-gradient", Severity.CRITICAL, reads=FlowResult, needs=Need.NORMS)
+def non_finite_gradient(result: FlowResult, *, diverged: float = 100.0) -> Iterator[Observation]:
+    """A gradient has NaN or Inf elements on a step that was not skipped.
+
+    The update it makes destroys the weights. Of the layers that turned at the earliest step, the
+    origin is the one nearest the loss: the backward pass reaches it first, and every layer behind
+    it inherits. Norms that grew ``diverged`` times just before point at a run that diverged.
+    Steps that mixed precision skipped are how a loss scaler works and are reported as info.
+    """
+    if result.nonfinite:
+        yield _non_finite(result.nonfinite, diverged)
+    if result.skipped_steps:
+        yield Observation(
+            "network",
+            f"mixed precision skipped {plural(result.skipped_steps, 'step')} of {result.steps:,}",
+            "nothing, unless it goes on: a loss scale that never settles hides a real overflow",
+            {"skipped_steps": result.skipped_steps, "records": result.steps},
+            severity=Severity.INFO,
+        )
+
+
+def _non_finite(stretches: Sequence[NonFinite], diverged: float) -> Observation:
+    first, later = stretches[0], len(stretches) - 1
+    said = (
+        f"gradients are not finite from step {first.step} on, for "
+        f"{plural(first.records, 'record')}, beginning at {first.origin or 'the loss'}"
+    )
+    if first.inherited_by:
+        said += f"; inherited by {plural(len(first.inherited_by), 'layer')}"
+    if later:
+        said += f"; and again {plural(later, 'time')}"
+    facts: dict[str, Fact] = {
+        "step": first.step,
+        "records": first.records,
+        "inherited_by": len(first.inherited_by),
+        "stretches": len(stretches),
+        "loss_nonfinite": str(first.loss_nonfinite).lower(),
+    }
+    known = {"last_finite_step": first.last_finite_step, "growth_before": first.growth_before}
+    facts |= {name: value for name, value in known.items() if value is not None}
+    return Observation(first.origin or "loss", said, _where_to_look(first, diverged), facts)
+
+
+def _where_to_look(first: NonFinite, diverged: float) -> str:
+    back = ""
+    if first.last_finite_step is not None:
+        back = f"go back to a checkpoint of step {first.last_finite_step} or before; "
+    if (first.growth_before or 0) > diverged:
+        return (
+            f"{back}the run diverged (norms had grown {first.growth_before:.2g} times just "
+            "before): lower the learning rate, warm it up, or clip the total norm"
+        )
+    if first.loss_nonfinite:
+        return (
+            f"{back}the loss itself was not finite: look at that batch, and at logs, divisions and "
+            "overflow in the forward pass"
+        )
+    return (
+        f"{back}the loss was finite, so look at the backward pass of {first.origin}: a root or "
+        "norm at zero, a masked division, overflow in half precision"
+    )
+
+
+@rule("F102", "vanishing-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
+def vanishing_gradient(
+    result: FlowResult,
+    *,
+    decades: float = DEPTH_DECADES,
+    moderate: float = 4.0,
+    severe: float = 5.0,
+    critical: float = 6.0,
+    learning: float = MOVING,
+    attenuated: float = ATTENUATED,
+    faint: float = 0.01,
+) -> Iterator[Observation | Unknown]:
+    """Layers get so little gradient that they do not learn, measured without any absolute norm.
+
+    They lie three ``decades`` below the loss side of their kind (AutoTrainer's 1e-3), their steps
+    are below 1e-6 of the weights while the network moves, they lie three decades below their own
+    earlier level while the network does not, or they underflow in half precision. Medium from
+    ``moderate`` decades, high from ``severe``, critical from ``critical`` or where epsilon leaves
+    less than ``faint`` of an adaptive step. Layers that still learn (updates above ``learning``,
+    or more than ``attenuated`` of the step left) are at most medium. A whole stack that loses more
+    than a factor of three a layer is one finding, at least high. A network whose gradients fall
+    together with its loss converges, which is not a finding.
+    """
+    if Need.COMPARABLE not in result.measured and not result.vanishing_regions:
+        yield Unknown("needs two layers of one kind to compare with each other")
+    regions = judgement.vanishing(
+        result.vanishing_regions,
+        decades=decades,
+        moderate=moderate,
+        severe=severe,
+        critical=critical,
+        learning=learning,
+        attenuated=attenuated,
+        faint=faint,
+    )
+    systemic = [region for region in regions if region.systemic]
+    if systemic:
+        yield _stack(result, systemic, decades)
+    for alike in _by_place(region for region in regions if not region.systemic):
+        yield _vanishing(alike, decades, learning)
+
+
+def _stack(result: FlowResult, regions: Sequence[Region], decades: float) -> Observation:
+    layers = _layers(regions)
+    worst = _worst(regions)
+    rate = math.e ** (result.depth.nats_per_layer if result.depth else 0)
+    lost = max((r.peak.value for r in regions if r.peak), default=0.0)
+    return Observation(
+        place(layers),
+        f"the whole stack vanishes: each layer divides the gradient by {rate:.1f}, and "
+        f"{plural(len(layers), 'layer')} lie up to {lost:.1f} decades below the loss side, "
+        f"{span(worst.extent)}",
+        "; ".join(worst.mitigation_suggestions),
+        _evidence(worst, len(regions)) | {"factor_per_layer": rate},
+        threshold=decades,
+        severity=SEVERITY[worst.severity_level],
+    )
+
+
+def _vanishing(regions: Sequence[Region], decades: float, learning: float) -> Observation:
+    worst = _worst(regions)
+    lost = f" by {worst.peak.value:.1f} decades" if worst.peak else ""
+    learns = (
+        " (they still learn: the optimizer rescales)"
+        if worst.severity_level in ("mild", "moderate") and (worst.update_ratio or 0) > learning
+        else ""
+    )
+    return Observation(
+        place(_layers(regions)),
+        f"gradients vanish{lost} in {several(_layers(regions))}, {span(worst.extent)}: "
+        f"{worst.cause}{learns}{_again(regions)}",
+        "; ".join(worst.mitigation_suggestions),
+        _evidence(worst, len(regions)),
+        threshold=decades,
+        severity=SEVERITY[worst.severity_level],
+    )
+
+
+@rule("F103", "exploding-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
+def exploding_gradient(
+    result: FlowResult,
+    *,
+    mild: float = SPIKE_RATIO,
+    moderate: float = MODERATE_RATIO,
+    severe: float = SEVERE_RATIO,
+    critical: float = CRITICAL_RATIO,
+    doubling_moderate: float = 100.0,
+    doubling_severe: float = 10.0,
+    depth_mild: float = DEPTH_RATIO,
+    depth_moderate: float = 1e3,
+    depth_severe: float = 1e5,
+    update_mild: float = UPDATE_HIGH,
+    update_severe: float = UPDATE_WILD,
+    update_critical: float = 1.0,
+) -> Iterator[Observation]:
+    """Gradients or steps grow out of their range and stay there, measured without absolute norms.
+
+    Steady growth by more than four out of the layer's earlier range, a level ten times above it,
+    steps of more than a tenth of the weights, or 70 times the loss side's RMS. Low from ``mild``
+    times the layer's own level, medium from ``moderate``, high from ``severe``, critical from
+    ``critical``; likewise by ``depth_`` times the loss side and by ``update_`` shares of the
+    weights, and by growth that doubles the norm within so many steps (``doubling_``). But for
+    steps that replace the weights the loss has the last word: while it falls, growth is not
+    reported and the rest is at most low; where it is unknown, a tall input side alone is at most
+    medium. Non-finite gradients are left to F101.
+    """
+    regions = judgement.exploding(
+        (region for region in result.exploding_regions if "non-finite" not in region.tests),
+        mild=mild,
+        moderate=moderate,
+        severe=severe,
+        critical=critical,
+        doubling_moderate=doubling_moderate,
+        doubling_severe=doubling_severe,
+        depth_mild=depth_mild,
+        depth_moderate=depth_moderate,
+        depth_severe=depth_severe,
+        update_mild=update_mild,
+        update_severe=update_severe,
+        update_critical=update_critical,
+    )
+    for alike in _by_place(regions):
+        yield _exploding(alike)
+
+
+def _exploding(regions: Sequence[Region]) -> Observation:
+    worst = _worst(regions)
+    peak = (
+        f", up to {worst.peak.value:.3g} in {worst.peak.layer_name} at step {worst.peak.step}"
+        if worst.peak
+        else ""
+    )
+    return Observation(
+        place(_layers(regions)),
+        f"gradients explode in {several(_layers(regions))}{peak}, {span(worst.extent)}: "
+        f"{worst.cause}{_again(regions)}",
+        "; ".join(worst.mitigation_suggestions),
+        _evidence(worst, len(regions)),
+        severity=SEVERITY[worst.severity_level],
+    )
+
+
+@rule("F104", "gradient-spike", Severity.LOW, reads=FlowResult, needs=Need.RECORDS)
+def gradient_spike(
+    result: FlowResult, *, small: float = MODERATE_RATIO, tall: float = SEVERE_RATIO
+) -> Iterator[Observation]:
+    """A gradient jumps far above the records before it and comes back.
+
+    Six robust standard deviations and four times the median of the 128 records before (six sigma
+    as OLMo-core). Heavy-tailed gradients do that now and then, so spikes up to ``small`` times the
+    median are info, taller ones low, and those above ``tall`` times (SPAM) medium: a spike that
+    leaves no trace is never more. One that stays is an exploding gradient.
+    """
+    if not result.spikes:
+        return
+    tallest = sorted(result.spikes, key=lambda spike: -spike.ratio)
+    worst, count = tallest[0], len(tallest)
+    steps = listed((spike.step for spike in tallest), count, _STEPS_SHOWN)
+    many = f"{count} spikes, the tallest" if count > 1 else "a spike"
+    yield Observation(
+        worst.layer_name if worst.layers == 1 else "network",
+        f"{many} {worst.ratio:.3g} times the records before (z {worst.z:.1f}), in "
+        f"{plural(worst.layers, 'layer')}, most in {worst.layer_name}, at step {worst.step}"
+        + (f" (tallest first: {steps})" if count > 1 else ""),
+        "log the batches of these steps; if the loss follows, clip the total norm",
+        {"step": worst.step, "ratio": worst.ratio, "z": worst.z, "spikes": count},
+        threshold=tall,
+        severity=_spike_severity(worst, small, tall),
+    )
+
+
+def _spike_severity(worst: Spike, small: float, tall: float) -> Severity:
+    if worst.ratio > tall:
+        return Severity.MEDIUM
+    return Severity.LOW if worst.ratio > small else Severity.INFO
+
+
+def _by_place(regions: Iterable[Region]) -> list[list[Region]]:
+    """Regions of one cause: the same layers again and again, or single ones alike at once."""
+    groups: dict[tuple[object, ...], list[Region]] = defaultdict(list)
+    for region in regions:
+        place: tuple[object, ...] = region.affected_layers
+        if len(place) == 1:
+            place = (region.severity_level, region.extent.onset, region.extent.end)
+        groups[region.tests, region.mitigation_suggestions, place].append(region)
+    return list(groups.values())
+
+
+def _layers(regions: Sequence[Region]) -> list[str]:
+    return list(dict.fromkeys(name for region in regions for name in region.affected_layers))
+
+
+def _worst(regions: Sequence[Region]) -> Region:
+    return max(regions, key=lambda r: (LEVELS.index(r.severity_level), r.extent.records))
+
+
+def _again(regions: Sequence[Region]) -> str:
+    times = len({region.extent.onset for region in regions})
+    return f"; {times} times in all" if times > 1 else ""
+
+
+def _evidence(region: Region, times: int) -> dict[str, Fact]:
+    facts: dict[str, Fact] = {
+        "tests": ", ".join(region.tests),
+        "layers": region.extent.layer_count,
+        "records": region.extent.records,
+        "onset": since(region.extent.onset),
+        "times": times,
+    }
+    if region.extent.affected_parameters is not None:
+        facts["parameters"] = region.extent.affected_parameters
+    if region.peak is not None:
+        facts |= {
+            "peak": region.peak.value,
+            "peak_layer": region.peak.layer_name,
+            "peak_step": region.peak.step,
+        }
+    if region.update_ratio is not None:
+        facts["update_ratio"] = region.update_ratio
+    return facts

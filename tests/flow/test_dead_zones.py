@@ -1,0 +1,141 @@
+"""Dead zones: what is dead, for how long, and what the past says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gradscope import analyze_flow
+from gradscope.flow.dead_zones import dead
+from gradscope.flow.joining import series
+from gradscope.flow.result import DeadZone
+from gradscope.histories.history import History, Status
+
+from .made import made, noise
+
+
+def zones(history: History) -> tuple[DeadZone, ...]:
+    return analyze_flow(history).result.dead_zones
+
+
+def at_zero(layer: int, *spans: tuple[int, int], records: int = 100, layers: int = 5) -> np.ndarray:
+    norms = noise(records, layers)
+    for first, end in spans:
+        norms[first:end, layer] = 0
+    return norms
+
+
+def test_zero_absent_and_almost_all_zero_are_dead_and_what_never_was_is_not() -> None:
+    norms = noise(6, 5)
+    status = np.full(norms.shape, Status.RECORDED, np.uint8)
+    zeros = np.zeros(norms.shape)
+    norms[1, 0] = 0
+    status[2, 1] = Status.NONE
+    zeros[3, 2], zeros[4, 2] = 0.999, 0.998
+    status[:, 3] = Status.NONE
+    status[5, 4] = Status.FROZEN
+
+    found = dead(series(made(norms, status=status, zero_fraction=zeros)))
+
+    assert np.argwhere(found).tolist() == [[1, 0], [2, 1], [3, 2]]
+
+
+def test_an_embedding_is_dead_when_every_element_is_and_a_gradient_of_nan_is_not() -> None:
+    norms = noise(3, 2)
+    norms[1, 0] = 0
+    norms[2, 1] = np.nan
+    zeros = np.ones(norms.shape)
+
+    found = dead(series(made(norms, kinds=["embedding", "matrix"], zero_fraction=zeros)))
+
+    assert np.argwhere(found).tolist() == [[0, 1], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(("records", "found"), [(4, 0), (5, 1)])
+def test_a_zone_is_five_records_without_a_break(records: int, found: int) -> None:
+    assert len(zones(made(at_zero(2, (50, 50 + records))))) == found
+    broken = at_zero(2, (50, 54), (55, 59))
+    assert zones(made(broken)) == ()
+
+
+def test_a_zone_has_its_origin_next_to_the_loss_and_lasts_as_its_longest_stretch() -> None:
+    norms = at_zero(2, (40, 60))
+    norms[45:70, 3] = 0
+
+    (zone,) = zones(made(norms, steps=np.arange(100) * 3))
+
+    assert zone.affected_layers == ("layers.2", "layers.3")
+    assert zone.origin == "layers.3"
+    assert zone.dead_duration == 3 * 24
+    assert zone.extent.records == 30
+    assert zone.past_recoveries == 0
+    assert (zone.recovery_potential, zone.intervention_required) == ("high", False)
+
+
+def test_earlier_zones_of_the_same_layers_that_ended_are_recoveries() -> None:
+    norms = at_zero(2, (10, 12), (20, 30), (90, 100))
+    norms[50:60, 4] = 0
+
+    last = zones(made(norms))[-1]
+
+    assert last.affected_layers == ("layers.2",)
+    assert last.facts.ended == (2, 10)
+    assert last.past_recoveries == 2
+    assert last.facts.age == 10
+    # One of the two that could have lasted as long did end: as likely as not.
+    assert last.recovery_potential == "high"
+
+
+@pytest.mark.parametrize(("end", "age"), [(97, None), (98, 58), (100, 60)])
+def test_a_zone_that_reaches_the_last_two_records_is_not_over(end: int, age: int | None) -> None:
+    (zone,) = zones(made(at_zero(2, (40, end))))
+
+    assert zone.facts.age == age
+    assert zone.extent.ongoing is (age is not None)
+    assert zone.intervention_required is (age is not None)
+
+
+def test_some_elements_alive_at_the_last_record_make_recovery_likelier() -> None:
+    zeros = np.zeros((100, 5))
+    zeros[60:, 2] = 0.9995
+
+    (zone,) = zones(made(noise(100, 5), zero_fraction=zeros))
+
+    assert zone.facts.partly_alive
+    assert (zone.recovery_potential, zone.intervention_required) == ("medium", False)
+
+
+def test_what_was_not_finite_before_or_takes_the_whole_network_does_not_recover() -> None:
+    lost = at_zero(2, (60, 100))
+    lost[30, 2] = np.nan
+    (zone,) = zones(made(lost))
+    assert zone.facts.was_nonfinite
+    assert zone.recovery_potential == "none"
+    lost[30, 2], lost[30, 3] = 1, np.nan
+    assert zones(made(lost))[0].recovery_potential == "low"
+
+    everything = noise(100, 3)
+    everything[60:] = 0
+    (zone,) = zones(made(everything))
+    assert zone.facts.everything
+    assert (zone.recovery_potential, zone.intervention_required) == ("none", True)
+    everything[90:] = 1
+    (zone,) = zones(made(everything))
+    assert not zone.facts.everything
+    assert zone.recovery_potential == "high"
+
+
+def test_a_bias_without_gradient_asks_for_nothing() -> None:
+    kinds = ["matrix", "matrix", "bias", "matrix", "matrix"]
+
+    (zone,) = zones(made(at_zero(2, (60, 100)), kinds=kinds))
+
+    assert zone.recovery_potential == "low"
+    assert not zone.intervention_required
+
+
+def test_the_gradient_that_dies_is_dead_and_not_vanishing() -> None:
+    report = analyze_flow(made(at_zero(2, (60, 100))))
+
+    assert [f.name for f in report.findings] == ["dead-zone"]
+    assert report.result.vanishing_regions == ()

@@ -1,0 +1,31 @@
+"""Median and spread of what came before, against a loop over slices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gradscope.flow.trailing import trailing
+
+
+@pytest.mark.parametrize(("window", "least"), [(1, 1), (5, 2), (8, 8), (16, 3)])
+def test_each_record_is_compared_with_the_finite_ones_before_it(window: int, least: int) -> None:
+    rng = np.random.default_rng(window)
+    values = np.round(rng.normal(size=(60, 4)), 1)
+    values[rng.random((60, 4)) < 0.2] = np.nan
+    values[5, 0] = np.inf
+
+    medians, spreads = trailing(values, window, least)
+
+    for t in range(60):
+        for layer in range(4):
+            before = values[:t, layer]
+            before = before[np.isfinite(before)][-window:]
+            if len(before) < least:
+                assert np.isnan(medians[t, layer])
+                assert np.isnan(spreads[t, layer])
+            else:
+                assert medians[t, layer] == pytest.approx(np.median(before))
+                deviation = stats.median_abs_deviation(before)
+                assert spreads[t, layer] == pytest.approx(1.4826 * deviation)
