@@ -94,7 +94,7 @@ def say(message: str) -> None:
 def emit(text: str) -> None:
     """The report, on stdout and nowhere else; whatever the stream's encoding can show of it.
 
-    A reader that has gone away is no error. Raises OutputError for a full disk.
+    A reader that has gone away is not an error. Raises OutputError for a full disk.
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:

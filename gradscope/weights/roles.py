@@ -53,7 +53,7 @@ MATRICES = frozenset(
 )  # fmt: skip
 TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
-#: Roles that are no part of what was trained: pooled statistics and health leave them out.
+#: Roles that were not trained: pooled statistics and health leave them out.
 AUXILIARY = frozenset(
     {
         Role.COUNTER, Role.BUFFER, Role.OPTIMIZER, Role.PACKED, Role.SCALE,
@@ -199,7 +199,7 @@ def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, Tenso
 def _two_dimensional(
     ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]
 ) -> Role:
-    """A table of vectors or a matrix that multiplies; what has a bias beside it is no table."""
+    """A table of vectors or a matrix that multiplies; what has a bias beside it is not a table."""
     path = module if leaf in ("weight", "kernel", "w") else ref.name
     if _UNEMBEDDING.search(path):
         return Role.UNEMBEDDING

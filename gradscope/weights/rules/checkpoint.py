@@ -10,6 +10,7 @@ from itertools import pairwise
 from gradscope.checkpoints.tensors import ProblemKind
 from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, Unknown, rule
+from gradscope.text import listed
 from gradscope.weights.result import Examined, Need
 
 
@@ -25,22 +26,22 @@ def _problems(examined: Examined, kind: ProblemKind) -> Iterator[Observation]:
 def index_mismatch(examined: Examined) -> Iterator[Observation]:
     """The index and the shards disagree about which tensor is where.
 
-    A loader that trusts the index leaves the tensors it does not find uninitialised, and serves
-    the model all the same (sglang #32279, huggingface_hub #4725). Each way is checked: names that
-    only the index has, names that only a shard has, names the index puts in another shard.
+    A loader that trusts the index leaves the tensors it does not find uninitialised, and still
+    serves the model (sglang #32279, huggingface_hub #4725). Each way is checked: names only in
+    the index, names only in a shard, names that the index places in another shard.
     """
     yield from _problems(examined, "index-mismatch")
 
 
 @rule("C002", "missing-shard", Severity.CRITICAL, reads=Examined, needs=Need.HEADERS)
 def missing_shard(examined: Examined) -> Iterator[Observation]:
-    """A file that the index or the numbering `-00003-of-00007` promises is not there."""
+    """A file that the index or the numbering `-00003-of-00007` promises was not found."""
     yield from _problems(examined, "missing-shard")
 
 
 @rule("C003", "duplicate-tensor-name", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def duplicate_tensor_name(examined: Examined) -> Iterator[Observation]:
-    """One tensor name stands twice: parsers differ about which one they load.
+    """A tensor name occurs twice: parsers differ on which one they load.
 
     The safetensors format forbids it and its reference reader takes the last one silently, so two
     programs may run two different models from one file.
@@ -89,8 +90,8 @@ def missing_layer(
     """A numbered series of equal layers has a gap, or ends before config.json says.
 
     Judged only of series called layers, blocks or h whose members have the same four or more
-    tensors each and of which most neighbours are there, so the numbering of nn.Sequential (where
-    activations take numbers and hold no tensors) is left alone.
+    tensors each and most of whose neighbours are present, so the numbering of nn.Sequential (where
+    activations take numbers but hold no tensors) is left alone.
     """
     expected = _configured_layers(examined)
     for stack, members in _series(examined).items():
@@ -108,12 +109,12 @@ def missing_layer(
 
 
 def _missing(stack: str, missing: list[int], present: int, expected: int) -> Observation:
-    listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
     return Observation(
         f"{stack}.{missing[0]}",
-        f"layer {listed} of {stack} is missing: {present} of {expected} layers are there",
-        "find the file or the conversion step that lost it; a loader that is not strict "
-        "initialises the layer at random",
+        f"layer {listed(missing, len(missing), 8)} of {stack} is missing: "
+        f"{present} of {expected} layers found",
+        "find the file or the conversion step that lost it; a non-strict loader initialises the "
+        "layer at random",
         {"missing_layers": len(missing), "present_layers": present, "first_missing": missing[0]},
     )
 
@@ -140,7 +141,7 @@ def _configured_layers(examined: Examined) -> int:
 
 
 def _is_main(stack: str) -> bool:
-    """Whether config.json's num_hidden_layers speaks of this stack."""
+    """Whether config.json's num_hidden_layers refers to this stack."""
     return stack in (
         "model.layers",
         "layers",

@@ -1,4 +1,4 @@
-"""Rules about how values sit in their type, and about the scales of quantised weights."""
+"""Rules about values and their dtype, and about the scales of quantised weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def dtype_headroom(
     saturated: float = 1e-3,
     subnormal: float = 0.01,
 ) -> Iterator[Observation]:
-    """The values crowd an end of their type's range.
+    """The values are close to an end of their dtype's range.
 
     Less than one doubling below the greatest finite value (float16: above 32,752) overflows at
-    the next update; more than 0.1 % of elements at the greatest value of an 8-bit float were cut
-    off by their scale; more than 1 % subnormal elements have lost precision (low).
+    the next update; more than 0.1 % of elements at the greatest value of an 8-bit float were
+    clipped by their scale; more than 1 % subnormal elements have lost precision (low).
     """
     for tensor, s, numerics in with_numerics(examined):
         if is_narrow(tensor.dtype):
@@ -35,7 +35,7 @@ def dtype_headroom(
                 yield Observation(
                     tensor.name,
                     f"{share:.2%} of elements are at the greatest value of {tensor.dtype}",
-                    "recompute the scale from the greatest magnitude, by row or block",
+                    "recompute the scale from the greatest magnitude, per row or block",
                     {"saturated_fraction": share, "affected_fraction": share},
                     saturated,
                 )
@@ -53,8 +53,8 @@ def dtype_headroom(
         if share > subnormal and s.count >= 256 and tensor.role not in AUXILIARY:
             yield Observation(
                 tensor.name,
-                f"{share:.1%} of elements are subnormal in {tensor.dtype}: they keep fewer bits "
-                "than the rest, and flush to zero on some devices",
+                f"{share:.1%} of elements are subnormal in {tensor.dtype}: they have fewer bits "
+                "than the rest, and some devices flush them to zero",
                 "store it in BF16 or F32",
                 {"subnormal_fraction": share},
                 subnormal,
@@ -64,7 +64,7 @@ def dtype_headroom(
 
 @rule("W116", "redundant-precision", Severity.INFO, reads=Examined, needs=Need.STATISTICS)
 def redundant_precision(examined: Examined, *, least: int = 256) -> Iterator[Observation]:
-    """Float32 tensors whose values all fit a 16-bit type without loss: half the bytes are zeros."""
+    """Float32 tensors whose values all fit a 16-bit type without loss: half the bytes are zero."""
     for payload in ("BF16", "F16"):
         found = [
             t
@@ -75,7 +75,7 @@ def redundant_precision(examined: Examined, *, least: int = 256) -> Iterator[Obs
             saved = sum(t.numel for t in found) * 2
             yield Observation(
                 common_pattern(found),
-                f"{len(found)} F32 tensors hold {payload} values: {saved:,} bytes carry nothing",
+                f"{len(found)} F32 tensors hold {payload} values: {saved:,} bytes are redundant",
                 f"store them as {payload}; no value changes",
                 {"tensors": len(found), "redundant_bytes": saved},
             )
@@ -97,8 +97,8 @@ _NEEDED = {"qweight": ("scales",), "weight_packed": ("weight_scale",)}
 def scale_missing(examined: Examined, *, scaled_from: float = 16.0) -> Iterator[Observation]:
     """A quantised weight has no scale, or one that is not positive, not finite or misshapen.
 
-    Loaders leave an absent scale uninitialised and compute on (vLLM #57108). An 8-bit float
-    weight whose values stay below 16 beside no scale anywhere was cast, not scaled: info.
+    Loaders leave an absent scale uninitialised and carry on (vLLM #57108). An 8-bit float
+    weight whose values stay below 16, in a file without any scale, was cast, not scaled: info.
     """
     any_scale = any(t.role is Role.SCALE for t in examined.tensors)
     for tensor in examined.tensors:
@@ -155,9 +155,11 @@ def _invalid(scale: TensorResult, weight: TensorResult) -> str:
     if s.finite_count < s.count:
         return f"has {s.count - s.finite_count:,} elements that are not finite"
     if s.min is not None and s.min <= 0:
-        return f"has elements that are not positive (least {s.min:.6g})"
+        return f"has elements that are not positive (smallest {s.min:.6g})"
     if weight.role is Role.QUANTIZED and not _grid_fits(scale.shape, weight.shape):
-        return f"has shape {list(scale.shape)}, which divides {list(weight.shape)} into no blocks"
+        return (
+            f"has shape {list(scale.shape)}, which does not divide {list(weight.shape)} into blocks"
+        )
     return ""
 
 

@@ -21,8 +21,8 @@ def heavy_tails(
 ) -> Iterator[Observation]:
     """The bulk of a matrix has far heavier tails than a Gaussian.
 
-    Judged on the kurtosis without the 0.1 % farthest elements, because one super weight makes
-    the plain kurtosis of a healthy matrix 1,582 and the trimmed one 0.5. Healthy matrices
+    Judged on the kurtosis without the 0.1 % farthest elements, because a single super weight
+    can give a healthy matrix a plain kurtosis of 1,582 (trimmed: 0.5). Healthy matrices
     measured at most 3.6, convolutions 3.1 (90 %), depthwise ones 16.6. Calibrated.
     """
     for tensor, s in measured(examined, SHAPED):
@@ -33,7 +33,7 @@ def heavy_tails(
             tensor.name,
             f"trimmed excess kurtosis {s.trimmed_kurtosis:.3g} "
             f"(plain {s.kurtosis or math.nan:.3g}; a Gaussian has 0)",
-            "quantise this tensor by row or group, not with one scale; if training is under way, "
+            "quantise this tensor per row or group, not with a single scale; if training goes on, "
             "look for spikes in its gradients",
             {"trimmed_kurtosis": s.trimmed_kurtosis, "kurtosis": s.kurtosis or math.nan},
             threshold=bound,
@@ -42,10 +42,10 @@ def heavy_tails(
 
 @rule("W108", "skewed", Severity.LOW, reads=Examined, needs=Need.STATISTICS)
 def skewed(examined: Examined, *, limit: float = 2.0, least: int = 1000) -> Iterator[Observation]:
-    """A matrix leans to one side: |skewness| without the 0.1 % farthest elements above 2.
+    """A matrix is skewed: |skewness| without the 0.1 % farthest elements above 2.
 
-    Also above six standard errors, sqrt(6 / n), so that few elements are no evidence. Matrices
-    that may not be negative (a metric's weights) lean by design.
+    It must also exceed six standard errors, 6 sqrt(6 / n), so that a few elements prove nothing.
+    Matrices that cannot be negative (the weights of a metric) are skewed by design.
     """
     for tensor, s in measured(examined, SHAPED):
         if s.count < least or s.trimmed_skewness is None or (s.min or 0) >= 0:
@@ -70,13 +70,13 @@ def outliers(
     score: float = 20.0,
     least_tensors: int = 3,
 ) -> Iterator[Observation]:
-    """Single weights far beyond the rest of their matrix, and dimensions where they repeat.
+    """Single weights far beyond the rest of their matrix, and dimensions where they recur.
 
     The peak ratio is the greatest robust score over sqrt(2 ln n), which is 1 for a Gaussian of
-    any size; the greatest of 113 healthy matrices was 37, and from 1e4 on it is `extreme-value`
-    that speaks. Outliers in one and the same row or
-    column of three or more layers are a feature of trained transformers (Kovaleva et al. 2021,
-    arXiv 2105.06990; Yu et al. 2024, arXiv 2411.07191): info, and worth keeping when quantising.
+    any size; the greatest of 113 healthy matrices was 37; above 1e4 it is `extreme-value`. Outliers
+    in the same row or column of three or more layers are a feature of trained transformers
+    (Kovaleva et al. 2021, arXiv 2105.06990; Yu et al. 2024, arXiv 2411.07191): info, and worth
+    keeping when quantising.
     """
     for tensor, _, found in with_outliers(examined, MATRICES - TABLES):
         if tensor.numel >= least and peak_ratio < (found.peak_ratio or 0) <= extreme:
@@ -87,7 +87,7 @@ def outliers(
                 f"deviations out, {found.peak_ratio:.3g} times what {tensor.numel:,} Gaussian "
                 "values reach",
                 "keep it in high precision when quantising; a single scale for the tensor would "
-                "spend its range on it",
+                "waste its range on it",
                 {
                     "peak_ratio": found.peak_ratio or math.nan,
                     "value": peak.value,
@@ -123,7 +123,7 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
 
 @rule("W110", "high-sparsity", Severity.LOW, reads=Examined, needs=Need.STATISTICS)
 def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observation]:
-    """More than half of a matrix is exactly zero, outside rows that are dead as a whole.
+    """More than half of a matrix is exactly zero, not counting rows that are entirely dead.
 
     Pruning does this on purpose; otherwise it is underflow, or a mask saved as a weight.
     """
@@ -138,7 +138,7 @@ def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observa
             yield Observation(
                 tensor.name,
                 f"{share:.1%} of the elements of its live rows are exactly zero",
-                "store it sparse if it was pruned; if not, look for underflow in the conversion",
+                "store it as sparse if it was pruned; otherwise look for underflow in a conversion",
                 {"zero_fraction": s.zero_fraction or 0.0, "live_zero_fraction": share},
                 threshold=limit,
             )

@@ -1,4 +1,4 @@
-"""Rules about what training left: running statistics, norms, adapters, copied layers."""
+"""Rules about traces of training: running statistics, norms, adapters, copied layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradscope.weights.rules.tensors import measured
 
 @rule("W111", "negative-variance", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def negative_variance(examined: Examined) -> Iterator[Observation]:
-    """A running variance or a second moment is below zero, which no average of squares can be.
+    """A running variance or a second moment is below zero, which an average of squares cannot be.
 
     Its square root is NaN at inference (detectron2 #2413).
     """
@@ -27,9 +27,9 @@ def negative_variance(examined: Examined) -> Iterator[Observation]:
         if s.min is not None and s.min < 0:
             yield Observation(
                 tensor.name,
-                f"its least element is {s.min:.6g}; a variance cannot be negative",
-                "estimate the statistics again on training data; look for a wrong tensor order in "
-                "a conversion",
+                f"its smallest element is {s.min:.6g}; a variance cannot be negative",
+                "recompute the statistics on training data; check the conversion for tensors in "
+                "the wrong order",
                 {"min": float(s.min), "affected_fraction": 1.0},
                 threshold=0,
             )
@@ -39,9 +39,9 @@ def negative_variance(examined: Examined) -> Iterator[Observation]:
 def untrained(examined: Examined) -> Iterator[Observation]:
     """Norms or adapters that are exactly as they were initialised.
 
-    High where the checkpoint says it itself: batch norms with unit gain, mean 0 and variance 1
+    High where the checkpoint itself says so: batch norms with unit gain, mean 0 and variance 1
     whose `num_batches_tracked` is 0, or unit norms beside a step count of 0. Unit norm gains
-    without such a witness, and LoRA adapters whose B is zero throughout, are info; a B that is
+    without such evidence, and LoRA adapters whose B is zero everywhere, are info; a B that is
     zero in some modules only is medium.
     """
     yield from _untrained_batch_norms(examined)
@@ -62,7 +62,7 @@ def _untrained_batch_norms(examined: Examined) -> Iterator[Observation]:
         if _is(tensor, 1) and _is(mean, 0) and _is(batches, 0):
             yield Observation(
                 tensor.name,
-                "this batch norm has seen no batch: mean 0, variance 1, num_batches_tracked 0",
+                "this batch norm has never seen a batch: mean 0, variance 1, num_batches_tracked 0",
                 "load the trained checkpoint, or train; in evaluation mode this layer does not "
                 "normalise anything",
                 {"num_batches_tracked": 0, "affected_fraction": 1.0},
@@ -121,9 +121,9 @@ def _untrained_adapters(examined: Examined) -> Iterator[Observation]:
 
 @rule("W113", "duplicate-tensors", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observation]:
-    """Matrices of different layers that are equal bit by bit.
+    """Matrices of different layers that are equal bit for bit.
 
-    Two layers do not train to the same weights: one was copied over the other, by a merge, a
+    Two layers never train to the same weights: one was copied over the other, by a merge, a
     wrong conversion or a failed restart. Equal embeddings and output layers are tied weights
     saved twice: info.
     """
@@ -158,7 +158,7 @@ def _copied(
 
 
 def _differing(first: str, second: str) -> tuple[str, str]:
-    """The parts of two names up to where they last differ: the layers they are of."""
+    """Two names up to where they last differ: the layers that they belong to."""
     a, b = first.split("."), second.split(".")
     while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
         a, b = a[:-1], b[:-1]

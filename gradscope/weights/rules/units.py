@@ -18,8 +18,8 @@ def dead_units(
 ) -> Iterator[Observation]:
     """Rows (output units, filters) whose L2 norm is below 1e-3 of the tensor's median row norm.
 
-    They pass nothing on. Some are normal under batch norm: 29 of 106 convolutions of healthy
-    mobile nets had a few, so below 10 % is info, to 30 % medium. Rows of embeddings belong to
+    They pass nothing on. A few are normal under batch norm: 29 of 106 convolutions of healthy
+    mobile nets had some, so up to 10 % is info, up to 30 % medium. Rows of embeddings belong to
     `undertrained-rows` until they are more than 30 %.
     """
     for tensor, units in with_units(examined, MATRICES):
@@ -31,8 +31,8 @@ def dead_units(
             tensor.name,
             f"{units.dead_rows:,} of {units.rows:,} rows are dead ({share:.1%}): "
             f"{listed(units.dead, units.dead_rows, len(units.dead))}",
-            "prune them, or if the model is still to be trained: lower the learning rate, check "
-            "the initialisation, use an activation that does not saturate at zero",
+            "prune them; or, if training goes on, lower the learning rate, check the "
+            "initialisation, or use an activation that does not saturate at zero",
             {
                 "dead_rows": units.dead_rows,
                 "rows": units.rows,
@@ -48,7 +48,7 @@ def dead_units(
 def duplicate_units(
     examined: Examined, *, medium: float = 0.10, least_numel: int = 8
 ) -> Iterator[Observation]:
-    """Rows that repeat an earlier row bit by bit, rows of zeros aside.
+    """Rows that repeat an earlier row bit for bit, apart from rows of zeros.
 
     Equal units compute the same and stay equal under equal gradients; trained rows of eight or
     more elements do not coincide by chance. Up to 10 % is info.
@@ -75,10 +75,10 @@ def duplicate_units(
 
 @rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
-    """Rows of an embedding that training hardly touched: nearly zero, or equal to another.
+    """Rows of an embedding that were hardly trained: nearly zero, or equal to another.
 
     Reserved and padding tokens are such rows in most released models (Land and Bartolo 2024,
-    arXiv 2405.05417); a prompt that reaches one gives undefined output. Above 20 %: medium.
+    arXiv 2405.05417); a prompt that contains one gives undefined output. Above 20 %: medium.
     """
     for tensor, units in with_units(examined, TABLES):
         found = units.dead_rows + units.duplicate_rows

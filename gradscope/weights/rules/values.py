@@ -1,4 +1,4 @@
-"""Rules about values that are broken: not finite, impossibly large, all alike."""
+"""Rules about broken values: not finite, impossibly large, all equal."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from gradscope.weights.rules.tensors import measured, with_outliers
 def non_finite(examined: Examined) -> Iterator[Observation]:
     """NaN or Inf among the elements of a tensor.
 
-    One NaN makes every output NaN that it reaches. -Inf alone in a mask that was saved with the
-    model is what masks are made of: info.
+    One NaN makes every output that it reaches NaN. A saved attention mask consists of -Inf: info.
     """
     for tensor, s in measured(examined):
         bad = s.nan_count + s.posinf_count + s.neginf_count
@@ -32,7 +31,7 @@ def non_finite(examined: Examined) -> Iterator[Observation]:
             tensor.name,
             f"{bad:,} of {s.count:,} elements are not finite ({s.nan_count:,} NaN, "
             f"{s.posinf_count:,} +Inf, {s.neginf_count:,} -Inf), at {where}",
-            "do not use this file; go back to the last checkpoint without them and look at the "
+            "do not use this file; go back to the last checkpoint without them, and check the "
             "loss scale and the gradients of the steps after it",
             {
                 "nan_count": s.nan_count,
@@ -56,14 +55,15 @@ def extreme_value(
     score: float = 50.0,
     least: int = 1000,
 ) -> Iterator[Observation]:
-    """A few elements stand so far out that storage or conversion must have damaged them.
+    """A few elements lie so far out that storage or conversion must have damaged them.
 
     A flipped exponent bit multiplies a value by 2^16 (float16) to 2^128. Three signs: the peak
     ratio (greatest robust score over that of as many Gaussian values) above 1e4, where the
     greatest of 113 healthy matrices measured 37 and of small audio convolutions 689; a magnitude
     above 1e6 in a weight, a thousand times what a survey of eight released models found (aprender
     #2039); or a gap: the farthest elements lie 100 times (outside matrices 1e4 times) farther out
-    than the next, alone. Mantissa and sign flips leave no such trace: only a hash finds those.
+    than the next, alone. Flips of mantissa or sign bits leave no such trace; only a hash reveals
+    those.
     """
     for tensor, s, outliers in with_outliers(examined):
         if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER):
@@ -97,8 +97,8 @@ def _extreme(
     return Observation(
         tensor.name,
         f"{place} is {value:.6g}: {', '.join(reasons)}",
-        f"compare the file's hash with its source; if it agrees, look at how {tensor.dtype} values "
-        f"were converted or scaled, and at {place} in an earlier checkpoint",
+        f"compare the file's hash with its source; if it matches, check how {tensor.dtype} values "
+        f"were converted or scaled, and {place} in an earlier checkpoint",
         {
             "value": value,
             "robust_score": peak.score if peak is not None and peak.score else math.nan,
@@ -125,9 +125,9 @@ def _gap(outliers: OutlierResult, least_score: float) -> tuple[int, float]:
 def all_zero(examined: Examined) -> Iterator[Observation]:
     """Every element of a tensor is zero.
 
-    A matrix of zeros passes nothing on; it is what is left of a failed download or save
+    A matrix of zeros passes nothing on; failed downloads and saves leave them
     (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
-    B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are ordinary: info.
+    B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are normal: info.
     """
     for tensor, s in measured(examined):
         if s.zero_count < s.count or tensor.role in AUXILIARY:
@@ -137,9 +137,9 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
         yield Observation(
             tensor.name,
             f"all {s.count:,} elements are zero",
-            "load the tensor from the source again or retrain the layer"
+            "reload the tensor from its source, or retrain the layer"
             if matrix
-            else "nothing to do if the layer was meant to start from zero and was not trained",
+            else "nothing to do if the layer starts from zero and was not trained",
             {"zero_count": s.zero_count, "affected_fraction": 1.0},
             severity=None if matrix else Severity.INFO,
         )
@@ -147,7 +147,7 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
 
 @rule("W104", "constant-tensor", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
 def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observation]:
-    """All elements of a matrix have one value other than zero: its rows cannot differ.
+    """All elements of a matrix have one value, not zero: its rows cannot differ.
 
     Vectors are often constant when they were not trained: info. Norm gains are judged by
     `untrained`, zeros by `all-zero`.
