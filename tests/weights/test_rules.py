@@ -574,7 +574,7 @@ def test_an_unscaled_cast_to_float8_is_info_and_a_scaled_one_without_scale_is_hi
     ("scale", "reason"),
     [
         (np.float32([0]), "not positive"),
-        (np.float32([-0.5]), "least -0.5"),
+        (np.float32([-0.5]), "smallest -0.5"),
         (np.float32([np.nan]), "1 elements that are not finite"),
         (np.float32([np.inf]), "1 elements that are not finite"),
         (np.ones((65,), np.float32), "[65]"),
