@@ -8,13 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Engine", "Pool", "Profile", "Scan", "profile", "scan_on", "threads"]
+__all__ = ["Engine", "Pool", "Profile", "Scan", "profile", "scan_for", "threads"]
 
 if TYPE_CHECKING:
     from gradscope.statistics.description import Pool
     from gradscope.statistics.engine import Engine, Profile, profile, threads
     from gradscope.statistics.tally import Scan
-    from gradscope.statistics.torch_scan import scan_on
 
 _HOMES = {
     "Engine": "engine",
@@ -22,9 +21,19 @@ _HOMES = {
     "Profile": "engine",
     "Scan": "tally",
     "profile": "engine",
-    "scan_on": "torch_scan",
     "threads": "engine",
 }
+
+
+def scan_for(device: str) -> Scan:
+    """The kernels of a device; torch is imported for any but the CPU. Raises UsageError."""
+    if device == "cpu":
+        from gradscope.statistics.scan import scan
+
+        return scan
+    from gradscope.statistics.torch_scan import scan_on
+
+    return scan_on(device)
 
 
 def __getattr__(name: str) -> Any:

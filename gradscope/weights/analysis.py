@@ -75,17 +75,6 @@ def analyze_weights(
     return _report(request, [_judged(e, request) for e in examinations], failures)
 
 
-def scan_for(device: str) -> Scan:
-    """The kernels of a device; torch is imported for any but the CPU. Raises UsageError."""
-    if device == "cpu":
-        from gradscope.statistics.scan import scan
-
-        return scan
-    from gradscope.statistics import scan_on
-
-    return scan_on(device)
-
-
 @dataclass
 class _Meter:
     """Bytes done of the whole run, told to whoever draws the progress bar."""
@@ -141,7 +130,7 @@ def _measure_all(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> list[_Examination]:
-    from gradscope.statistics import threads
+    from gradscope.statistics import scan_for, threads
 
     scan = scan_for(device)
     return [_measured(c, scan, threads(jobs), meter, keep_going) for c in opened]

@@ -17,12 +17,12 @@ import torch
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.checkpoints.tiles import PIECE, STORED, Tile
 from gradscope.errors import UsageError
-from gradscope.statistics import codings, profile, scan_on, threads, torch_scan
+from gradscope.statistics import codings, profile, threads, torch_scan
 from gradscope.statistics.kernels import BLOCK
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.statistics.scan import scan as cpu_scan
 from gradscope.statistics.tally import Piece, Tally, tally
-from gradscope.statistics.torch_scan import TorchScan
+from gradscope.statistics.torch_scan import TorchScan, scan_on
 
 Array = npt.NDArray[Any]
 
