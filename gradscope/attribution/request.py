@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gradscope.attribution.folder import Folder
@@ -78,7 +78,7 @@ def _with_reference_image(options: dict[str, Any], steps: Preprocessing) -> dict
     wanted = options.get("reference")
     if not isinstance(wanted, str) or wanted in NAMES:
         return options
-    if not Path(wanted).is_file():
+    if not os.path.isfile(wanted):
         raise UsageError(
             f"--reference {wanted}: neither one of {', '.join(NAMES)} nor a picture file"
         )

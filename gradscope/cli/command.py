@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -140,7 +141,7 @@ def _checked(output: Output, gate: Gate | None, inputs: Iterable[str]) -> list[t
     if gate is not None:
         select(load_rules().values(), split_commas(gate.select), split_commas(gate.ignore))
     reports = [_report_path(value) for value in output.report or ()]
-    _spare(reports, [path for path in map(Path, inputs) if path.exists()])
+    _spare(reports, [path for path in inputs if os.path.exists(path)])
     return reports
 
 
@@ -150,32 +151,34 @@ def _report_path(value: str) -> tuple[str, Path]:
     if not equals or not path:
         raise UsageError(f"--report takes FORMAT=PATH, e.g. json=report.json, not {value!r}")
     renderer(name)
-    if not Path(path).absolute().parent.is_dir():
+    if not os.path.isdir(os.path.dirname(path) or "."):
         raise UsageError(f"--report {value}: folder not found: {Path(path).parent}")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"--report {value}: {path} is a folder; name a file")
     return name, Path(path)
 
 
-def _spare(reports: Iterable[tuple[str, Path]], inputs: list[Path]) -> None:
+def _spare(reports: Iterable[tuple[str, Path]], inputs: list[str]) -> None:
     """Refuse to write a report over an input, over a file beside one, or over another report."""
-    written: set[Path] = set()
+    written: set[str] = set()
     for name, path in reports:
-        if path.resolve() in written:
+        place = os.path.realpath(path)
+        if place in written:
             raise UsageError(f"--report {name}={path}: two reports cannot have the same path")
-        written.add(path.resolve())
-        if path.is_file() and (why := _kept(path, inputs)):
+        written.add(place)
+        if os.path.isfile(place) and (why := _kept(Path(place), inputs)):
             raise UsageError(f"--report {name}={path} would overwrite {why}; choose another path")
 
 
-def _kept(path: Path, inputs: list[Path]) -> str | None:
+def _kept(path: Path, inputs: list[str]) -> str | None:
     """What an existing file is, if a report must not take its place."""
     if any(path.samefile(given) for given in inputs):
         return "an input"
     if path.suffix.lower() in _DATA:
         return f"an existing {path.suffix} file"
-    folders = (p.resolve() if p.is_dir() else p.resolve().parent for p in inputs)
-    beside = path.suffix == ".json" and any(path.resolve().is_relative_to(f) for f in folders)
+    places = [Path(os.path.realpath(given)) for given in inputs]
+    folders = (place if place.is_dir() else place.parent for place in places)
+    beside = path.suffix == ".json" and any(path.is_relative_to(folder) for folder in folders)
     return "a file of the input that is not a report" if beside and not _is_report(path) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +98,7 @@ def _module(spec: str, place: str) -> ModuleType:
 
 
 def _from_file(spec: str, file: Path) -> ModuleType:
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UsageError(f"--arch {spec}: file {file} not found")
     description = importlib.util.spec_from_file_location(file.stem, file)
     if description is None or description.loader is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,7 @@ def find_images(paths: Sequence[str]) -> Iterator[str]:
     files and folders are left out. Raises InputError for a folder without pictures.
     """
     for path in paths:
-        if not Path(path).is_dir():
+        if not os.path.isdir(path):
             yield path
             continue
         found = sorted((p for p in _below(Path(path)) if _is_picture(p)), key=_natural)

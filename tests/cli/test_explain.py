@@ -211,3 +211,18 @@ def test_every_format_carries_the_report(folder: Path, format_: str) -> None:
         header, row = done.stdout.splitlines()
         assert "target.label" in header
         assert "bee" in row
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["model.pt", "a" * 300 + ".png", *PREPROCESS], 3),
+        (["model.pt", "photo.png", "-m", "integrated-gradients", "--reference", "a" * 300], 2),
+        (["state.pt", "photo.png", "--arch", "a" * 300 + ".py:f"], 2),
+        (["model.pt", "photo.png", "--labels", "a" * 300, *PREPROCESS], 3),
+    ],
+)
+def test_a_name_that_no_file_system_takes_is_not_a_bug(
+    folder: Path, arguments: list[str], code: int
+) -> None:
+    assert gradscope("explain", *arguments, cwd=folder).returncode == code

@@ -136,6 +136,18 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(path: str, w
     assert refused(shell(f"gradscope weights {DIGITS} --report json={path}"), why)
 
 
+def test_paths_that_cannot_be_are_no_bug(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+
+    loop = shell(f"gradscope weights {DIGITS} -q --report json={tmp_path}/loop")
+    long = shell(f"gradscope weights {DIGITS} -q --report json={tmp_path}/{'a' * 300}")
+    pattern = shell(f"gradscope weights {DIGITS} -q --include {'a' * 5000} --allow-empty")
+
+    assert (loop.returncode, long.returncode) == (0, 3)
+    assert "File name too long" in long.stderr
+    assert pattern.returncode == 0
+
+
 @pytest.mark.parametrize("command", [f"weights {DIGITS}", f"flow {SIGMOID} --fail-on never"])
 def test_a_full_disk_leaves_the_old_report_as_it_was_and_ends_with_3(
     command: str, tmp_path: Path

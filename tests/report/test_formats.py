@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gradscope import analyze_weights
+from gradscope import analyze_flow, analyze_weights
 from gradscope.errors import UsageError
 from gradscope.report.formats import Display, format_names, renderer
 from gradscope.report.formats.cells import sparkline
 from gradscope.weights.result import WeightsReport
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +145,18 @@ def test_sparklines_show_every_nonempty_bin_and_fall_back_to_ascii() -> None:
 
 
 def test_committed_fixture_reads_the_same_from_both_containers() -> None:
-    fixtures = Path(__file__).resolve().parents[2] / "fixtures"
-    one = analyze_weights(fixtures / "digits.safetensors").result.tensors
-    other = analyze_weights(fixtures / "digits.pt").result.tensors
+    one = analyze_weights(FIXTURES / "digits.safetensors").result.tensors
+    other = analyze_weights(FIXTURES / "digits.pt").result.tensors
 
     def measured(tensors):
         return {t.name: t.model_copy(update={"file": "", "input": ""}) for t in tensors}
 
     assert measured(one) == measured(other)
+
+
+def test_from_python_a_renderer_alone_gives_the_whole_table(report: WeightsReport) -> None:
+    flow = renderer("table")(analyze_flow(FIXTURES / "sigmoid"))
+
+    assert "Widest paths from the loss" in flow
+    assert renderer("table")(report) == renderer("table")(report, Display())
+    assert "Health" in renderer("table")(report)
