@@ -31,6 +31,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python fixtures/make.py corpus
 	$(BIN)/python fixtures/make.py pictures
+	$(BIN)/python fixtures/make.py damaged
 	$(BIN)/python fixtures/make.py histories
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
