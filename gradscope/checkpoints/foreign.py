@@ -124,12 +124,11 @@ def _markup(file: Beginning) -> None:
 
 def _said(text: bytes, tag: bytes) -> str:
     match = re.search(rb"<%b[^>]*>\s*([^<]{1,100})" % tag, text, re.IGNORECASE)
-    return f" ({quoted(_printable(match.group(1)))})" if match else ""
+    return f" ({quoted(_one_line(match.group(1)))})" if match else ""
 
 
-def _printable(data: bytes) -> str:
-    text = " ".join(data.decode("utf-8", "replace").split())
-    return "".join(char if char.isprintable() else "�" for char in text)
+def _one_line(data: bytes) -> str:
+    return " ".join(data.decode("utf-8", "replace").split())
 
 
 def _json(file: Beginning) -> None:
@@ -149,7 +148,7 @@ def _json(file: Beginning) -> None:
 def _text(file: Beginning) -> None:
     if not is_plain_text(file.start):
         return
-    beginning = quoted(_printable(file.start[:200])[:60])
+    beginning = quoted(_one_line(file.start[:200])[:60])
     raise _unsupported(
         file,
         f"a text file that begins with {beginning}",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from gradscope.checkpoints.tensors import Problem
+from gradscope.text import listed
 
 NUMBERED = re.compile(r"(?P<prefix>.+)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P<suffix>\..+)")
 
@@ -49,7 +50,7 @@ def _wrong_total(subject: str, totals: list[int], highest: int) -> Problem:
 
 def _numbering_gap(subject: str, found: int, total: int, gaps: list[str]) -> Problem:
     missing = total - found
-    names = ", ".join(gaps) + (", …" if missing > len(gaps) else "")
+    names = listed(gaps, missing, len(gaps))
     message = f"{missing:,} of {total:,} shards are missing by their numbering: {names}"
     remedy = "Fetch the missing shards; what they hold was not analysed."
     evidence: dict[str, int | float | str] = {"missing": missing, "total": total, "first": gaps[0]}

@@ -164,7 +164,7 @@ def test_findings_of_one_kind_are_told_once() -> None:
           CRITICAL W101 non-finite  head.weight  in model.safetensors
                    head.weight is broken
                    → do not use it
-          MEDIUM   W101 non-finite  layers.0.weight  (and 3 like it: layers.1.weight, layers.2.weight, …)  in model.safetensors  known
+          MEDIUM   W101 non-finite  layers.0.weight  (and 3 like it: layers.1.weight, layers.2.weight and 1 more)  in model.safetensors  known
                    layers.0.weight is broken
                    → do not use it
           INFO     W101 non-finite  layers.0.bias  (and 1 like it: layers.1.bias)  in model.safetensors

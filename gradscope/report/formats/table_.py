@@ -131,8 +131,7 @@ def _finding(group: Sequence[Finding], several: bool) -> Iterator[RenderableType
 
 
 def _others(group: Sequence[Finding]) -> str:
-    names = [shortened(f.subject) for f in group[1:3]]
-    return ", ".join(names) + (", …" if len(group) > 3 else "")
+    return listed((shortened(f.subject) for f in group[1:]), len(group) - 1, 2)
 
 
 def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
