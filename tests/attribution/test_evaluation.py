@@ -274,15 +274,19 @@ def test_agreement_compares_what_speaks_for_the_target() -> None:
     assert set(found["z"]) == {"x", "y"}
 
 
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
 @pytest.mark.parametrize("shape", [(20, 31), (5, 4), (1, 1)])
-def test_a_blur_is_scipys_gaussian_with_reflected_borders(shape: tuple[int, int]) -> None:
+def test_a_blur_is_scipys_gaussian_with_reflected_borders(
+    shape: tuple[int, int], sigma: float
+) -> None:
     from scipy.ndimage import gaussian_filter
 
     image = torch.rand((3, *shape), generator=torch.Generator().manual_seed(0)).double()
 
-    found = gaussian_blur(image, sigma=1.0)
+    found = gaussian_blur(image, sigma)
 
-    if min(shape) > 3:
-        wanted = [gaussian_filter(c, 1.0, mode="mirror", radius=3) for c in image.numpy()]
+    reach = round(3 * sigma)
+    if min(shape) > reach:
+        wanted = [gaussian_filter(c, sigma, mode="mirror", radius=reach) for c in image.numpy()]
         np.testing.assert_allclose(found, np.stack(wanted), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gaussian_blur(torch.ones(2, *shape), 2.0), torch.ones(2, *shape))

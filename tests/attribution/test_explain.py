@@ -110,6 +110,18 @@ def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(
     assert report.result.images[0].width == 240
 
 
+def test_a_picture_just_small_enough_is_drawn_at_its_own_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradscope.attribution.folder._MOST_PIXELS", 40 * 50)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "small.png")
+
+    report = explained(tmp_path / "small.png", method="occlusion", output=tmp_path / "out")
+
+    with Image.open(report.result.explanations[0].files.overlay) as overlay:
+        assert overlay.size == (40, 30)
+
+
 def test_top_targets_and_contrasts(photo: Path) -> None:
     ranked = explained(photo, target="top3").result
     order = [p.index for p in ranked.images[0].predictions]

@@ -55,6 +55,20 @@ def test_colours_vary_together_as_imagenets_do() -> None:
     np.testing.assert_allclose(correlation, covariance / np.outer(spread, spread), atol=0.06)
 
 
+def test_colours_are_as_strong_as_lucids() -> None:
+    size, grey = (3, 7, 9), (1, 7, 9)
+    spectrum = initial_spectrum(size, torch.Generator().manual_seed(0)) * 100
+    plain = [torch.logit(pixels(each[None], grey).double())[0] for each in spectrum]
+
+    found = torch.logit(pixels(spectrum, size).double())
+
+    # lucid/optvis/param/color.py divides by the greatest norm of a column before it mixes.
+    svd = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
+    mixing = svd / np.max(np.linalg.norm(svd, axis=0))
+    wanted = np.einsum("kc,chw->khw", mixing, np.stack(plain))
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(1, 8, 8), (3, 31, 20), (1, 1, 1)])
 def test_any_size_stays_between_black_and_white(size: tuple[int, int, int]) -> None:
     found = synthesise(lambda x: x.sum((1, 2, 3)), size, steps=8)

@@ -336,6 +336,14 @@ def test_equal_matrices_of_two_layers_are_one_finding_however_short_their_names(
     assert seen.evidence["affected_fraction"] == 1
 
 
+def test_equal_matrices_without_a_layer_in_their_names_are_findings_of_their_own() -> None:
+    copied = [tensor(name=name, content_hash=name[-1]) for name in ("enc.q", "enc.k", "q", "k")]
+
+    messages = [seen.message for seen in found(duplicate_tensors, *copied)]
+
+    assert messages == ["q equals enc.q", "k equals enc.k"]
+
+
 def test_packed_integers_may_have_scales_longer_than_they_are() -> None:
     codes = tensor(name="a.qweight", role=Role.PACKED, dtype="I32", shape=(64, 8))
     scales = tensor(name="a.scales", role=Role.SCALE, shape=(1, 64), statistics={"min": 0.1})
