@@ -11,6 +11,7 @@ import typer
 
 from gradscope.attribution.methods import methods
 from gradscope.cli import app
+from gradscope.report.formats import BUILT_IN
 from gradscope.report.rules import load_rules
 
 GROUP: Any = typer.main.get_command(app)
@@ -45,6 +46,12 @@ def test_the_contract_lists_every_command_and_marks_those_to_come() -> None:
     listed = re.findall(r"`gradscope ([a-z]+)[^`]*`(†?)", " ".join(rows))
 
     assert {name for name, mark in listed if not mark} == set(COMMANDS)
+
+
+def test_the_contract_lists_every_format_and_marks_those_to_come() -> None:
+    listed = named(section(1).split("`--format` (stdout: ")[1].split("), `--report")[0])
+
+    assert [name for name, built in listed.items() if built] == list(BUILT_IN)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gradscope.report.formats import BUILT_IN
+
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 DIGITS = FIXTURES / "digits.safetensors"
 SIGMOID = FIXTURES / "sigmoid"
@@ -71,7 +73,7 @@ def test_a_senseless_number_of_columns_is_no_bug(columns: str) -> None:
     assert "bug" not in done.stdout
 
 
-@pytest.mark.parametrize("format_", ["table", "json", "jsonl", "csv"])
+@pytest.mark.parametrize("format_", BUILT_IN)
 @pytest.mark.parametrize("command", ["weights", "flow"])
 def test_a_bad_input_is_said_on_stderr_whatever_the_format(command: str, format_: str) -> None:
     done = shell(f"gradscope {command} nowhere.npz --format {format_}")
