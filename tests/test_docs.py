@@ -25,7 +25,7 @@ def section(number: int) -> str:
 
 def named(text: str) -> dict[str, bool]:
     """Names in backticks, and whether they are built: not marked with a dagger."""
-    return {name: mark == "" for name, mark in re.findall(r"`([a-z+-]+)`(†?)", text)}
+    return {name: mark == "" for name, mark in re.findall(r"`([a-z0-9+-]+)`(†?)", text)}
 
 
 def test_the_contract_lists_every_method_and_marks_those_to_come() -> None:

@@ -37,7 +37,7 @@ def names(*selected: str, ignore: tuple[str, ...] = ()) -> list[str]:
 @pytest.mark.parametrize("known", load_rules().values(), ids=lambda r: r.name)
 def test_every_rule_has_a_code_a_name_a_summary_and_numeric_thresholds(known) -> None:
     assert re.fullmatch(r"[CWDFE]\d{3}", known.code)
-    assert re.fullmatch(r"[a-z]+(-[a-z]+)*", known.name)
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", known.name)
     assert len(known.summary) > 20
     assert all(isinstance(value, int | float) for value in known.thresholds.values())
 
