@@ -12,7 +12,9 @@ import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Protocol
 
@@ -24,6 +26,7 @@ from gradscope.errors import GradscopeError, OutputError, UsageError
 from gradscope.files import write_whole
 from gradscope.formats import suffixes
 from gradscope.report.formats import Display, renderer
+from gradscope.text import quoted
 
 ISSUES = "https://github.com/gradscope/gradscope/issues"
 #: Which exit code counts when several apply.
@@ -125,11 +128,12 @@ def analysis(body: Callable[..., Reported]) -> Callable[..., None]:
 
 # --- before the work ------------------------------------------------------------------------------
 
-#: Files that hold what gradscope reads; no report is written over one.
+#: What reports are written as; every other name of what is read belongs to data.
+_REPORTS = (".json", ".jsonl", ".csv", ".tsv")
+#: Names of files that hold what gradscope reads; no report is written over one.
 _DATA = (
-    *suffixes("tensors", "program"),
-    ".jit",
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(f"*{s}" for s in suffixes("tensors", "program", "history") if s not in _REPORTS),
+    *(f"*{s}" for s in (".jit", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")),
 )
 
 
@@ -174,8 +178,8 @@ def _kept(path: Path, inputs: list[str]) -> str | None:
     """What an existing file is, if a report must not take its place."""
     if any(path.samefile(given) for given in inputs):
         return "an input"
-    if path.suffix.lower() in _DATA:
-        return f"an existing {path.suffix} file"
+    if any(fnmatchcase(path.name.lower(), pattern) for pattern in _DATA):
+        return f"{quoted(path.name)}, which is not a report"
     places = [Path(os.path.realpath(given)) for given in inputs]
     folders = (place if place.is_dir() else place.parent for place in places)
     beside = path.suffix == ".json" and any(path.is_relative_to(folder) for folder in folders)
@@ -189,14 +193,19 @@ def _is_report(path: Path) -> bool:
 
 
 def _texts(given: Mapping[str, Any]) -> Iterator[str]:
-    """Every text that was given and may name an input."""
+    """Every text that was given and may name an input, alone or in the spelling of an option."""
     for value in given.values():
         if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            yield from (item for item in value if isinstance(item, str))
+            yield from (*_spelled(value), *glob(value))
+        elif isinstance(value, list):  # patterns among these are of tensors' names
+            yield from (path for text in value if isinstance(text, str) for path in _spelled(text))
         elif is_dataclass(value) and not isinstance(value, Output | Gate):
             yield from _texts(vars(value))
+
+
+def _spelled(text: str) -> tuple[str, ...]:
+    """A text, and the file in ``FILE:FACTORY`` and ``NAME=FILE``."""
+    return text, text.rpartition(":")[0], text.partition("=")[2]
 
 
 # --- after the work -------------------------------------------------------------------------------

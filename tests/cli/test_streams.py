@@ -113,14 +113,50 @@ def test_nor_of_a_shard_of_a_folder_or_of_what_stands_beside(model: Path, tmp_pa
     beside = shell(f"gradscope weights {model} --report json={config}")
     inside = shell(f"gradscope weights {tmp_path} --report csv={config}")
 
-    assert refused(shard, "would overwrite an existing .safetensors file")
+    assert refused(shard, "would overwrite 'model.safetensors', which is not")
     assert refused(beside, "would overwrite a file of the input that is not a report")
     assert refused(inside, "would overwrite a file of the input that is not a report")
     assert json.loads(config.read_text()) == {"num_hidden_layers": 2}
 
 
+@pytest.mark.parametrize(
+    ("kept", "line"),
+    [
+        ("net.py", "explain {0}/m.pt {0}/i.png --arch {0}/net.py:factory --report json={0}/net.py"),
+        (
+            "base.txt",
+            "explain {0}/m.pt {0}/i.png -O reference={0}/base.txt --report csv={0}/base.txt",
+        ),
+        (
+            "names.txt",
+            "explain {0}/m.pt {0}/i.png --labels {0}/names.txt --report table={0}/names.txt",
+        ),
+        ("log.csv", "flow '{0}/lo*.csv' --report csv={0}/log.csv"),
+        ("events.out.tfevents.1.host", "flow {0} --report json={0}/events.out.tfevents.1.host"),
+        ("run.parquet", "flow {0}/log.csv --report json={0}/run.parquet"),
+        ("i.PNG", "weights {0} --report json={0}/i.PNG"),
+    ],
+)
+def test_nor_of_an_input_that_is_spelled_in_another_way(
+    kept: str, line: str, tmp_path: Path
+) -> None:
+    for name in {kept, "log.csv"}:
+        (tmp_path / name).write_bytes(b"what was there")
+
+    done = shell(f"gradscope {line.format(tmp_path)}")
+
+    assert refused(done, "would overwrite")
+    assert (tmp_path / kept).read_bytes() == b"what was there"
+
+
 def test_but_of_an_earlier_report_it_does_wherever_it_lies(model: Path, tmp_path: Path) -> None:
     line = f"gradscope weights {tmp_path} --report json={tmp_path}/report.json"
+
+    assert shell(line).returncode == shell(line).returncode == 0
+
+
+def test_a_pattern_of_tensors_is_not_one_of_files(model: Path, tmp_path: Path) -> None:
+    line = f"cd {tmp_path}; gradscope weights {model} --include '*w*' --report csv=weights.csv"
 
     assert shell(line).returncode == shell(line).returncode == 0
 
