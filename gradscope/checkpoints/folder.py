@@ -11,13 +11,10 @@ from itertools import islice
 from gradscope.checkpoints.index import INDEX_SUFFIX
 from gradscope.checkpoints.numbering import NUMBERED
 from gradscope.checkpoints.tensors import Checkpoint
-from gradscope.containers.files import read_start, stamp
-from gradscope.containers.strict_json import MalformedError, parse
 from gradscope.errors import InputError, UsageError
 from gradscope.formats import Kind, families, suffixes
-from gradscope.text import escaped, listed, quoted, size
+from gradscope.text import escaped, listed, quoted
 
-_CONFIG_CAP = 10_000_000
 #: What may be a checkpoint by itself in a folder; content decides once it is opened.
 _FILE: tuple[Kind, ...] = ("tensors", "program")
 _WELL_KNOWN = (
@@ -152,22 +149,6 @@ def beside(names: list[str], shards: Sequence[str]) -> Iterator[str]:
     if stale:
         shown = listed(map(quoted, stale), len(stale), 5)
         yield f"beside the index, not named by it and not read: {shown}"
-
-
-def with_config(checkpoint: Checkpoint, folder: str) -> Checkpoint:
-    """Adds config.json, for rules that compare the tensors with what the model is meant to be."""
-    config = os.path.join(folder, "config.json")
-    try:
-        if stamp(config)[0] > _CONFIG_CAP:
-            raise MalformedError(f"is larger than {size(_CONFIG_CAP)}")
-        value = parse(read_start(config, _CONFIG_CAP), "config.json")
-    except InputError:
-        return checkpoint
-    except MalformedError as error:
-        return with_notes(checkpoint, [f"config.json was not used: {error}"])
-    if not isinstance(value, dict):
-        return with_notes(checkpoint, ["config.json was not used: it is not a JSON object"])
-    return replace(checkpoint, metadata={**checkpoint.metadata, "config": value})
 
 
 def with_notes(checkpoint: Checkpoint, notes: Iterable[str]) -> Checkpoint:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+from gradscope.checkpoints.documents import with_documents
 from gradscope.checkpoints.sharded import read_folder
 from gradscope.checkpoints.sniff import FOLDER, sniff
 from gradscope.checkpoints.tensors import Checkpoint
@@ -26,7 +29,9 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
     if found == FOLDER:
         return read_folder(path, lambda file: _read_one(file, key))
     row = find(found)
-    return _read_set(row, path, key) if row.kind == "set" else _read_file(row, path, key)
+    if row.kind == "set":
+        return _read_set(row, path, key)
+    return with_documents(_read_file(row, path, key), os.path.dirname(path))
 
 
 def _read_one(path: str, key: str | None) -> Checkpoint:

@@ -14,12 +14,12 @@ from gradscope.checkpoints.comparison import (
     second_copies,
     without_wrappers,
 )
+from gradscope.checkpoints.documents import with_documents
 from gradscope.checkpoints.folder import (
     CheckpointFiles,
     beside,
     choose,
     names_in,
-    with_config,
     with_notes,
 )
 from gradscope.checkpoints.index import INDEX_SUFFIX, Index, placed, read_index_file
@@ -45,7 +45,7 @@ def read_index(path: str, read_one: ReadOne) -> Checkpoint:
     shards = [read_shard(folder, name, read_one) for name in index.shards]
     checkpoint = _join(path, shards, without_wrappers(index, shards))
     stale = beside(names_in(folder or "."), index.shards)
-    return with_config(with_notes(checkpoint, stale), folder)
+    return with_documents(with_notes(checkpoint, stale), folder)
 
 
 def read_folder(path: str, read_one: ReadOne) -> Checkpoint:
@@ -63,9 +63,9 @@ def _read_choice(path: str, choice: CheckpointFiles, read_one: ReadOne) -> Check
     if first.endswith(INDEX_SUFFIX):
         return read_index(first, read_one)
     if len(choice.files) == 1 and not NUMBERED.fullmatch(choice.files[0]):
-        return with_config(read_one(first), path)
+        return with_documents(read_one(first), path)
     shards = [read_shard(path, name, read_one) for name in choice.files]
-    return with_config(_join(path, shards, None), path)
+    return with_documents(_join(path, shards, None), path)
 
 
 def _join(path: str, shards: Sequence[Shard], index: Index | None) -> Checkpoint:

@@ -123,6 +123,11 @@ class Examined:
         """The tensors by name."""
         return {t.name: t for t in self.tensors}
 
+    def document(self, name: str) -> Mapping[str, object]:
+        """One of ``documents.DOCUMENTS`` beside the checkpoint, empty where there is none."""
+        found = self.checkpoint.metadata.get(name)
+        return found if isinstance(found, Mapping) else {}
+
 
 def tensor_result(measured: TensorProfile, role: Role, input_: str) -> TensorResult:
     """A tensor's profile as the report of a checkpoint shows it."""

@@ -345,7 +345,7 @@ def test_a_folder_with_one_model_reads_it_with_its_config(tmp_path: Path) -> Non
     assert (checkpoint.path, checkpoint.format) == (str(tmp_path), "safetensors")
     assert checkpoint.metadata["config"] == {"hidden_size": 4}
     assert checkpoint.notes == ()
-    assert open_checkpoint(str(tmp_path / "model.safetensors")).metadata == {}
+    assert open_checkpoint(str(tmp_path / "model.safetensors")).metadata == checkpoint.metadata
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "weights.safetensors"])

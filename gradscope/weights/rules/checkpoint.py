@@ -135,8 +135,7 @@ def _uniform(members: Mapping[int, frozenset[str]]) -> bool:
 
 
 def _configured_layers(examined: Examined) -> int:
-    config = examined.checkpoint.metadata.get("config")
-    value = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    value = examined.document("config").get("num_hidden_layers")
     return value if isinstance(value, int) and not isinstance(value, bool) and value < 10_000 else 0
 
 
