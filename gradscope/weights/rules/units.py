@@ -6,42 +6,83 @@ from collections.abc import Iterator
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
+from gradscope.statistics.records import UnitPart, Units
 from gradscope.text import listed
-from gradscope.weights.result import Examined, Need
-from gradscope.weights.roles import MATRICES, TABLES
-from gradscope.weights.rules.tensors import with_units
+from gradscope.weights.result import Examined, Need, TensorResult
+from gradscope.weights.roles import MATRICES, TABLES, Role
+from gradscope.weights.rules.tensors import LOST, with_units
 
 
 @rule("W105", "dead-units", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def dead_units(
-    examined: Examined, *, high: float = 0.30, medium: float = 0.10
+    examined: Examined, *, high: float = LOST, medium: float = 0.10
 ) -> Iterator[Observation]:
-    """Rows (output units, filters) whose L2 norm is below 1e-3 of the tensor's median row norm.
+    """Output units whose L2 norm is below 1e-3 of the reference norm of their tensor or part.
 
-    They pass nothing on. A few are normal under batch norm: 29 of 106 convolutions of healthy
-    mobile nets had some, so up to 10 % is info, up to 30 % medium. Rows of embeddings belong to
-    `undertrained-rows` until they are more than 30 %.
+    They pass nothing on. Units are rows, or columns where a layer stores [in, out] (Conv1D, Flax
+    kernels). The reference is the norm that a tenth of the units exceed, so that a dead majority
+    cannot hide (the greatest unit of 594 healthy matrices had 28 times as much). Fused projections,
+    gates and experts are judged part by part, and the worst part decides.
+
+    A few are normal under batch norm: 29 of 106 convolutions of healthy mobile nets had some, so
+    up to 10 % is info, up to 30 % medium. Rows of embeddings belong to `undertrained-rows` until
+    they are more than 30 %.
     """
     for tensor, units in with_units(examined, MATRICES):
-        share = units.dead_rows / units.rows
+        share, worst = units.dead_rows / units.rows, _worst_share(units)
         if not units.dead_rows or units.rows < 2 or (tensor.role in TABLES and share <= high):
             continue
-        severity = None if share > high else Severity.MEDIUM if share > medium else Severity.INFO
+        severity = None if worst > high else Severity.MEDIUM if worst > medium else Severity.INFO
         yield Observation(
             tensor.name,
-            f"{units.dead_rows:,} of {units.rows:,} rows are dead ({share:.1%}): "
-            f"{listed(units.dead, units.dead_rows, len(units.dead))}",
+            f"{units.dead_rows:,} of {units.rows:,} {_called(tensor, units)}s are dead "
+            f"({share:.1%}): {_where(units)}",
             "prune them; or, if training goes on, lower the learning rate, check the "
             "initialisation, or use an activation that does not saturate at zero",
             {
                 "dead_rows": units.dead_rows,
                 "rows": units.rows,
                 "median_row_norm": units.norm_median,
+                "reference_norm": units.reference,
                 "affected_fraction": share,
             },
             threshold=high if severity is None else medium,
             severity=severity,
         )
+
+
+def _worst_share(units: Units) -> float:
+    return max(part.dead_rows / part.rows for part in units.parts or (units,))
+
+
+def _called(tensor: TensorResult, units: Units) -> str:
+    """What a unit is along its axis."""
+    if units.axis == 0 or tensor.role is Role.EXPERTS:
+        return "row"
+    return "column" if units.axis == len(tensor.shape) - 1 else "output channel"
+
+
+def _where(units: Units) -> str:
+    """Which units are dead: those of which parts, and which whole heads."""
+    if units.parts is None:
+        return _places(units)
+    hit = [part for part in units.parts if part.dead_rows]
+    told = (
+        f"all of {part.name}"
+        if part.dead_rows == part.rows
+        else f"{part.dead_rows:,} of the {part.rows:,} of {part.name} ({_places(part)})"
+        for part in hit
+    )
+    return listed(told, len(hit), 4)
+
+
+def _places(units: Units | UnitPart) -> str:
+    rows = listed(units.dead, units.dead_rows, len(units.dead))
+    if not units.heads or not units.dead_heads:
+        return rows
+    heads = listed(units.dead_heads, len(units.dead_heads), 10)
+    s = "s" * (len(units.dead_heads) > 1)
+    return f"{rows}; all of head{s} {heads} of {units.heads}"
 
 
 @rule("W106", "duplicate-units", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
@@ -54,14 +95,15 @@ def duplicate_units(
     more elements do not coincide by chance. Up to 10 % is info.
     """
     for tensor, units in with_units(examined, MATRICES - TABLES):
-        if not units.duplicate_rows or tensor.row_numel < least_numel:
+        if not units.duplicate_rows or tensor.unit_numel < least_numel:
             continue
         share = units.duplicate_rows / units.rows
         first, second = units.duplicates[0]
+        unit = _called(tensor, units)
         yield Observation(
             tensor.name,
-            f"{units.duplicate_rows:,} of {units.rows:,} rows repeat an earlier one "
-            f"({share:.1%}); row {second} equals row {first}",
+            f"{units.duplicate_rows:,} of {units.rows:,} {unit}s repeat an earlier one "
+            f"({share:.1%}); {unit} {second} equals {unit} {first}",
             "break the symmetry with a random initialisation, or merge the units",
             {
                 "duplicate_rows": units.duplicate_rows,
