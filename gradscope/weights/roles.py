@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
+from gradscope.weights.leaves import Leaf, in_fixed_layer, is_average, is_offset, leaf_of
 
 
 class Role(StrEnum):
@@ -185,15 +186,37 @@ def _alone(siblings: Mapping[str, TensorRef]) -> bool:
 def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     if is_narrow(ref.dtype):
         return Role.QUANTIZED
-    if len(ref.shape) == 2:
-        return _two_dimensional(ref, module, leaf, siblings)
     if len(ref.shape) == 3 and re.search(r"(experts?|moe)(\.|_|$)", ref.name):
         return Role.EXPERTS
-    if _EMBEDDING.fullmatch(leaf):
+    if "bias" in leaf or is_offset(leaf):
+        return Role.BIAS
+    named = _EMBEDDING.fullmatch(leaf) or _UNEMBEDDING.search(ref.name) or leaf == "shared"
+    named = named and not is_average(leaf)
+    if not named and (role := _untrained_or_raw(ref, leaf, siblings)):
+        return role
+    if len(ref.shape) == 2:
+        return _two_dimensional(ref, module, leaf, siblings)
+    if named:
         return Role.EMBEDDING
     if len(ref.shape) in (3, 4, 5):
         return Role.DEPTHWISE if ref.shape[1] == 1 and ref.shape[0] > 1 else Role.CONV
     return Role.OTHER
+
+
+def _untrained_or_raw(ref: TensorRef, leaf: str, siblings: Mapping[str, TensorRef]) -> Role | None:
+    """The role of what no layer multiplies by, None for what one does.
+
+    A leaf of unknown name is the matrix of its layer only where a bias of one of its lengths stands
+    beside it and nothing else can be the matrix.
+    """
+    said = leaf_of(ref.name)
+    biased = any(s.numel in ref.shape for name, s in siblings.items() if "bias" in name)
+    if said is Leaf.UNKNOWN and biased:
+        others = [n for n in siblings if n != leaf and leaf_of(n) is Leaf.LAYER and "bias" not in n]
+        said = Leaf.UNKNOWN if others else Leaf.LAYER
+    if said is Leaf.LAYER and not biased and in_fixed_layer(ref.name):
+        said = Leaf.FIXED
+    return {Leaf.FIXED: Role.BUFFER, Leaf.UNKNOWN: Role.BUFFER, Leaf.RAW: Role.OTHER}.get(said)
 
 
 def _two_dimensional(
@@ -207,7 +230,7 @@ def _two_dimensional(
     named = _EMBEDDING.fullmatch(own) or (own == "shared" and ref.shape[0] > ref.shape[1])
     if "bias" not in siblings and (named or (leaf == "weight" and _vocabulary_like(ref))):
         return Role.EMBEDDING
-    return Role.BIAS if "bias" in leaf else Role.LINEAR
+    return Role.LINEAR
 
 
 def _vocabulary_like(ref: TensorRef) -> bool:

@@ -35,6 +35,7 @@ from .checkpoints import (
 Plant = Callable[[Path], Path]
 
 RULES = {rule.code: rule for rule in select_for(Examined)}
+RULES_BY_NAME = {rule.name: rule for rule in RULES.values()}
 UP = "model.layers.1.mlp.up_proj.weight"
 EMBED = "model.embed_tokens.weight"
 SHARD = "model-00003-of-00003.safetensors"
@@ -422,6 +423,53 @@ def test_minus_infinity_in_a_mask_is_info_and_nan_in_it_is_critical(tmp_path: Pa
     }
 
 
+CAUSAL = np.triu(np.full((32, 32), -np.inf, np.float32), 1) + np.tril(gaussian(32, 32))
+SCHEDULE = np.append(np.linspace(9, -9, 50, dtype=np.float32), np.float32(-np.inf))
+EMPTY = np.full((), np.inf, np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("decoder.causal", CAUSAL),
+        ("h.0.attn.bias", CAUSAL),
+        ("h.0.attn.bias", CAUSAL[None, None]),
+        ("positions.future", np.stack([CAUSAL, 2 * CAUSAL])),
+        ("diffusion.log_snr", SCHEDULE),
+        ("diffusion.snr", np.exp(-SCHEDULE)),
+        ("metrics.min", EMPTY),
+        ("metrics.max", np.full(5, -np.inf)),
+    ],
+)
+def test_infinity_by_design_is_info_whatever_it_is_called(
+    name: str, values: Array, dtype: type, tmp_path: Path
+) -> None:
+    path = spoilt(name, values.astype(dtype))(tmp_path)
+    assert severities(path, "non-finite") == {name: "info"}
+    broken = np.atleast_1d(values.astype(dtype))
+    broken.flat[0] = np.nan
+    assert severities(spoilt(name, broken)(tmp_path), "non-finite") == {name: "critical"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("model.layers.1.self_attn.q_proj.weight", CAUSAL),
+        ("model.norm.weight", SCHEDULE),
+        ("some.bias", SCHEDULE),
+        ("bn.running_var", SCHEDULE),
+        ("logit_scale", EMPTY),
+        ("fc.weight_scale", EMPTY),
+        ("diffusion.log_snr", np.roll(SCHEDULE, 20)),
+    ],
+)
+def test_the_same_pattern_in_a_parameter_is_critical(
+    name: str, values: Array, tmp_path: Path
+) -> None:
+    assert severities(spoilt(name, values)(tmp_path), "non-finite") == {name: "critical"}
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", [UP, "model.norm.weight", "some.bias"])
 def test_a_value_that_is_not_finite_is_critical_in_any_parameter(
@@ -455,6 +503,54 @@ def test_one_great_value_in_a_matrix_of_zeros_is_extreme(tmp_path: Path) -> None
     path = spoilt(UP, values)(tmp_path)
     assert severities(path, "extreme-value") == {UP: "high"}
     assert "1e+20" in findings(path, "extreme-value")[0].message
+
+
+def never(value: float, tags: int) -> Array:
+    """Transitions of a CRF: none leads to the first tag, none away from the last."""
+    made = gaussian(tags, tags)
+    made[0], made[:, -1] = value, value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("crf.transitions", never(-1e4, 5)),
+        ("crf.transitions", never(-1e12, 40)),
+        ("crf.start", np.append(gaussian(40), np.float32(-1e4))),
+        ("bin_edges", np.append(np.arange(40), 1e8).astype(np.float32)),
+        ("cg_1_1_1", np.float32([0.4, 0, 0, 1e-17, -0.4, 0, 1e-18, 0, 0]).reshape(3, 3)),
+    ],
+)
+def test_values_that_stand_for_never_are_no_damage(
+    name: str, values: Array, tmp_path: Path
+) -> None:
+    assert severities(spoilt(name, values)(tmp_path), "extreme-value") == {}
+    values = values.copy()
+    values[1] = gaussian(*values[1].shape)
+    values.flat[values.size // 2] = 1e30
+    assert severities(spoilt(name, values)(tmp_path), "extreme-value") == {name: "high"}
+
+
+def test_a_mask_of_the_least_value_of_its_type_has_the_headroom_it_needs(tmp_path: Path) -> None:
+    mask = np.where(np.eye(32) > 0, 0, np.finfo(np.float16).min).astype(np.float16)
+    assert findings(spoilt("decoder.causal", mask)(tmp_path)) == []
+
+
+@pytest.mark.parametrize("rule", ["dead-units", "duplicate-units", "high-sparsity", "all-zero"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("adj", None), ("graph.supports.0", None), ("adj.weight", "judged"), ("fc.W", "judged")],
+)
+def test_a_constant_is_not_judged_as_a_weight(
+    rule: str, name: str, expected: str | None, tmp_path: Path
+) -> None:
+    values = gaussian(100, 100)
+    values[60:] = {"dead-units": 0, "duplicate-units": values[0]}.get(rule, values[60:])
+    values[:, 40:] *= rule != "high-sparsity"
+    values *= rule != "all-zero"
+    found = severities(spoilt(name, values)(tmp_path), rule)
+    assert found == ({name: str(RULES_BY_NAME[rule].severity.value)} if expected else {})
 
 
 def test_a_constant_vector_is_info(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def dtype_headroom(
                     saturated,
                 )
             continue
-        if numerics.headroom_bits is not None and numerics.headroom_bits < headroom_bits:
+        low = numerics.headroom_bits is not None and numerics.headroom_bits < headroom_bits
+        if low and tensor.role is not Role.BUFFER:  # masks are filled with the least value there is
             yield Observation(
                 tensor.name,
                 f"its greatest magnitude {s.abs_max:.6g} is {numerics.headroom_bits:.2f} doublings "
