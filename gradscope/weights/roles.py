@@ -92,7 +92,7 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
 _LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?:\.\w+){0,2})$")
 #: What tables of vectors are called, by the module that holds one or the parameter that is one.
 _EMBEDDING = re.compile(
-    r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|"
+    r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|tok|lut|"
     r"relative_attention_bias",
     re.IGNORECASE,
 )
