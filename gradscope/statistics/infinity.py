@@ -81,7 +81,9 @@ class _Spans:
         """Of all rows, from blocks of them."""
         found = [cls._of_block(block) for block in blocks]
         return cls(
-            *(np.concatenate([getattr(f, name) for f in found]) for name in _BY_ROW),
+            first=np.concatenate([f.first for f in found]),
+            last=np.concatenate([f.last for f in found]),
+            finite=np.concatenate([f.finite for f in found]),
             least=min(f.least for f in found),
             greatest=max(f.greatest for f in found),
             positive=any(f.positive for f in found),
@@ -112,10 +114,8 @@ class _Spans:
     def _one_way(self, rows: slice, seen: Array) -> bool:
         kept = seen[rows]
         steps = [np.diff(ends[rows][kept]) for ends in (self.first, self.last)]
-        return all((s >= 0).all() for s in steps) or all((s <= 0).all() for s in steps)
-
-
-_BY_ROW = ("first", "last", "finite")
+        moves = any(s.any() for s in steps)
+        return moves and (all((s >= 0).all() for s in steps) or all((s <= 0).all() for s in steps))
 
 
 def _ramp(series: Array) -> Design | None:

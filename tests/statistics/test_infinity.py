@@ -70,8 +70,18 @@ def test_a_mask_of_positions_is_one_run_a_row_that_moves(name: str, piece: int) 
         hidden(BIAS, BEHIND < -20),
         hidden(hidden(BIAS, BEHIND < 0), BEHIND > 4, INF),
         np.full((24, 24), -INF),
+        hidden(BIAS, np.broadcast_to(np.arange(24) > 9, (24, 24))),
     ],
-    ids=["shuffled", "a hole", "scattered", "a corner", "a small corner", "both signs", "all"],
+    ids=[
+        "shuffled",
+        "a hole",
+        "scattered",
+        "a corner",
+        "a small corner",
+        "both signs",
+        "all",
+        "columns",
+    ],
 )
 def test_other_infinities_of_a_matrix_are_not_meant(values: Array) -> None:
     assert design(values) is None
