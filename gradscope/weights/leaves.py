@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum, auto
+from functools import lru_cache
 
 
 class Leaf(Enum):
@@ -43,10 +44,17 @@ _TOKEN = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z0-9]+")
 
 def leaf_of(name: str) -> Leaf:
     """What the leaf of ``name`` says; of lists of parameters (``weights.0``) the list's name."""
-    parts = re.split(r"[./]", name.removesuffix(":0"))
-    while len(parts) > 1 and (parts[-1].isdigit() or parts[-1] == "default"):
-        parts.pop()
-    leaf = parts[-1]
+    leaf = name.rpartition(".")[2]
+    if "/" in leaf or leaf.isdigit() or leaf == "default":
+        parts = re.split(r"[./]", name.removesuffix(":0"))
+        while len(parts) > 1 and (parts[-1].isdigit() or parts[-1] == "default"):
+            parts.pop()
+        leaf = parts[-1]
+    return _said(leaf)
+
+
+@lru_cache(maxsize=4096)
+def _said(leaf: str) -> Leaf:
     if _ANONYMOUS.fullmatch(leaf):
         return Leaf.LAYER
     tokens = [t.lower() for t in _TOKEN.findall(leaf)]
@@ -63,10 +71,15 @@ def _is_constant_plural(leaf: str, tokens: list[str]) -> bool:
 
 def in_fixed_layer(name: str) -> bool:
     """Whether a tensor belongs to a module of constant filters: ``stft.conv_real.weight``."""
-    modules = name.split(".")[:-1]
-    return any(_FIXED_LAYER.fullmatch(part) for part in modules[-2:])
+    return any(map(_is_fixed_layer, name.split(".")[-3:-1]))
 
 
+@lru_cache(maxsize=4096)
+def _is_fixed_layer(part: str) -> bool:
+    return _FIXED_LAYER.fullmatch(part) is not None
+
+
+@lru_cache(maxsize=4096)
 def is_offset(leaf: str) -> bool:
     """Whether a leaf is that of something added: ``b``, ``b_Q``, ``enc_b_ih``."""
     tokens = leaf.split("_")
@@ -75,6 +88,7 @@ def is_offset(leaf: str) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
 def is_average(leaf: str) -> bool:
     """Whether a leaf is the moving average of another: ``ema_embedding``, ``embed_avg``."""
     return any(t in ("ema", "avg", "average") for t in leaf.lower().split("_"))

@@ -190,13 +190,11 @@ def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, Tenso
         return Role.EXPERTS
     if "bias" in leaf or is_offset(leaf):
         return Role.BIAS
-    named = _EMBEDDING.fullmatch(leaf) or _UNEMBEDDING.search(ref.name) or leaf == "shared"
-    named = named and not is_average(leaf)
-    if not named and (role := _untrained_or_raw(ref, leaf, siblings)):
+    if role := _untrained_or_raw(ref, leaf, siblings):
         return role
     if len(ref.shape) == 2:
         return _two_dimensional(ref, module, leaf, siblings)
-    if named:
+    if _EMBEDDING.fullmatch(leaf):
         return Role.EMBEDDING
     if len(ref.shape) in (3, 4, 5):
         return Role.DEPTHWISE if ref.shape[1] == 1 and ref.shape[0] > 1 else Role.CONV
@@ -210,13 +208,23 @@ def _untrained_or_raw(ref: TensorRef, leaf: str, siblings: Mapping[str, TensorRe
     beside it and nothing else can be the matrix.
     """
     said = leaf_of(ref.name)
-    biased = any(s.numel in ref.shape for name, s in siblings.items() if "bias" in name)
-    if said is Leaf.UNKNOWN and biased:
-        others = [n for n in siblings if n != leaf and leaf_of(n) is Leaf.LAYER and "bias" not in n]
-        said = Leaf.UNKNOWN if others else Leaf.LAYER
-    if said is Leaf.LAYER and not biased and in_fixed_layer(ref.name):
-        said = Leaf.FIXED
-    return {Leaf.FIXED: Role.BUFFER, Leaf.UNKNOWN: Role.BUFFER, Leaf.RAW: Role.OTHER}.get(said)
+    if said is Leaf.LAYER:
+        fixed = in_fixed_layer(ref.name) and not _biased(ref, siblings)
+        return Role.BUFFER if fixed else None
+    named = _EMBEDDING.fullmatch(leaf) or _UNEMBEDDING.search(ref.name) or leaf == "shared"
+    if named and not is_average(leaf):
+        return None
+    if said is Leaf.UNKNOWN and _biased(ref, siblings):
+        names = (n for n in siblings if n != leaf and "bias" not in n)
+        return Role.BUFFER if any(leaf_of(n) is Leaf.LAYER for n in names) else None
+    return Role.OTHER if said is Leaf.RAW else Role.BUFFER
+
+
+def _biased(ref: TensorRef, siblings: Mapping[str, TensorRef], most: int = 64) -> bool:
+    """Whether its layer has a bias of one of its lengths; names without modules are no layer."""
+    if len(siblings) > most:
+        return False
+    return any(s.numel in ref.shape for name, s in siblings.items() if "bias" in name)
 
 
 def _two_dimensional(

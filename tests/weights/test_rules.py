@@ -490,7 +490,7 @@ def test_infinity_by_design_is_info_whatever_it_is_called(
 ) -> None:
     path = spoilt(name, values.astype(dtype))(tmp_path)
     assert severities(path, "non-finite") == {name: "info"}
-    broken = np.atleast_1d(values.astype(dtype))
+    broken: Array = np.atleast_1d(values.astype(dtype))
     broken.flat[0] = np.nan
     assert severities(spoilt(name, broken)(tmp_path), "non-finite") == {name: "critical"}
 
