@@ -30,6 +30,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python fixtures/make.py corpus
+	$(BIN)/python fixtures/make.py holdout
 	$(BIN)/python fixtures/make.py pictures
 	$(BIN)/python fixtures/make.py damaged
 	$(BIN)/python fixtures/make.py histories

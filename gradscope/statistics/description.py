@@ -14,6 +14,7 @@ from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE, read_range
 from gradscope.statistics import codings, extremes
 from gradscope.statistics.distribution import Distribution
+from gradscope.statistics.infinity import Design, design_of_infinity
 from gradscope.statistics.kernels import BLOCK
 from gradscope.statistics.moments import Moments
 from gradscope.statistics.records import (
@@ -54,6 +55,7 @@ def finish(whole: Tally) -> Finished:
         outliers=_outliers(whole, distribution) if described else None,
         numerics=_numerics(whole, statistics),
         nonfinite=_nonfinite(whole),
+        infinity=_infinity(whole, statistics),
         sparkline=tuple(distribution.sparkline()) if described else (),
         content_hash=whole.content_hash(),
     )
@@ -184,6 +186,15 @@ def _nonfinite(whole: Tally) -> tuple[Element, ...]:
         if len(found) == LISTED:
             break
     return tuple(found)
+
+
+def _infinity(whole: Tally, statistics: Statistics) -> Design | None:
+    """Why it holds infinities on purpose, found by reading again what holds nothing worse."""
+    ref = whole.ref
+    if statistics.nan_count or not statistics.posinf_count + statistics.neginf_count:
+        return None
+    read = lambda start, stop: _decoded(ref, read_range(ref, start, stop))  # noqa: E731
+    return design_of_infinity(ref.shape, read, PIECE)
 
 
 def _read_blocks(ref: TensorRef, blocks: npt.NDArray[Any]) -> tuple[Any, Any]:

@@ -130,5 +130,7 @@ class TensorProfile:
     outliers: Outliers | None = None
     numerics: Numerics | None = None
     nonfinite: tuple[Element, ...] = ()
+    #: Why its infinities are meant, where their pattern tells: see ``statistics.infinity``.
+    infinity: str | None = None
     sparkline: tuple[int, ...] = ()
     content_hash: str | None = None

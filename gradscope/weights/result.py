@@ -56,6 +56,8 @@ class TensorResult(Record):
     outliers: OutlierResult | None = None
     numerics: Numerics | None = None
     nonfinite: tuple[ElementResult, ...] = ()
+    #: The pattern by which its infinities are meant: a mask, triangle, ramp or empty state.
+    infinity: str | None = None
     histogram: tuple[int, ...] = ()
     content_hash: str | None = None
     spectrum: None = None
@@ -145,6 +147,7 @@ def tensor_result(measured: TensorProfile, role: Role, input_: str) -> TensorRes
         outliers=_outliers(measured.outliers),
         numerics=measured.numerics,
         nonfinite=tuple(ElementResult(index=e.index, value=e.value) for e in measured.nonfinite),
+        infinity=measured.infinity,
         histogram=measured.sparkline,
         content_hash=measured.content_hash,
     )

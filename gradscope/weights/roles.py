@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
+from gradscope.weights.leaves import Leaf, in_fixed_layer, is_average, is_offset, leaf_of
 
 
 class Role(StrEnum):
@@ -91,7 +92,7 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
 _LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?:\.\w+){0,2})$")
 #: What tables of vectors are called, by the module that holds one or the parameter that is one.
 _EMBEDDING = re.compile(
-    r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|"
+    r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|tok|lut|"
     r"relative_attention_bias",
     re.IGNORECASE,
 )
@@ -185,15 +186,45 @@ def _alone(siblings: Mapping[str, TensorRef]) -> bool:
 def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     if is_narrow(ref.dtype):
         return Role.QUANTIZED
-    if len(ref.shape) == 2:
-        return _two_dimensional(ref, module, leaf, siblings)
     if len(ref.shape) == 3 and re.search(r"(experts?|moe)(\.|_|$)", ref.name):
         return Role.EXPERTS
+    if "bias" in leaf or is_offset(leaf):
+        return Role.BIAS
+    if role := _untrained_or_raw(ref, leaf, siblings):
+        return role
+    if len(ref.shape) == 2:
+        return _two_dimensional(ref, module, leaf, siblings)
     if _EMBEDDING.fullmatch(leaf):
         return Role.EMBEDDING
     if len(ref.shape) in (3, 4, 5):
         return Role.DEPTHWISE if ref.shape[1] == 1 and ref.shape[0] > 1 else Role.CONV
     return Role.OTHER
+
+
+def _untrained_or_raw(ref: TensorRef, leaf: str, siblings: Mapping[str, TensorRef]) -> Role | None:
+    """The role of what no layer multiplies by, None for what one does.
+
+    A leaf of unknown name is the matrix of its layer only where a bias of one of its lengths stands
+    beside it and nothing else can be the matrix.
+    """
+    said = leaf_of(ref.name)
+    if said is Leaf.LAYER:
+        fixed = in_fixed_layer(ref.name) and not _biased(ref, siblings)
+        return Role.BUFFER if fixed else None
+    named = _EMBEDDING.fullmatch(leaf) or _UNEMBEDDING.search(ref.name) or leaf == "shared"
+    if named and not is_average(leaf):
+        return None
+    if said is Leaf.UNKNOWN and _biased(ref, siblings):
+        names = (n for n in siblings if n != leaf and "bias" not in n)
+        return Role.BUFFER if any(leaf_of(n) is Leaf.LAYER for n in names) else None
+    return Role.OTHER if said is Leaf.RAW else Role.BUFFER
+
+
+def _biased(ref: TensorRef, siblings: Mapping[str, TensorRef], most: int = 64) -> bool:
+    """Whether its layer has a bias of one of its lengths; names without modules are no layer."""
+    if len(siblings) > most:
+        return False
+    return any(s.numel in ref.shape for name, s in siblings.items() if "bias" in name)
 
 
 def _two_dimensional(
@@ -207,7 +238,7 @@ def _two_dimensional(
     named = _EMBEDDING.fullmatch(own) or (own == "shared" and ref.shape[0] > ref.shape[1])
     if "bias" not in siblings and (named or (leaf == "weight" and _vocabulary_like(ref))):
         return Role.EMBEDDING
-    return Role.BIAS if "bias" in leaf else Role.LINEAR
+    return Role.LINEAR
 
 
 def _vocabulary_like(ref: TensorRef) -> bool:

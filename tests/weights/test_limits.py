@@ -11,9 +11,11 @@ from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.rules import Observation
 from gradscope.weights.result import ElementResult, Examined, Need, TensorResult
 from gradscope.weights.roles import Role
+from gradscope.weights.rules.copies import duplicate_tensors
+from gradscope.weights.rules.empty import empty_tensor
 from gradscope.weights.rules.numerics import dtype_headroom, redundant_precision, scale_missing
 from gradscope.weights.rules.shape import heavy_tails, high_sparsity, outliers, skewed
-from gradscope.weights.rules.training import duplicate_tensors, negative_variance, untrained
+from gradscope.weights.rules.training import negative_variance, untrained
 from gradscope.weights.rules.units import dead_units, duplicate_units, undertrained_rows
 from gradscope.weights.rules.values import all_zero, constant_tensor, extreme_value, non_finite
 
@@ -223,6 +225,32 @@ def test_an_outlier_column_is_counted_from_the_last_dimension() -> None:
     assert "more" not in seen.message
 
 
+def test_heavy_tails_are_one_finding_a_model_that_names_the_heaviest() -> None:
+    layers = [
+        tensor(name=f"{name}.weight", role=role, statistics={"trimmed_kurtosis": value})
+        for name, role, value in (
+            ("a", Role.LINEAR, 11.0), ("b", Role.DEPTHWISE, 24.0), ("c", Role.CONV, 90.0),
+            ("d", Role.DEPTHWISE, 26.0), ("e", Role.EMBEDDING, 99.0), ("f", Role.LINEAR, 1.0),
+        )
+    ]  # fmt: skip
+
+    (seen,) = found(heavy_tails, *layers)
+
+    assert seen.subject == "c.weight"
+    assert "c.weight (90), d.weight (26), a.weight (11)" in seen.message
+    assert (seen.evidence["heavy_tensors"], seen.evidence["tensors"]) == (3, 5)
+
+
+@pytest.mark.parametrize(("gone", "expected"), [(8, "info"), (9, "own")])
+def test_more_matrices_gone_than_left_were_not_gathered(gone: int, expected: str) -> None:
+    """A flat weight with elements, as e3nn has, counts as three matrices that are left."""
+    empty = [tensor(name=f"{'abcdefghi'[i]}.weight", shape=(0,)) for i in range(gone)]
+    left = [tensor(name=f"{'klmno'[i]}.weight", shape=(4, 4)) for i in range(5)]
+    flat = [tensor(name="tp.weight", shape=(9,))]
+
+    assert severity(empty_tensor, *empty, *left, *flat) == expected
+
+
 @pytest.mark.parametrize(("shape", "copies"), [((9, 7), []), ((8, 8), ["b.weight"])])
 def test_equal_matrices_of_sixty_four_elements_are_no_chance(
     shape: tuple[int, ...], copies: list[str]
@@ -342,6 +370,73 @@ def test_equal_matrices_without_a_layer_in_their_names_are_findings_of_their_own
     messages = [seen.message for seen in found(duplicate_tensors, *copied)]
 
     assert messages == ["q equals enc.q", "k equals enc.k"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("online_encoder.a", "target_encoder.a", ("target_encoder", "online_encoder")),
+        ("net.0", "ema.net.0", ("ema", "the model")),
+        ("model.net.0", "model_ema.net0weight", ("model_ema", "model")),
+        ("critic.q.0", "critic_target.q.0", ("critic_target", "critic")),
+        ("agent.actor.0", "agent.actorTarget.0", ("agent.actorTarget", "agent.actor")),
+        ("student.backbone.0", "teacher.backbone.0", ("teacher", "student")),
+        ("query_encoder.0", "key_encoder.0", ("key_encoder", "query_encoder")),
+        ("layers.0", "layers.3", None),
+        ("teacher.layers.0", "teacher.layers.3", None),
+        ("attn.query", "attn.key", None),
+        ("encoder", "decoder", None),
+        ("cinema.0", "theatre.0", None),
+    ],
+)
+def test_networks_that_follow_another_are_equal_on_purpose(
+    first: str, second: str, expected: tuple[str, str] | None
+) -> None:
+    twins = [
+        tensor(name=f"{side}.{leaf}.weight", content_hash=leaf)
+        for side in (first, second)
+        for leaf in "qk"
+    ]
+
+    seen = found(duplicate_tensors, *twins)
+
+    if expected is None:
+        assert [s.severity for s in seen] == [None]
+    else:
+        assert [str(s.severity) for s in seen] == ["info"]
+        copy, original = expected
+        assert seen[0].message.startswith(f"2 matrices of {copy} equal those of {original}, e.g.")
+
+
+@pytest.mark.parametrize(("table", "expected"), [(True, "info"), (False, None)])
+def test_a_head_is_tied_to_a_table_of_its_shape_whatever_it_is_called(
+    table: bool, expected: str | None
+) -> None:
+    role = Role.EMBEDDING if table else Role.LINEAR
+    group = [
+        tensor(name="input.lut.weight", role=role, content_hash="same"),
+        tensor(name="generator.proj.weight", content_hash="same"),
+        tensor(name="output.weight", content_hash="same"),
+    ]
+    for order in (group, group[::-1]):
+        severities = [s.severity and str(s.severity) for s in found(duplicate_tensors, *order)]
+        assert severities == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("role", "repeated", "expected"),
+    [
+        (Role.DEPTHWISE, 39, "info"),
+        (Role.DEPTHWISE, 38, "own"),
+        (Role.CONV, 39, "own"),
+    ],
+)
+def test_a_depthwise_convolution_of_one_filter_is_a_constant(
+    role: Role, repeated: int, expected: str
+) -> None:
+    rows = {"duplicate_rows": repeated, "duplicates": ((0, 1),)}
+
+    assert severity(duplicate_units, tensor(role=role, units=rows)) == expected
 
 
 def test_packed_integers_may_have_scales_longer_than_they_are() -> None:

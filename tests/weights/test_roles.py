@@ -283,6 +283,71 @@ FAMILIES: dict[str, list[Row]] = {
         ("optimizer.fc.weight.exp_avg_sq", (64, 64), "optimizer-state"),
         ("optimizer.fc.weight.step", (), "counter"),
     ],
+    "constants": [
+        ("conv.weight", (4, 4), "linear"),
+        ("adj", (100, 100), "buffer"),
+        ("gcn.layers.0.adj_mx", (100, 100), "buffer"),
+        ("gcn.layers.0.weight", (64, 64), "linear"),
+        ("gcn.layers.0.bias", (64,), "bias"),
+        ("spectrogram.mel_basis", (80, 201), "buffer"),
+        ("mel_scale.fb", (201, 80), "buffer"),
+        ("logmel.melW", (513, 64), "buffer"),
+        ("stft.conv_real.weight", (513, 1, 1024), "buffer"),
+        ("stft.forward_basis_buffer", (258, 1, 256), "buffer"),
+        ("dct_mat", (64, 64), "buffer"),
+        ("blur_kernel", (5, 5), "buffer"),
+        ("downsample.blur.kernel", (4, 4), "buffer"),
+        ("pool.filt", (16, 1, 3, 3), "buffer"),
+        ("synthesis.noise_const", (64, 64), "buffer"),
+        ("rope.freqs_cis", (128, 32), "buffer", "C64"),
+        ("pos_encoder.pe", (1, 500, 64), "buffer"),
+        ("tp._w3j_1_1_0", (3, 3, 1), "buffer"),
+        ("smpl.J_regressor", (24, 6890), "buffer"),
+        ("smpl.lbs_weights", (6890, 24), "buffer"),
+        ("metrics.confmat", (10, 10), "buffer"),
+        ("sampler.timesteps", (10, 10), "buffer"),
+        ("crf.transitions", (9, 9), "buffer"),
+        ("supports.0", (207, 207), "buffer"),
+        ("performer.projection_matrix", (256, 64), "buffer"),
+    ],
+    "the state of an EMA codebook": [
+        ("vq.embed", (1, 512, 64), "embedding"),
+        ("vq.embed_avg", (1, 512, 64), "buffer"),
+        ("vq.cluster_size", (1, 512), "vector"),
+        ("rvq.cluster_size", (4, 512), "buffer"),
+        ("vq._ema_w", (512, 64), "buffer"),
+        ("vq.ema_embedding", (512, 64), "buffer"),
+    ],
+    "raw names of layers": [
+        ("attn.W_q", (64, 64), "linear"),
+        ("blocks.0.attn.W_Q", (8, 64, 16), "conv"),
+        ("blocks.0.attn.b_Q", (8, 16), "bias"),
+        ("blocks.0.mlp.W_in", (64, 256), "linear"),
+        ("attn.Wqkv", (192, 64), "linear"),
+        ("to_q.w", (64, 64), "linear"),
+        ("mlp.w1", (64, 64), "linear"),
+        ("params/Dense_0/kernel", (64, 64), "linear"),
+        ("dense/kernel:0", (64, 64), "linear"),
+        ("enc_w_ih", (768, 256), "linear"),
+        ("linear_0.w_0", (64, 64), "linear"),
+        ("fc1_weight", (64, 64), "linear"),
+        ("ssm.x_proj_weight", (64, 64), "linear"),
+        ("moe.w13_weight", (8, 64, 64), "experts"),
+        ("q_proj.hada_w1_a", (64, 4), "linear"),
+        ("q_proj.lokr_w2_b", (4, 64), "linear"),
+        ("weights.0", (64, 64), "linear"),
+        ("arr_0", (64, 64), "linear"),
+        ("0", (64, 64), "linear"),
+        ("onnx::MatMul_123", (64, 64), "linear"),
+    ],
+    "trained, but multiplied by no layer": [
+        ("decoder.query", (100, 64), "other"),
+        ("perceiver.latents", (32, 64), "other"),
+        ("prompt_learner.ctx", (16, 64), "other"),
+        ("att.time_faaaa", (8, 64), "other"),
+        ("attn.rel_pos_h", (27, 64), "other"),
+        ("gat.att_src", (1, 8, 64), "other"),
+    ],
     "odd shapes": [
         ("fc.weight", (1, 64), "linear"),
         ("lin0.model.1.weight", (1, 64, 1, 1), "conv"),
@@ -370,6 +435,20 @@ def test_a_table_beside_a_bias_is_a_matrix() -> None:
     table: list[Row] = [("word_embedding.weight", (50, 8), ""), ("word_embedding.bias", (50,), "")]
     assert role_of(table[:1]) == {"word_embedding.weight": "embedding"}
     assert role_of(table)["word_embedding.weight"] == "linear"
+
+
+def test_a_name_that_nobody_knows_is_a_matrix_only_beside_a_bias_that_fits_it() -> None:
+    phi, bias = ("a.phi", (64, 32), ""), ("a.bias", (64,), "")
+    assert role_of([phi])["a.phi"] == "buffer"
+    assert role_of([phi, bias])["a.phi"] == "linear"
+    assert role_of([phi, ("a.bias", (65,), "")])["a.phi"] == "buffer"
+    assert role_of([phi, bias, ("a.weight", (64, 64), "")])["a.phi"] == "buffer"
+
+
+def test_a_trained_layer_beside_an_stft_has_a_bias() -> None:
+    table: list[Row] = [("stft.conv.weight", (64, 1, 9), ""), ("stft.conv.bias", (64,), "")]
+    assert role_of(table[:1]) == {"stft.conv.weight": "buffer"}
+    assert role_of(table)["stft.conv.weight"] == "depthwise-conv"
 
 
 def test_a_vector_beside_a_matrix_is_no_gain() -> None:

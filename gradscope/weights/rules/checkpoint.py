@@ -49,29 +49,6 @@ def duplicate_tensor_name(examined: Examined) -> Iterator[Observation]:
     yield from _problems(examined, "duplicate-tensor-name")
 
 
-@rule("C004", "empty-tensor", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
-def empty_tensor(examined: Examined) -> Iterator[Observation]:
-    """A weight or bias has no elements.
-
-    ZeRO-3 and FSDP leave such placeholders when a checkpoint is saved without gathering the
-    parameters (transformers #20082, DeepSpeed #2413). Other tensors may be empty: low.
-    """
-    empty = [t for t in examined.tensors if t.numel == 0]
-    parameters = [
-        t for t in empty if re.search(r"(^|[._])(weight|bias|kernel|gamma|beta)$", t.name)
-    ]
-    for tensor in empty:
-        yield Observation(
-            tensor.name,
-            f"has shape {list(tensor.shape)}: no elements "
-            f"({len(empty)} of {len(examined.tensors)} tensors are empty)",
-            "save again with the parameters gathered: DeepSpeed's zero_to_fp32.py or "
-            "stage3_gather_16bit_weights_on_model_save, FSDP's full state dict",
-            {"empty_tensors": len(empty), "tensors": len(examined.tensors)},
-            severity=None if tensor in parameters else Severity.LOW,
-        )
-
-
 @rule("C005", "truncated-file", Severity.CRITICAL, reads=Examined, needs=Need.HEADERS)
 def truncated_file(examined: Examined) -> Iterator[Observation]:
     """The file ends before the data that its header describes."""

@@ -41,13 +41,16 @@ def dtype_headroom(
                     saturated,
                 )
             continue
-        if numerics.headroom_bits is not None and numerics.headroom_bits < headroom_bits:
+        headroom = numerics.headroom_bits
+        if tensor.role is Role.BUFFER:  # masks are filled with the least value there is
+            headroom = None
+        if headroom is not None and headroom < headroom_bits:
             yield Observation(
                 tensor.name,
-                f"its greatest magnitude {s.abs_max:.6g} is {numerics.headroom_bits:.2f} doublings "
+                f"its greatest magnitude {s.abs_max:.6g} is {headroom:.2f} doublings "
                 f"below the limit of {tensor.dtype}",
                 "store it in BF16 or F32",
-                {"headroom_bits": numerics.headroom_bits},
+                {"headroom_bits": headroom},
                 headroom_bits,
             )
         share = 0.0 if mostly_dead(tensor) else s.subnormal_count / s.count

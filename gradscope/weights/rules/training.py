@@ -1,16 +1,15 @@
-"""Rules about traces of training: running statistics, norms, adapters, copied layers."""
+"""Rules about traces of training: running statistics, norms, adapters."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
-from gradscope.weights.roles import MATRICES, TABLES, Role, split
+from gradscope.weights.roles import Role, split
 from gradscope.weights.rules.tensors import measured
 
 
@@ -117,49 +116,3 @@ def _untrained_adapters(examined: Examined) -> Iterator[Observation]:
             {"zero_adapters": len(zero), "adapters": len(adapters)},
             severity=Severity.INFO if everywhere else Severity.MEDIUM,
         )
-
-
-@rule("W113", "duplicate-tensors", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
-def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observation]:
-    """Matrices of different layers that are equal bit for bit.
-
-    Two layers never train to the same weights: one was copied over the other, by a merge, a
-    wrong conversion or a failed restart. Equal embeddings and output layers are tied weights
-    saved twice: info.
-    """
-    groups: dict[str, list[TensorResult]] = defaultdict(list)
-    for tensor, s in measured(examined, MATRICES | {Role.QUANTIZED}):
-        if tensor.content_hash and tensor.numel >= least and s.min != s.max:
-            groups[tensor.content_hash].append(tensor)
-    copies: dict[tuple[str, str], list[tuple[TensorResult, TensorResult]]] = defaultdict(list)
-    for original, *others in groups.values():
-        for other in others:
-            copies[_differing(original.name, other.name)].append((original, other))
-    for (first, second), pairs in copies.items():
-        yield _copied(first, second, pairs)
-
-
-def _copied(
-    first: str, second: str, pairs: Sequence[tuple[TensorResult, TensorResult]]
-) -> Observation:
-    tied = all(t.role in TABLES for pair in pairs for t in pair)
-    original, copy = pairs[0]
-    return Observation(
-        copy.name,
-        f"{copy.name} equals {original.name}"
-        if len(pairs) == 1
-        else f"{len(pairs)} matrices of {second} equal those of {first}, e.g. {copy.name}",
-        "store tied weights once"
-        if tied
-        else "compare with the source of the checkpoint; retrain or restore the copied layer",
-        {"equal_tensors": len(pairs), "original": original.name, "affected_fraction": 1.0},
-        severity=Severity.INFO if tied else None,
-    )
-
-
-def _differing(first: str, second: str) -> tuple[str, str]:
-    """Two names up to where they last differ: the layers that they belong to."""
-    a, b = first.split("."), second.split(".")
-    while len(a) > 1 and len(b) > 1 and a[-1] == b[-1]:
-        a, b = a[:-1], b[:-1]
-    return ".".join(a), ".".join(b)

@@ -92,7 +92,8 @@ def duplicate_units(
     """Rows that repeat an earlier row bit for bit, apart from rows of zeros.
 
     Equal units compute the same and stay equal under equal gradients; trained rows of eight or
-    more elements do not coincide by chance. Up to 10 % is info.
+    more elements do not coincide by chance. Up to 10 % is info, and so is a depthwise convolution
+    of a single filter, as blurs and other constant filters are.
     """
     for tensor, units in with_units(examined, MATRICES - TABLES):
         if not units.duplicate_rows or tensor.unit_numel < least_numel:
@@ -100,18 +101,21 @@ def duplicate_units(
         share = units.duplicate_rows / units.rows
         first, second = units.duplicates[0]
         unit = _called(tensor, units)
+        constant = tensor.role is Role.DEPTHWISE and units.duplicate_rows == units.rows - 1
         yield Observation(
             tensor.name,
             f"{units.duplicate_rows:,} of {units.rows:,} {unit}s repeat an earlier one "
             f"({share:.1%}); {unit} {second} equals {unit} {first}",
-            "break the symmetry with a random initialisation, or merge the units",
+            "nothing to do if this is a constant filter"
+            if constant
+            else "break the symmetry with a random initialisation, or merge the units",
             {
                 "duplicate_rows": units.duplicate_rows,
                 "rows": units.rows,
                 "affected_fraction": share,
             },
             threshold=medium,
-            severity=None if share > medium else Severity.INFO,
+            severity=None if share > medium and not constant else Severity.INFO,
         )
 
 

@@ -10,8 +10,9 @@ from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.statistics.records import Statistics
 from gradscope.text import listed
+from gradscope.weights.leaves import Leaf, leaf_of
 from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
-from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role
+from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role, split
 from gradscope.weights.rules.tensors import measured, mostly_dead, with_outliers
 
 
@@ -19,19 +20,24 @@ from gradscope.weights.rules.tensors import measured, mostly_dead, with_outliers
 def non_finite(examined: Examined) -> Iterator[Observation]:
     """NaN or Inf among the elements of a tensor.
 
-    One NaN makes every output that it reaches NaN. A saved attention mask consists of -Inf: info.
+    One NaN makes every output that it reaches NaN. Infinities are meant in an attention mask, in
+    the state of a metric that has seen nothing, and where a schedule ends in 1/0: info where their
+    pattern shows that, whatever the tensor is called, but never in a layer's parameter.
     """
     for tensor, s in measured(examined):
         bad = s.nan_count + s.posinf_count + s.neginf_count
         if not bad:
             continue
-        mask = tensor.role is Role.BUFFER and bad == s.neginf_count
+        meant = _meant(tensor, s) if _may_hold_infinity(tensor) else None
         where = listed([list(e.index) for e in tensor.nonfinite[:3]], bad)
         yield Observation(
             tensor.name,
             f"{bad:,} of {s.count:,} elements are not finite ({s.nan_count:,} NaN, "
-            f"{s.posinf_count:,} +Inf, {s.neginf_count:,} -Inf), at {where}",
-            "do not use this file; go back to the last checkpoint without them, and check the "
+            f"{s.posinf_count:,} +Inf, {s.neginf_count:,} -Inf), "
+            + (f"as {meant}" if meant else f"at {where}"),
+            "nothing to do if that is what this tensor is"
+            if meant
+            else "do not use this file; go back to the last checkpoint without them, and check the "
             "loss scale and the gradients of the steps after it",
             {
                 "nan_count": s.nan_count,
@@ -40,8 +46,37 @@ def non_finite(examined: Examined) -> Iterator[Observation]:
                 "affected_fraction": bad / s.count,
             },
             threshold=0,
-            severity=Severity.INFO if mask else None,
+            severity=Severity.INFO if meant else None,
         )
+
+
+#: What the patterns of ``statistics.infinity`` are found in.
+_MEANT = {
+    "state": "in a minimum or maximum that has seen nothing",
+    "mask": "in a mask",
+    "triangle": "in a mask of positions",
+    "ramp": "at the end of a schedule",
+}
+
+
+def _meant(tensor: TensorResult, s: Statistics) -> str | None:
+    """What infinities are there for: told by their pattern, or because a mask says it is one."""
+    if tensor.infinity is not None:
+        return _MEANT[tensor.infinity]
+    masked = "mask" in split(tensor.name)[1] and s.count - s.finite_count == s.neginf_count
+    return _MEANT["mask"] if masked else None
+
+
+def _may_hold_infinity(tensor: TensorResult) -> bool:
+    """Whether a tensor is none that a layer computes with, as far as its role and name tell."""
+    if tensor.role is Role.BIAS:  # GPT-2 calls its causal mask so
+        return len(tensor.shape) >= 2 and tensor.infinity in ("mask", "triangle")
+    return _may_be_constant(tensor)
+
+
+def _may_be_constant(tensor: TensorResult) -> bool:
+    possible = tensor.role in (Role.BUFFER, Role.OTHER, Role.SCALAR, Role.VECTOR)
+    return possible and leaf_of(tensor.name) in (Leaf.UNKNOWN, Leaf.FIXED)
 
 
 @rule("W102", "extreme-value", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
@@ -63,24 +98,39 @@ def extreme_value(
     above 1e6 in a weight, a thousand times what a survey of eight released models found (aprender
     #2039); or a gap: the farthest elements lie 100 times (outside matrices 1e4 times) farther out
     than the next, alone. Flips of mantissa or sign bits leave no such trace; only a hash reveals
-    those.
+    those. In a constant, a gap must come with such a magnitude, and values that stand for "never"
+    (-1e4 in the transitions of a CRF, 1e8 at the end of a series) are no damage.
     """
     for tensor, s, outliers in with_outliers(examined):
-        if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER):
+        if tensor.role in (Role.OPTIMIZER, Role.COUNTER):
             continue
         limit = gap if tensor.role in MATRICES else gap_elsewhere
         apart, widest = _gap(outliers, score)
+        great = (s.abs_max or 0) > magnitude
+        if _may_be_constant(tensor) and _stand_for_never(tensor, outliers, apart):
+            continue
+        if tensor.role is Role.BUFFER and not (great and widest > limit):
+            continue
         reasons = []
-        enough = tensor.numel >= least and tensor.role is not Role.RUNNING_VAR
+        enough = tensor.numel >= least and tensor.role not in (Role.RUNNING_VAR, Role.BUFFER)
         enough = enough and not mostly_dead(tensor)
         if enough and (outliers.peak_ratio or 0) > peak_ratio:
             reasons.append(f"a peak ratio of {outliers.peak_ratio:.3g}")
-        if (s.abs_max or 0) > magnitude and tensor.role in MATRICES | GAINS | {Role.BIAS}:
+        if great and tensor.role in MATRICES | GAINS | {Role.BIAS}:
             reasons.append(f"a magnitude of {s.abs_max:.3g}")
         if widest > limit:
             reasons.append(f"{widest:.3g} times farther out than the next")
         if reasons:
             yield _extreme(tensor, s, outliers, reasons, limit, apart)
+
+
+def _stand_for_never(tensor: TensorResult, outliers: OutlierResult, apart: int) -> bool:
+    """Whether the farthest elements are one value repeated, or the end of a series."""
+    far = [e.value for e in outliers.top[: apart or len(outliers.top)]]
+    if len(far) > 1:
+        return max(far) - min(far) <= 1e-3 * abs(far[0])
+    ends = (0, tensor.numel - 1)
+    return len(far) == 1 and len(tensor.shape) == 1 and outliers.top[0].index[0] in ends
 
 
 def _extreme(
