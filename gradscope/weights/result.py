@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.model import Number, Record, Report
-from gradscope.statistics.records import Numerics, Outliers, Statistics, TensorProfile, Units
+from gradscope.statistics.records import (
+    Numerics,
+    Outliers,
+    Statistics,
+    TableRows,
+    TensorProfile,
+    Units,
+)
 from gradscope.weights.roles import Role
 
 Status = Literal["excellent", "good", "fair", "poor", "critical"]
@@ -117,6 +124,10 @@ class Examined:
     checkpoint: Checkpoint
     tensors: tuple[TensorResult, ...]
     measured: frozenset[Need]
+    #: By name, the rows of tables that look untrained; tables without any are left out.
+    tables: Mapping[str, TableRows] = field(default_factory=dict)
+    #: Names of token ids, where a table needs them and a tokenizer lies beside the checkpoint.
+    tokens: Mapping[int, str] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:

@@ -13,8 +13,9 @@ from gradscope.weights.result import ElementResult, Examined, Need, TensorResult
 from gradscope.weights.roles import Role
 from gradscope.weights.rules.numerics import dtype_headroom, redundant_precision, scale_missing
 from gradscope.weights.rules.shape import heavy_tails, high_sparsity, outliers, skewed
+from gradscope.weights.rules.tables import undertrained_rows
 from gradscope.weights.rules.training import duplicate_tensors, negative_variance, untrained
-from gradscope.weights.rules.units import dead_units, duplicate_units, undertrained_rows
+from gradscope.weights.rules.units import dead_units, duplicate_units
 from gradscope.weights.rules.values import all_zero, constant_tensor, extreme_value, non_finite
 
 from .made import Fields, tensor
@@ -95,8 +96,8 @@ LIMITS: list[tuple[Rule, Fields, Fields]] = [
     (all_zero, {"statistics": {"zero_count": 3999}}, {"statistics": {"zero_count": 4000}}),
     (dead_units, {"shape": (1, 9), "units": {"dead_rows": 1}},
      {"shape": (2, 9), "units": {"dead_rows": 1}}),
-    (dead_units, {"role": Role.EMBEDDING, "units": {"dead_rows": 12}},
-     {"role": Role.EMBEDDING, "units": {"dead_rows": 13}}),
+    (dead_units, {"role": Role.EMBEDDING, "units": {"dead_rows": 40}},
+     {"role": Role.CONV, "units": {"dead_rows": 1}}),
     (duplicate_units, {"shape": (40, 7), "units": {"duplicate_rows": 5, "duplicates": ((0, 1),)}},
      {"shape": (40, 8), "units": {"duplicate_rows": 5, "duplicates": ((0, 1),)}}),
     (undertrained_rows, {"role": Role.EMBEDDING, "shape": (15, 9), "units": {"dead_rows": 9}},

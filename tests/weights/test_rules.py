@@ -403,9 +403,13 @@ def test_undertrained_rows_weigh_by_their_share(dead: int, severity: str, tmp_pa
     assert severities(path, "dead-units") == {}
 
 
-def test_rows_of_an_embedding_are_dead_units_only_when_they_are_many(tmp_path: Path) -> None:
-    path = altered(weak_rows(100, 0), EMBED)(tmp_path)
-    assert severities(path, "dead-units") == {EMBED: "high"}
+@pytest.mark.parametrize("dead", [20, 100, 200])
+def test_rows_of_a_table_are_one_finding_however_many_they_are(dead: int, tmp_path: Path) -> None:
+    path = altered(weak_rows(dead, 0), EMBED)(tmp_path)
+    severity = "medium" if dead > 51 else "info"
+    assert [(f.name, f.severity.value) for f in findings(path) if f.subject == EMBED] == [
+        ("undertrained-rows", severity)
+    ]
 
 
 def test_an_empty_tensor_that_is_no_parameter_is_low(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ def dead_units(
     """Rows (output units, filters) whose L2 norm is below 1e-3 of the tensor's median row norm.
 
     They pass nothing on. A few are normal under batch norm: 29 of 106 convolutions of healthy
-    mobile nets had some, so up to 10 % is info, up to 30 % medium. Rows of embeddings belong to
-    `undertrained-rows` until they are more than 30 %.
+    mobile nets had some, so up to 10 % is info, up to 30 % medium. Rows of tables belong to
+    `undertrained-rows`.
     """
-    for tensor, units in with_units(examined, MATRICES):
+    for tensor, units in with_units(examined, MATRICES - TABLES):
         share = units.dead_rows / units.rows
-        if not units.dead_rows or units.rows < 2 or (tensor.role in TABLES and share <= high):
+        if not units.dead_rows or units.rows < 2:
             continue
         severity = None if share > high else Severity.MEDIUM if share > medium else Severity.INFO
         yield Observation(
@@ -64,36 +64,6 @@ def duplicate_units(
             f"({share:.1%}); row {second} equals row {first}",
             "break the symmetry with a random initialisation, or merge the units",
             {
-                "duplicate_rows": units.duplicate_rows,
-                "rows": units.rows,
-                "affected_fraction": share,
-            },
-            threshold=medium,
-            severity=None if share > medium else Severity.INFO,
-        )
-
-
-@rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
-def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
-    """Rows of an embedding that were hardly trained: nearly zero, or equal to another.
-
-    Reserved and padding tokens are such rows in most released models (Land and Bartolo 2024,
-    arXiv 2405.05417); a prompt that contains one gives undefined output. Above 20 %: medium.
-    """
-    for tensor, units in with_units(examined, TABLES):
-        found = units.dead_rows + units.duplicate_rows
-        if not found or units.rows < 16:
-            continue
-        share = found / units.rows
-        rows = sorted({*units.dead, *(second for _, second in units.duplicates)})[:10]
-        named = listed(rows, found, len(rows))
-        yield Observation(
-            tensor.name,
-            f"{found:,} of {units.rows:,} rows look untrained ({share:.1%}; {units.dead_rows:,} "
-            f"nearly zero, {units.duplicate_rows:,} equal to another): {named}",
-            "keep these token ids out of prompts and of the tokenizer's special tokens",
-            {
-                "dead_rows": units.dead_rows,
                 "duplicate_rows": units.duplicate_rows,
                 "rows": units.rows,
                 "affected_fraction": share,
