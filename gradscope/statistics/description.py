@@ -21,14 +21,9 @@ from gradscope.statistics.records import (
     Outliers,
     Statistics,
     TensorProfile,
-    Units,
 )
 from gradscope.statistics.tally import Tally
-
-#: Farthest elements listed per tensor, and non-finite ones.
-LISTED = 10
-#: A row is dead when its L2 norm is below this share of the tensor's median row norm.
-DEAD_ROW = 1e-3
+from gradscope.statistics.units import LISTED, units
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +49,7 @@ def finish(whole: Tally) -> Finished:
     result = TensorProfile(
         ref,
         statistics,
-        units=_units(whole),
+        units=units(whole),
         outliers=_outliers(whole, distribution) if described else None,
         numerics=_numerics(whole, statistics),
         nonfinite=_nonfinite(whole),
@@ -135,42 +130,6 @@ def _numerics(whole: Tally, statistics: Statistics) -> Numerics:
     return Numerics(
         headroom, int(at_limit) / statistics.count, None, int(np.count_nonzero(whole.table))
     )
-
-
-def _units(whole: Tally) -> Units | None:
-    norms = whole.row_norms()
-    if norms is None:
-        return None
-    median = float(np.median(norms))
-    dead = np.flatnonzero((norms < DEAD_ROW * median) | (norms == 0))
-    duplicates = (
-        _duplicate_rows(whole.row_hashes(), norms) if whole.ref.dtype not in codings.COMPLEX else []
-    )
-    return Units(
-        rows=len(norms),
-        dead_rows=len(dead),
-        dead=tuple(map(int, dead[:LISTED])),
-        duplicate_rows=len(duplicates),
-        duplicates=tuple(duplicates[:LISTED]),
-        norm_min=float(norms.min()),
-        norm_median=median,
-        norm_max=float(norms.max()),
-    )
-
-
-def _duplicate_rows(
-    hashes: npt.NDArray[np.uint64], norms: npt.NDArray[np.float64]
-) -> list[tuple[int, int]]:
-    """(earlier row, row that repeats it bit by bit), rows of zeros aside."""
-    candidates = np.flatnonzero(norms > 0)
-    order = candidates[np.argsort(hashes[candidates], kind="stable")]
-    same = hashes[order[1:]] == hashes[order[:-1]]
-    if not same.any():
-        return []
-    runs = np.concatenate([[0], np.cumsum(~same)])
-    first = order[np.searchsorted(runs, runs)]
-    pairs = zip(first[1:][same], order[1:][same], strict=True)
-    return sorted(((int(a), int(b)) for a, b in pairs), key=lambda pair: pair[1])
 
 
 def _outliers(whole: Tally, distribution: Distribution) -> Outliers:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.checkpoints.tiles import Tile, tiles
 from gradscope.statistics.description import Finished, Pool, finish
+from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.statistics.scan import scan as cpu_scan
 from gradscope.statistics.tally import Scan, Tally, merged, tally
@@ -38,6 +39,7 @@ def profile(
     refs: Sequence[TensorRef],
     *,
     group: Callable[[TensorRef], str | None] = lambda _: None,
+    layout: Callable[[TensorRef], UnitLayout | None] = lambda _: None,
     engine: Engine[Any, Any] | None = None,
     scan: Scan = cpu_scan,
     tile_elements: int = TASK_ELEMENTS,
@@ -45,7 +47,8 @@ def profile(
 ) -> Profile:
     """Measure every tensor in one read.
 
-    ``group`` names the pool a tensor's elements join, or None. ``progress`` is told bytes done.
+    ``group`` names the pool a tensor's elements join, or None; ``layout`` says what its units are,
+    None that they are its rows. ``progress`` is told bytes done.
     The result is the same to the bit for every engine and tile size.
     Raises InputError when a file changes or ends while it is read.
     """
@@ -53,16 +56,15 @@ def profile(
     work = _Work(scan)
     found: dict[TensorRef, TensorProfile] = {}
     pools: dict[str, Pool] = {}
-    parts: list[Tally] = []
-    for results in run(work, _tasks(refs, tile_elements)):
+    whole: Tally | None = None
+    for results in run(work, _tasks(refs, tile_elements, layout)):
         for tile, result in results:
             progress(_tile_bytes(tile))
             if isinstance(result, Tally):
-                parts.append(result)
+                whole = merged([result] if whole is None else [whole, result])
                 if tile.stop < tile.ref.numel:
                     continue
-                result = finish(merged(parts))
-                parts = []
+                result, whole = finish(whole), None
             found[tile.ref] = result.profile
             if (name := group(tile.ref)) is not None:
                 pools.setdefault(name, Pool()).add(result)
@@ -110,24 +112,30 @@ class _Work:
 
     scan: Scan
 
-    def __call__(self, task: Sequence[Tile]) -> list[tuple[Tile, Tally | Finished]]:
+    def __call__(self, task: Sequence[_Laid]) -> list[tuple[Tile, Tally | Finished]]:
         done: list[tuple[Tile, Tally | Finished]] = []
-        for tile in task:
-            part = tally(tile, self.scan)
+        for tile, layout in task:
+            part = tally(tile, self.scan, layout)
             whole = tile.start == 0 and tile.stop == tile.ref.numel
             done.append((tile, finish(part) if whole else part))
         return done
 
 
-def _tasks(refs: Iterable[TensorRef], elements: int) -> Iterator[list[Tile]]:
+#: A tile, and what the units of its tensor are.
+_Laid = tuple[Tile, UnitLayout | None]
+
+
+def _tasks(
+    refs: Iterable[TensorRef], elements: int, layout: Callable[[TensorRef], UnitLayout | None]
+) -> Iterator[list[_Laid]]:
     """Tiles in file order, small tensors together."""
-    task: list[Tile] = []
+    task: list[_Laid] = []
     size = 0
     for tile in (tile for ref in refs for tile in tiles(ref, elements)):
         if task and size + tile.stop - tile.start > elements:
             yield task
             task, size = [], 0
-        task.append(tile)
+        task.append((tile, layout(tile.ref)))
         size += tile.stop - tile.start
     if task:
         yield task

@@ -62,8 +62,32 @@ class Outliers:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitPart:
+    """Units of a tensor that are judged by themselves: a fused projection, a gate, an expert.
+
+    Units are counted within the part. ``norm`` is that of all its elements; ``content_hash`` is
+    equal for parts of a tensor, and for tensors of the part's shape, whose elements are equal.
+    """
+
+    name: str
+    rows: int
+    dead_rows: int
+    dead: tuple[int, ...]
+    duplicate_rows: int
+    reference: float
+    norm: float
+    content_hash: str | None
+    #: How many attention heads it has, where that is known, and which of them are dead whole.
+    heads: int | None = None
+    dead_heads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Units:
-    """Rows, the slices along dimension 0: one output unit, filter or token each."""
+    """The output units, filters or tokens: the slices along ``axis``, as a rule dimension 0.
+
+    Where matrices are stacked, the units of all of them one after another.
+    """
 
     rows: int
     dead_rows: int
@@ -73,6 +97,13 @@ class Units:
     norm_min: float
     norm_median: float
     norm_max: float
+    #: The norm that dead ones are told by: they have less than a thousandth.
+    reference: float
+    axis: int = 0
+    parts: tuple[UnitPart, ...] | None = None
+    #: As of a part, where there are none.
+    heads: int | None = None
+    dead_heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE
-from gradscope.statistics import codings, kernels
+from gradscope.statistics import codings, kernels, unit_kernels
 from gradscope.statistics.kernels import BLOCK
+from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.tally import SHIFT, Piece, row_numel
+from gradscope.statistics.unit_sums import UnitSums
 
 Array = npt.NDArray[Any]
 
@@ -21,15 +24,21 @@ _NO_VALUES = np.zeros(1, np.float32)
 _scratch = threading.local()
 
 
-def scan(ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piece:
+def scan(
+    ref: TensorRef,
+    first: int,
+    stored: Array,
+    table: Array | None,
+    layout: UnitLayout | None = None,
+) -> Piece:
     """Measure one piece with the compiled kernels; adds to ``table``."""
     if ref.dtype in codings.INTEGERS:
         return scan_integers(ref, first, stored, table)
     if ref.dtype in codings.COMPLEX:
-        return _scan_floats(ref, first, codings.magnitude(stored), table)
-    if ref.dtype in codings.CODED:
-        return _scan_codes(ref, first, stored, table)
-    return _scan_floats(ref, first, stored, table)
+        stored = codings.magnitude(stored)
+    coded = ref.dtype in codings.CODED
+    piece = (_scan_codes if coded else _scan_floats)(ref, first, stored, table)
+    return piece if layout is None else replace(piece, units=_units(ref, first, stored, layout))
 
 
 def scan_integers(ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piece:  # noqa: ARG001
@@ -46,14 +55,29 @@ def scan_integers(ref: TensorRef, first: int, stored: Array, table: Array | None
     return Piece(first // PIECE, moments, (zeros, 0, 0, 0), least=least, greatest=greatest)
 
 
+def _units(ref: TensorRef, first: int, stored: Array, layout: UnitLayout) -> UnitSums:
+    """The sums of a piece's units, all of those of the groups that it touches."""
+    sums = UnitSums.zeros(layout.first_unit(first), layout.units_from(first, len(stored)))
+    form = (layout.depth, layout.width, layout.inner)
+    into = (form, sums.first, sums.squares, sums.hashes, kernels.HASH_KEYS)
+    if ref.dtype in codings.CODED:
+        unit_kernels.units_of_codes(stored, first, *_decoding(ref), *into)
+    else:
+        unit_kernels.units_of_floats(stored, stored.view(f"u{stored.itemsize}"), first, *into)
+    return sums
+
+
+def _decoding(ref: TensorRef) -> tuple[int, Array]:
+    """How a type's codes are decoded, and the values of those that are looked up."""
+    if ref.dtype in _DECODING:
+        return _DECODING[ref.dtype], _NO_VALUES
+    return kernels.BY_TABLE, codings.code_values(ref.dtype).astype(np.float32)
+
+
 def _scan_codes(ref: TensorRef, first: int, codes: Array, table: Array | None) -> Piece:
-    decoding = _DECODING.get(ref.dtype, kernels.BY_TABLE)
-    values = _NO_VALUES
-    if decoding == kernels.BY_TABLE:
-        values = codings.code_values(ref.dtype).astype(np.float32)
     rows, blocks = _row_arrays(ref, first, len(codes)), _block_arrays(len(codes), np.uint32)
     kernels.scan_codes(
-        codes, first, decoding, values, table, row_numel(ref), *rows, *blocks, kernels.HASH_KEYS
+        codes, first, *_decoding(ref), table, row_numel(ref), *rows, *blocks, kernels.HASH_KEYS
     )
     return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *rows, *blocks)
 

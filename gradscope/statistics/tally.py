@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,9 @@ from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE, Tile
 from gradscope.statistics import codings, kernels
 from gradscope.statistics.distribution import Distribution
+from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.moments import Moments
+from gradscope.statistics.unit_sums import UnitSums, UnitTree
 
 Array = npt.NDArray[Any]
 
@@ -24,8 +26,19 @@ Array = npt.NDArray[Any]
 SHIFT = {"F32": 15, "F64": 44}
 
 
-#: Measures one piece: (ref, first flat index, stored elements, table to add to) -> Piece.
-Scan = Callable[[TensorRef, int, Array, Array | None], "Piece"]
+class Scan(Protocol):
+    """Measures one piece: its first flat index, its stored elements, the table to add to."""
+
+    def __call__(
+        self,
+        ref: TensorRef,
+        first: int,
+        stored: Array,
+        table: Array | None,
+        layout: UnitLayout | None = None,
+    ) -> Piece:
+        """``layout`` where the units are not the rows."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +56,7 @@ class Piece:
     dirty: Array | None = None  # per block, whether it holds a non-finite element
     least: int | None = None  # exact extremes of wide integers
     greatest: int | None = None
+    units: UnitSums | None = None  # where the units are not the rows
 
 
 @dataclass
@@ -57,12 +71,22 @@ class Tally:
     ref: TensorRef
     table: npt.NDArray[np.int64] | None
     pieces: list[Piece] = field(default_factory=list)
+    layout: UnitLayout | None = None
+    units: UnitTree = field(default_factory=UnitTree)
+
+    def take(self, piece: Piece) -> None:
+        """Take in one piece."""
+        if piece.units is not None:
+            self.units.add(piece.index, piece.units)
+            piece = replace(piece, units=None)
+        self.pieces.append(piece)
 
     def merge(self, other: Tally) -> None:
         """Take in another tally of the same tensor, of other pieces."""
         if self.table is not None and other.table is not None:
             self.table += other.table
         self.pieces += other.pieces
+        self.units.merge(other.units)
 
     def in_order(self) -> list[Piece]:
         """The pieces by position."""
@@ -189,6 +213,14 @@ class Tally:
         in_steps = bool((steps == np.floor(steps)).all()) and self.subnormals() == 0
         return in_steps and max(-low, high) <= codings.greatest_finite("F16")
 
+    def unit_norms(self) -> npt.NDArray[np.float64] | None:
+        """L2 norm of each unit's finite elements; None below two dimensions."""
+        return np.sqrt(self.units.total().squares) if self.units.nodes else self.row_norms()
+
+    def unit_hashes(self) -> npt.NDArray[np.uint64]:
+        """A 64-bit hash of each unit's stored elements."""
+        return self.units.total().hashes if self.units.nodes else self.row_hashes()
+
     def row_norms(self) -> npt.NDArray[np.float64] | None:
         """L2 norm of each row's finite elements; None below two dimensions."""
         if self.ref.rows is None:
@@ -249,14 +281,18 @@ class Tally:
         return Distribution(*_combine_equal(np.clip(values, low, high), counts[present]))
 
 
-def tally(tile: Tile, scan: Scan) -> Tally:
-    """Measure one tile with the kernels of a device."""
+def tally(tile: Tile, scan: Scan, layout: UnitLayout | None = None) -> Tally:
+    """Measure one tile with the kernels of a device; units are rows where no layout says else."""
     ref = tile.ref
     kind = codings.MAGNITUDE.get(ref.dtype, ref.dtype)
     size = table_size(kind)
     table = None if size is None else np.zeros(size, np.uint32)
-    pieces = [scan(ref, first, stored, table) for first, stored in tile.pieces()]
-    return Tally(ref, None if table is None else table.astype(np.int64), pieces)
+    found = Tally(ref, None, layout=layout)
+    apart = None if layout is None or layout.is_rows else layout
+    for first, stored in tile.pieces():
+        found.take(scan(ref, first, stored, table, apart))
+    found.table = None if table is None else table.astype(np.int64)
+    return found
 
 
 def row_numel(ref: TensorRef) -> int:

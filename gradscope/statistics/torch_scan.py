@@ -12,7 +12,7 @@ transfer of the results: no boolean indexing, and counting by ``scatter_add_``, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,9 +27,11 @@ from gradscope.device import AUTO, CPU, has_float64, resolve
 from gradscope.errors import UsageError
 from gradscope.statistics import codings, kernels
 from gradscope.statistics.kernels import BLOCK
+from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.scan import scan as cpu_scan
 from gradscope.statistics.scan import scan_integers
 from gradscope.statistics.tally import SHIFT, Piece, Scan, row_numel
+from gradscope.statistics.unit_sums import UnitSums
 
 Array = npt.NDArray[Any]
 
@@ -64,20 +66,30 @@ class TorchScan:
 
     device: torch.device | str
 
-    def __call__(self, ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piece:
+    def __call__(
+        self,
+        ref: TensorRef,
+        first: int,
+        stored: Array,
+        table: Array | None,
+        layout: UnitLayout | None = None,
+    ) -> Piece:
         """Measure one piece; adds to ``table``."""
         if ref.dtype in codings.INTEGERS:
             # On the host: they are few in a checkpoint, and their few statistics cost less than
             # the way to the device, which for U16, U32 and U64 also lacks most operations.
             return scan_integers(ref, first, stored, table)
         assert table is not None
-        if ref.dtype in codings.CODED:
-            return self._scan_codes(ref, first, stored, table)
         if ref.dtype in codings.COMPLEX:
             # On the host: hypot differs by an ulp between libraries, and these magnitudes must be
             # the ones that are found again when single elements are read.
             stored = codings.magnitude(stored)
-        return self._scan_floats(ref, first, stored, table)
+        coded = ref.dtype in codings.CODED
+        measure = self._scan_codes if coded else self._scan_floats
+        piece = measure(ref, first, stored, table)
+        if layout is None:
+            return piece
+        return replace(piece, units=self._units(ref, first, stored, layout))
 
     def _scan_codes(self, ref: TensorRef, first: int, stored: Array, table: Array) -> Piece:
         device = torch.device(self.device)
@@ -116,6 +128,23 @@ class TorchScan:
             int(union.view(unsigned)[0]),
             *_for_piece(unsigned, *results),
         )
+
+    def _units(self, ref: TensorRef, first: int, stored: Array, layout: UnitLayout) -> UnitSums:
+        device = torch.device(self.device)
+        bits = _sent(stored, device)
+        if ref.dtype in codings.CODED:
+            values = _values(ref.dtype, device)
+            codes = bits.long() & (len(values) - 1)
+            x = values[codes]
+        else:
+            kind = codings.MAGNITUDE.get(ref.dtype, ref.dtype)
+            codes = bits.long() if kind == "F64" else bits.long() & 0xFFFFFFFF
+            x = bits.view(_FLOATS[kind])
+        zeroed = torch.where(torch.isfinite(x), x, 0.0).double()
+        mixed = _mixed(codes, _places(layout, first, codes))
+        sums = (_unit_sums(part, first, layout) for part in (zeroed * zeroed, mixed))
+        squares, hashes = _fetched(*sums)
+        return UnitSums(layout.first_unit(first), squares.copy(), hashes.view(np.uint64).copy())
 
 
 # -- there and back --------------------------------------------------------------------------------
@@ -215,7 +244,8 @@ def _by_block(values: Tensor, fill: int) -> Tensor:
 def _rows(ref: TensorRef, first: int, zeroed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of squares and content hash of each row's share of the piece."""
     length = row_numel(ref)
-    mixed = _mixed(codes, first, length)
+    positions = torch.arange(len(codes), dtype=torch.int64, device=codes.device)
+    mixed = _mixed(codes, (positions + first % length) % length)
     return _row_sums(zeroed * zeroed, first, length), _row_sums(mixed, first, length)
 
 
@@ -229,15 +259,39 @@ def _row_sums(values: Tensor, first: int, length: int) -> Tensor:
     return torch.cat([part.sum(1) for part in parts])
 
 
-def _mixed(codes: Tensor, first: int, length: int) -> Tensor:
-    """Each element's term of its row's hash: ``kernels._hash`` times ``kernels._salt``.
+def _places(layout: UnitLayout, first: int, codes: Tensor) -> Tensor:
+    """Where in its unit each element is."""
+    flat = first + torch.arange(len(codes), dtype=torch.int64, device=codes.device)
+    row = flat // (layout.width * layout.inner)
+    return row % layout.depth * layout.inner + flat % layout.inner
+
+
+def _unit_sums(values: Tensor, first: int, layout: UnitLayout) -> Tensor:
+    """Add up what lies in one unit, for all units of the groups that the piece touches."""
+    length = layout.width * layout.inner
+    before = first % length
+    filled = torch.nn.functional.pad(values, (before, -(before + len(values)) % length))
+    lines = filled.view(-1, layout.width, layout.inner).sum(2)
+    start = min(-(first // length) % layout.depth, len(lines))
+    stop = start + (len(lines) - start) // layout.depth * layout.depth
+    parts = (lines[:start], lines[start:stop], lines[stop:])
+    shapes = ((1, -1), (-1, layout.depth), (1, -1))
+    return torch.cat(
+        [
+            part.view(*shape, layout.width).sum(1).view(-1)
+            for part, shape in zip(parts, shapes, strict=True)
+            if len(part)
+        ]
+    )
+
+
+def _mixed(codes: Tensor, places: Tensor) -> Tensor:
+    """The term of each element, at a place in its row: ``kernels._hash`` times ``kernels._salt``.
 
     In int64, whose products and sums keep the same low 64 bits as those of uint64.
     """
-    positions = torch.arange(len(codes), dtype=torch.int64, device=codes.device)
-    column = (positions + first % length) % length
-    product = ((codes ^ _shifted(codes, 32)) + 1) * _keys(codes.device)[column % BLOCK]
-    salt = (column // BLOCK + 1) * _signed(kernels._SALT)
+    product = ((codes ^ _shifted(codes, 32)) + 1) * _keys(codes.device)[places % BLOCK]
+    salt = (places // BLOCK + 1) * _signed(kernels._SALT)
     salt = (salt ^ _shifted(salt, 29)) | 1
     return (product ^ _shifted(product, 32)) * _signed(kernels._MIX) * salt
 

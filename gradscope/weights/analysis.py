@@ -18,6 +18,7 @@ from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.weights.health import health, overall_health
+from gradscope.weights.layouts import layouts
 from gradscope.weights.result import (
     Examined,
     Need,
@@ -150,10 +151,17 @@ def _measured(
 
     checkpoint = verified(checkpoint, engine)
     names = roles(checkpoint.tensors)
+    config = checkpoint.metadata.get("config")
+    layout = layouts(checkpoint.tensors, names, config if isinstance(config, Mapping) else {})
 
     def measure(refs: Sequence[TensorRef]) -> Profile:
         measured = profile(
-            refs, group=lambda ref: names[ref.name], engine=engine, scan=scan, progress=meter
+            refs,
+            group=lambda ref: names[ref.name],
+            layout=layout,
+            engine=engine,
+            scan=scan,
+            progress=meter,
         )
         for path in {ref.file for ref in refs}:
             check_unchanged(path, checkpoint.stamps[path])

@@ -30,7 +30,7 @@ def tensor(
     rows = shape[0] if shape else 1
     plain = {"count": many, "min": -1.0, "max": 1.0, "abs_max": 1.0, "zero_fraction": 0.0}
     even = {"rows": rows, "dead_rows": 0, "dead": (), "duplicate_rows": 0, "duplicates": ()}
-    norms = {"norm_min": 1.0, "norm_median": 1.0, "norm_max": 1.0}
+    norms = {"norm_min": 1.0, "norm_median": 1.0, "norm_max": 1.0, "reference": 1.0}
     found = {"counts": {"10": 0}, "peak_ratio": 1.0, "scale": 1.0, "top": ()}
     fits = {"headroom_bits": 9.0, "saturated_fraction": 0.0, "payload": None, "distinct": None}
     return TensorResult(
