@@ -17,6 +17,7 @@ from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
+from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.layouts import layouts
 from gradscope.weights.result import (
@@ -229,7 +230,11 @@ def _judged(examination: _Examination, request: Request) -> _Examination:
     by_subject: dict[str, list[Finding]] = defaultdict(list)
     for finding in judged.findings:
         by_subject[finding.subject].append(finding)
-    tensors = tuple(_with_health(t, by_subject[t.name]) for t in examined.tensors)
+    of_experts = [f for f in judged.findings if f.name == "dead-expert"]
+    tensors = tuple(
+        _with_health(t, by_subject[t.name] + [f for f in of_experts if concerns(f, t.name)])
+        for t in examined.tensors
+    )
     return replace(examination, examined=replace(examined, tensors=tensors), judged=judged)
 
 

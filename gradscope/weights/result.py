@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.model import Number, Record, Report
@@ -19,6 +19,9 @@ from gradscope.statistics.records import (
     Units,
 )
 from gradscope.weights.roles import Role
+
+if TYPE_CHECKING:
+    from gradscope.weights.experts import Judged
 
 Status = Literal["excellent", "good", "fair", "poor", "critical"]
 
@@ -133,6 +136,13 @@ class Examined:
     def by_name(self) -> Mapping[str, TensorResult]:
         """The tensors by name."""
         return {t.name: t for t in self.tensors}
+
+    @cached_property
+    def experts(self) -> Judged:
+        """The experts, and which of them are dead or copies."""
+        from gradscope.weights.experts import Judged
+
+        return Judged.of(self)
 
     def document(self, name: str) -> Mapping[str, object]:
         """One of ``documents.DOCUMENTS`` beside the checkpoint, empty where there is none."""

@@ -79,6 +79,8 @@ def outliers(
     keeping when quantising.
     """
     for tensor, _, found in with_outliers(examined, MATRICES - TABLES):
+        if examined.experts.covers(tensor.name):
+            continue  # what stands out is what is alive
         if tensor.numel >= least and peak_ratio < (found.peak_ratio or 0) <= extreme:
             peak = found.top[0]
             yield Observation(

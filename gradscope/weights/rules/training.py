@@ -125,7 +125,7 @@ def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observ
 
     Two layers never train to the same weights: one was copied over the other, by a merge, a
     wrong conversion or a failed restart. Equal embeddings and output layers are tied weights
-    saved twice: info.
+    saved twice: info. Single experts belong to `dead-expert`.
     """
     groups: dict[str, list[TensorResult]] = defaultdict(list)
     for tensor, s in measured(examined, MATRICES | {Role.QUANTIZED}):
@@ -134,6 +134,8 @@ def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observ
     copies: dict[tuple[str, str], list[tuple[TensorResult, TensorResult]]] = defaultdict(list)
     for original, *others in groups.values():
         for other in others:
+            if examined.experts.covers(other.name):
+                continue
             copies[_differing(original.name, other.name)].append((original, other))
     for (first, second), pairs in copies.items():
         yield _copied(first, second, pairs)

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
+from gradscope.statistics.records import UnitPart, Units
 from gradscope.text import listed
-from gradscope.weights.result import Examined, Need
-from gradscope.weights.roles import MATRICES, TABLES
+from gradscope.weights.result import Examined, Need, TensorResult
+from gradscope.weights.roles import MATRICES, TABLES, Role
 from gradscope.weights.rules.tensors import with_units
+
+
+def _judged(
+    examined: Examined, count: Callable[[Units | UnitPart], int]
+) -> Iterator[tuple[TensorResult, Units, str]]:
+    """What has units that a rule judges, with a word for it where it is a part of a tensor.
+
+    Experts that are dead or copies, and the rows of routers, belong to `dead-expert`. Of stacked
+    experts the one with the greatest share is judged, as it would be alone.
+    """
+    experts = examined.experts
+    for tensor, units in with_units(examined, MATRICES - TABLES):
+        if tensor.name in experts.routers:
+            continue
+        if tensor.role is not Role.EXPERTS or not units.parts:
+            if not experts.covers(tensor.name):
+                yield tensor, units, ""
+            continue
+        living = [n for n in range(len(units.parts)) if not experts.covers(tensor.name, n)]
+        shares = {n: count(units.parts[n]) / units.parts[n].rows for n in living}
+        if shares:
+            worst = max(shares, key=lambda n: shares[n])
+            yield tensor, _alone(units, units.parts[worst], worst), f" of expert {worst}"
+
+
+def _alone(units: Units, part: UnitPart, number: int) -> Units:
+    """A part's units as those of a tensor; parts have as many each."""
+    first = number * part.rows
+    pairs = ((a - first, b - first) for a, b in units.duplicates)
+    return replace(
+        units,
+        rows=part.rows,
+        dead_rows=part.dead_rows,
+        dead=part.dead,
+        duplicate_rows=part.duplicate_rows,
+        duplicates=tuple(p for p in pairs if min(p) >= 0 and max(p) < part.rows),
+    )
 
 
 @rule("W105", "dead-units", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
@@ -22,14 +61,14 @@ def dead_units(
     mobile nets had some, so up to 10 % is info, up to 30 % medium. Rows of tables belong to
     `undertrained-rows`.
     """
-    for tensor, units in with_units(examined, MATRICES - TABLES):
+    for tensor, units, what in _judged(examined, lambda units: units.dead_rows):
         share = units.dead_rows / units.rows
         if not units.dead_rows or units.rows < 2:
             continue
         severity = None if share > high else Severity.MEDIUM if share > medium else Severity.INFO
         yield Observation(
             tensor.name,
-            f"{units.dead_rows:,} of {units.rows:,} rows are dead ({share:.1%}): "
+            f"{units.dead_rows:,} of {units.rows:,} rows{what} are dead ({share:.1%}): "
             f"{listed(units.dead, units.dead_rows, len(units.dead))}",
             "prune them; or, if training goes on, lower the learning rate, check the "
             "initialisation, or use an activation that does not saturate at zero",
@@ -53,15 +92,15 @@ def duplicate_units(
     Equal units compute the same and stay equal under equal gradients; trained rows of eight or
     more elements do not coincide by chance. Up to 10 % is info.
     """
-    for tensor, units in with_units(examined, MATRICES - TABLES):
+    for tensor, units, what in _judged(examined, lambda units: units.duplicate_rows):
         if not units.duplicate_rows or tensor.row_numel < least_numel:
             continue
         share = units.duplicate_rows / units.rows
-        first, second = units.duplicates[0]
+        pair = "".join(f"; row {b} equals row {a}" for a, b in units.duplicates[:1])
         yield Observation(
             tensor.name,
-            f"{units.duplicate_rows:,} of {units.rows:,} rows repeat an earlier one "
-            f"({share:.1%}); row {second} equals row {first}",
+            f"{units.duplicate_rows:,} of {units.rows:,} rows{what} repeat an earlier one "
+            f"({share:.1%}){pair}",
             "break the symmetry with a random initialisation, or merge the units",
             {
                 "duplicate_rows": units.duplicate_rows,
