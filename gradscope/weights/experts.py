@@ -257,25 +257,26 @@ def missing_experts(examined: Examined) -> Iterator[tuple[str, Sequence[int], in
     if NUMBERED.fullmatch(os.path.basename(examined.checkpoint.path)):
         return
     routers = _routers(examined.tensors)
-    for path, found in _numbered(examined).items():
+    weights = [t.name for t in examined.tensors if t.role in _WEIGHTS]
+    elsewhere = _numbered(skipped.subject for skipped in examined.checkpoint.skipped)
+    for path, found in _numbered(weights).items():
         commonest = Counter(kind for kinds in found.values() for kind in kinds)
         wanted = {kind for kind, count in commonest.items() if 2 * count > len(found)}
         router = None if "local_experts" in path else router_of(path, max(found) + 1, routers)
         total = max(max(found) + 1, router.shape[0] if router is not None else 0)
-        whole = {number for number, kinds in found.items() if wanted <= kinds}
+        left_out = elsewhere.get(path, {})
+        whole = {n for n in range(total) if wanted <= found.get(n, set()) | left_out.get(n, set())}
         lost = sorted(set(range(total)) - whole)
         if lost and 2 * len(lost) < total:
             yield path, lost, len(whole), total
 
 
-def _numbered(examined: Examined) -> Mapping[str, Mapping[int, set[str]]]:
-    """Kinds of matrices by path and number; also those that were left out on request."""
+def _numbered(names: Iterable[str]) -> Mapping[str, Mapping[int, set[str]]]:
+    """Kinds of matrices by path and number."""
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    left_out = (skipped.subject for skipped in examined.checkpoint.skipped)
-    for name in (*(tensor.name for tensor in examined.tensors), *left_out):
+    for name in names:
         if (where := place(name)) is not None and where.number is not None:
-            if "lora_" not in where.kind and not where.kind.endswith("bias"):
-                found[where.path][where.number].add(where.kind)
+            found[where.path][where.number].add(where.kind)
     return found
 
 

@@ -201,6 +201,8 @@ def _two_dimensional(
 ) -> Role:
     """A table of vectors or a matrix that multiplies; what has a bias beside it is not a table."""
     path = module if leaf in ("weight", "kernel", "w") else ref.name
+    if re.search(r"(^|\.)experts\.mlp\.(w1|v1|w2)$", path):  # stacked along the rows
+        return Role.EXPERTS
     if _UNEMBEDDING.search(path):
         return Role.UNEMBEDDING
     own = path.rpartition(".")[2]

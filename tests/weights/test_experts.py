@@ -240,3 +240,201 @@ def test_the_number_of_experts_makes_no_difference(experts: int, form: str, tmp_
     zero(model, experts - 1)
 
     assert said(found(tmp_path, form, model)) == [(*DEAD, str(experts - 1))]
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+
+def flat(model: Model) -> Iterator[tuple[str, Array]]:
+    """DBRX: the experts' matrices below one another, the last one as [in, out]."""
+    for number, layer in enumerate(model):
+        ffn = f"transformer.blocks.{number}.ffn"
+        yield f"{ffn}.router.layer.weight", layer["gate"]
+        yield f"{ffn}.experts.mlp.w1", layer["w1"].reshape(-1, WIDTH)
+        yield f"{ffn}.experts.mlp.v1", layer["w3"].reshape(-1, WIDTH)
+        yield f"{ffn}.experts.mlp.w2", layer["w2"].swapaxes(1, 2).reshape(-1, WIDTH)
+
+
+def granite(model: Model) -> Iterator[tuple[str, Array]]:
+    for number, layer in enumerate(model):
+        moe = f"model.layers.{number}.block_sparse_moe"
+        yield f"{moe}.router.layer.weight", layer["gate"]
+        yield f"{moe}.input_linear.weight", np.concatenate([layer["w1"], layer["w3"]], axis=1)
+        yield f"{moe}.output_linear.weight", layer["w2"]
+
+
+def named(experts: str, router: str, *kinds: str) -> Form:
+    """One tensor an expert, by other names."""
+
+    def form(model: Model) -> Iterator[tuple[str, Array]]:
+        for number, layer in enumerate(model):
+            yield router.format(layer=number), layer["gate"]
+            for expert in range(len(layer["gate"])):
+                for kind, name in zip(("w1", "w3", "w2"), kinds, strict=True):
+                    yield (
+                        f"{experts.format(layer=number, expert=expert)}.{name}",
+                        layer[kind][expert],
+                    )
+
+    return form
+
+
+NAMES: dict[str, tuple[Form, str, str]] = {
+    "DBRX": (
+        flat,
+        "transformer.blocks.1.ffn.experts",
+        "transformer.blocks.1.ffn.router.layer.weight",
+    ),
+    "Granite": (
+        granite,
+        "model.layers.1.block_sparse_moe",
+        "model.layers.1.block_sparse_moe.router.layer.weight",
+    ),
+    "Mixtral": (
+        named(
+            "model.layers.{layer}.block_sparse_moe.experts.{expert}",
+            "model.layers.{layer}.block_sparse_moe.gate.weight",
+            "w1.weight", "w3.weight", "w2.weight",
+        ),
+        "model.layers.1.block_sparse_moe.experts",
+        "model.layers.1.block_sparse_moe.gate.weight",
+    ),
+    "DeepSeek": (
+        named(
+            "layers.{layer}.ffn.experts.{expert}", "layers.{layer}.ffn.gate.weight",
+            "w1.weight", "w3.weight", "w2.weight",
+        ),
+        "layers.1.ffn.experts",
+        "layers.1.ffn.gate.weight",
+    ),
+    "Qwen": (
+        named(
+            "model.layers.{layer}.mlp.experts.{expert}", "model.layers.{layer}.mlp.gate.weight",
+            "gate_proj.weight", "up_proj.weight", "down_proj.weight",
+        ),
+        "model.layers.1.mlp.experts",
+        "model.layers.1.mlp.gate.weight",
+    ),
+    "Switch": (
+        named(
+            "encoder.block.{layer}.layer.1.mlp.experts.expert_{expert}",
+            "encoder.block.{layer}.layer.1.mlp.router.classifier.weight",
+            "wi_0.weight", "wi_1.weight", "wo.weight",
+        ),
+        "encoder.block.1.layer.1.mlp.experts",
+        "encoder.block.1.layer.1.mlp.router.classifier.weight",
+    ),
+    "DeepSpeed": (
+        named(
+            "h.{layer}.mlp.deepspeed_moe.experts.deepspeed_experts.{expert}",
+            "h.{layer}.mlp.deepspeed_moe.gate.wg.weight",
+            "gate.weight", "up.weight", "down.weight",
+        ),
+        "h.1.mlp.deepspeed_moe.experts.deepspeed_experts",
+        "h.1.mlp.deepspeed_moe.gate.wg.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_experts_of_a_family_are_known_by_its_names(family: str, tmp_path: Path) -> None:
+    form, path, router = NAMES[family]
+    FORMS[family] = form
+    model = mixture(8)
+    assert found(tmp_path, family, model) == []
+    zero(model, 3)
+    copy(model, 6, 2)
+    row(model, 4)
+
+    assert said(found(tmp_path, family, model)) == [
+        ("dead-expert", "high", path, "3"),
+        ("dead-expert", "medium", f"{path}.6", "6"),
+        ("dead-expert", "medium", router.replace("router", "gate"), "4"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["shared_expert", "shared_experts", "shared_experts.0"])
+def test_a_shared_expert_is_none_of_the_series(name: str, tmp_path: Path) -> None:
+    model = mixture(8)
+    tensors = dict(split(model))
+    path = f"model.layers.1.mlp.{name}.up_proj.weight"
+    tensors[path] = np.zeros((INNER, WIDTH), np.float32)
+    tensors["model.layers.1.mlp.shared_expert_gate.weight"] = gaussian(1, WIDTH)
+
+    report = gradscope.analyze_weights(write(tmp_path / "model.safetensors", tensors))
+
+    assert [(f.name, f.subject) for f in report.findings] == [("all-zero", path)]
+
+
+def test_a_layer_that_was_copied_whole_is_left_to_duplicate_tensors(tmp_path: Path) -> None:
+    for form in ("split", "stacked"):
+        model = mixture(8)
+        model[2] = model[1]
+
+        assert {f.name for f in found(tmp_path, form, model)} == {"duplicate-tensors"}
+
+
+@pytest.mark.parametrize("form", ["split", "stacked"])
+def test_dead_units_of_one_expert_weigh_as_they_would_alone(form: str, tmp_path: Path) -> None:
+    model = mixture(8)
+    model[1]["w1"][5][:10] = 0
+
+    (seen,) = found(tmp_path, form, model)
+
+    assert (seen.name, seen.severity.value) == ("dead-units", "high")
+    assert "10 of 24" in seen.message
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_dead_expert_lowers_the_health_of_its_tensors_alone(form: str, tmp_path: Path) -> None:
+    model = mixture(8)
+    zero(model, 3)
+    path = write(tmp_path / "model.safetensors", dict(FORMS[form](model)))
+
+    tensors = gradscope.analyze_weights(path).result.tensors
+
+    lowered = {t.name for t in tensors if t.health.score < 90}
+    hit = {"split": ".experts.3.", "grouped": ".weight3"}.get(form, ".experts.")
+    assert lowered == {t.name for t in tensors if "layers.1." in t.name and hit in t.name}
+
+
+# -- experts that are not there -------------------------------------------------------------------
+
+
+def without(model: Model, *left_out: str) -> dict[str, Array]:
+    return {n: v for n, v in split(model) if not any(part in n for part in left_out)}
+
+
+@pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [
+        ((), {}),
+        (("layers.1.mlp.experts.5.",), {f"{PATH}.5": 1}),
+        (("layers.1.mlp.experts.7.",), {f"{PATH}.7": 1}),
+        (("layers.1.mlp.experts.5.w3",), {f"{PATH}.5": 1}),
+        (("layers.1.mlp.experts.0.", "layers.1.mlp.experts.2."), {f"{PATH}.0": 2}),
+        (("layers.1.mlp.experts.7.", "layers.1.mlp.gate"), {}),
+        (("layers.1.mlp.experts.5.", "gate"), {f"{PATH}.5": 1}),
+        (tuple(f"layers.1.mlp.experts.{n}." for n in range(4)), {}),
+        (("w3",), {}),
+    ],
+)
+def test_an_expert_that_is_not_there_is_a_missing_layer(
+    left_out: tuple[str, ...], expected: dict[str, int], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "model.safetensors", without(mixture(8), *left_out))
+
+    report = gradscope.analyze_weights(path, select=["missing-layer"])
+
+    assert {f.subject: f.evidence["missing_experts"] for f in report.findings} == expected
+    assert {f.severity.value for f in report.findings} <= {"high"}
+
+
+def test_experts_left_out_on_request_or_in_other_shards_are_not_missing(tmp_path: Path) -> None:
+    part = without(mixture(8), "layers.1.mlp.experts.5.")
+    shard = write(tmp_path / "model-00001-of-00002.safetensors", part)
+    whole = write(tmp_path / "model.safetensors", dict(split(mixture(8))))
+
+    assert gradscope.analyze_weights(shard, select=["missing-layer"]).findings == ()
+    asked = gradscope.analyze_weights(whole, select=["missing-layer"], exclude=["*.experts.5.*"])
+    assert asked.findings == ()
