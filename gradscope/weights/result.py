@@ -77,9 +77,9 @@ class TensorResult(Record):
         return self.name
 
     @property
-    def row_numel(self) -> int:
-        """Elements of one row."""
-        return self.numel // self.shape[0] if self.shape and self.shape[0] else 0
+    def unit_numel(self) -> int:
+        """Elements of one unit."""
+        return self.numel // self.units.rows if self.units is not None else 0
 
 
 class Overall(Record):

@@ -50,7 +50,7 @@ def _tables(
 def _rows(
     ref: TensorRef, units: Units, hints: Sequence[int], engine: Engine[Any, Any]
 ) -> TableRows:
-    from gradscope.statistics.rows import centre_of_cluster, rows_by_id
+    from gradscope.statistics.table_rows import centre_of_cluster, rows_by_id
 
     centre = None if _ORDERED.search(ref.name) else centre_of_cluster(ref, hints)
     if centre is None and _listed_whole(units):

@@ -142,7 +142,7 @@ def assert_moments_agree(ours: Array, theirs: Array) -> None:
 
 
 ROUNDED = ("mean", "std", "rms", "l2_norm", "skewness", "kurtosis", "negentropy_bits")
-ROUNDED_NORMS = ("norm_min", "norm_median", "norm_max")
+ROUNDED_NORMS = ("norm_min", "norm_median", "norm_max", "reference")
 
 
 def assert_profiles_agree(ours: TensorProfile, theirs: TensorProfile) -> None:

@@ -11,6 +11,7 @@ from gradscope.text import escaped, listed, runs
 from gradscope.weights.experts import Copy, Experts
 from gradscope.weights.names import pattern
 from gradscope.weights.result import Examined, Need
+from gradscope.weights.rules.tensors import LOST
 
 
 @rule("W119", "dead-expert", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
@@ -21,7 +22,8 @@ def dead_expert(examined: Examined) -> Iterator[Observation]:
     other experts. Copies (medium): equal bit for bit to another expert of the layer, or to single
     ones of an earlier layer; all experts of a layer equal, as they are before the training of a
     mixture that started from a dense model, is one finding for all such layers. Never chosen on
-    its own (medium): its row of the router is zero or repeats another's. An expert is judged alike
+    its own (medium; high where more than 30 % are): its row of the router is zero or repeats
+    another's. An expert is judged alike
     whether it is stored alone, stacked or quantised; all-zero, duplicate-tensors, dead-units and
     duplicate-units leave it to this rule.
     """
@@ -189,5 +191,5 @@ def _unrouted(
             "experts": ", ".join(map(str, numbers)),
             "affected_fraction": len(numbers) / len(experts.numbers),
         },
-        severity=Severity.MEDIUM,
+        severity=None if zeros > LOST * len(experts.numbers) else Severity.MEDIUM,
     )

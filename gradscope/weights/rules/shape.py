@@ -12,7 +12,13 @@ from gradscope.text import listed
 from gradscope.weights.names import pattern
 from gradscope.weights.result import Examined, Need
 from gradscope.weights.roles import MATRICES, TABLES, Role
-from gradscope.weights.rules.tensors import SHAPED, measured, with_outliers, with_units
+from gradscope.weights.rules.tensors import (
+    SHAPED,
+    measured,
+    mostly_dead,
+    with_outliers,
+    with_units,
+)
 
 
 @rule("W107", "heavy-tails", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
@@ -23,11 +29,15 @@ def heavy_tails(
 
     Judged on the kurtosis without the 0.1 % farthest elements, because a single super weight
     can give a healthy matrix a plain kurtosis of 1,582 (trimmed: 0.5). Healthy matrices
-    measured at most 3.6, convolutions 3.1 (90 %), depthwise ones 16.6. Calibrated.
+    measured at most 3.6, convolutions 3.1 (90 %), depthwise ones 16.6. Calibrated. Where more than
+    30 % of the units are dead, the living are far from the median: that is `dead-units` alone, as
+    for `skewed` and `outliers`.
     """
     for tensor, s in measured(examined, SHAPED):
         bound = depthwise if tensor.role is Role.DEPTHWISE else limit
         if s.count < least or s.trimmed_kurtosis is None or s.trimmed_kurtosis <= bound:
+            continue
+        if mostly_dead(tensor):
             continue
         yield Observation(
             tensor.name,
@@ -49,6 +59,8 @@ def skewed(examined: Examined, *, limit: float = 2.0, least: int = 1000) -> Iter
     """
     for tensor, s in measured(examined, SHAPED):
         if s.count < least or s.trimmed_skewness is None or (s.min or 0) >= 0:
+            continue
+        if mostly_dead(tensor):
             continue
         if abs(s.trimmed_skewness) > max(limit, 6 * math.sqrt(6 / s.count)):
             yield Observation(
@@ -79,9 +91,8 @@ def outliers(
     keeping when quantising.
     """
     for tensor, _, found in with_outliers(examined, MATRICES - TABLES):
-        if examined.experts.covers(tensor.name):
-            continue  # what stands out is what is alive
-        if tensor.numel >= least and peak_ratio < (found.peak_ratio or 0) <= extreme:
+        far = peak_ratio < (found.peak_ratio or 0) <= extreme
+        if tensor.numel >= least and far and not mostly_dead(tensor):
             peak = found.top[0]
             yield Observation(
                 tensor.name,
@@ -104,6 +115,8 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
     """Rows or columns of equally long dimensions that hold far elements in several layers."""
     tensors: dict[tuple[str, str, int, int], list[str]] = defaultdict(list)
     for tensor, _, found in with_outliers(examined, {Role.LINEAR, Role.EXPERTS}):
+        if mostly_dead(tensor):
+            continue
         far = [e for e in found.top if e.score is not None and e.score > score]
         for axis, kind in ((-2, "row"), (-1, "column")):
             for index in {e.index[axis] for e in far if len(e.index) >= 2}:
@@ -134,8 +147,8 @@ def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observa
         alive = units.rows - units.dead_rows
         if s is None or not alive:
             continue
-        zeros = max(0, s.zero_count - units.dead_rows * tensor.row_numel)
-        share = zeros / (alive * tensor.row_numel)
+        zeros = max(0, s.zero_count - units.dead_rows * tensor.unit_numel)
+        share = zeros / (alive * tensor.unit_numel)
         if share > limit:
             yield Observation(
                 tensor.name,

@@ -12,6 +12,14 @@ from gradscope.weights.roles import Role
 #: Roles whose distribution has a shape worth judging.
 SHAPED = frozenset({Role.LINEAR, Role.CONV, Role.DEPTHWISE, Role.RECURRENT, Role.EXPERTS})
 
+#: A matrix that lost a greater share of its units is not healthy, published or not.
+LOST = 0.30
+
+
+def mostly_dead(tensor: TensorResult) -> bool:
+    """Whether so many units are dead that the distribution is theirs, not that of the living."""
+    return tensor.units is not None and tensor.units.dead_rows > LOST * tensor.units.rows
+
 
 def measured(
     examined: Examined, roles: Iterable[Role] | None = None

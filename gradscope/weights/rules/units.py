@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from gradscope.report.rules import Observation, rule
@@ -11,76 +11,114 @@ from gradscope.statistics.records import UnitPart, Units
 from gradscope.text import listed
 from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import MATRICES, TABLES, Role
-from gradscope.weights.rules.tensors import with_units
-
-
-def _judged(
-    examined: Examined, count: Callable[[Units | UnitPart], int]
-) -> Iterator[tuple[TensorResult, Units, str]]:
-    """What has units that a rule judges, with a word for it where it is a part of a tensor.
-
-    Experts that are dead or copies, and the rows of routers, belong to `dead-expert`. Of stacked
-    experts the one with the greatest share is judged, as it would be alone.
-    """
-    experts = examined.experts
-    for tensor, units in with_units(examined, MATRICES - TABLES):
-        if tensor.name in experts.routers:
-            continue
-        if tensor.role is not Role.EXPERTS or not units.parts:
-            if not experts.covers(tensor.name):
-                yield tensor, units, ""
-            continue
-        living = [n for n in range(len(units.parts)) if not experts.covers(tensor.name, n)]
-        shares = {n: count(units.parts[n]) / units.parts[n].rows for n in living}
-        if shares:
-            worst = max(shares, key=lambda n: shares[n])
-            yield tensor, _alone(units, units.parts[worst], worst), f" of expert {worst}"
-
-
-def _alone(units: Units, part: UnitPart, number: int) -> Units:
-    """A part's units as those of a tensor; parts have as many each."""
-    first = number * part.rows
-    pairs = ((a - first, b - first) for a, b in units.duplicates)
-    return replace(
-        units,
-        rows=part.rows,
-        dead_rows=part.dead_rows,
-        dead=part.dead,
-        duplicate_rows=part.duplicate_rows,
-        duplicates=tuple(p for p in pairs if min(p) >= 0 and max(p) < part.rows),
-    )
+from gradscope.weights.rules.tensors import LOST, with_units
 
 
 @rule("W105", "dead-units", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def dead_units(
-    examined: Examined, *, high: float = 0.30, medium: float = 0.10
+    examined: Examined, *, high: float = LOST, medium: float = 0.10
 ) -> Iterator[Observation]:
-    """Rows (output units, filters) whose L2 norm is below 1e-3 of the tensor's median row norm.
+    """Output units whose L2 norm is below 1e-3 of the reference norm of their tensor or part.
 
-    They pass nothing on. A few are normal under batch norm: 29 of 106 convolutions of healthy
-    mobile nets had some, so up to 10 % is info, up to 30 % medium. Rows of tables belong to
-    `undertrained-rows`.
+    They pass nothing on. Units are rows, or columns where a layer stores [in, out] (Conv1D, Flax
+    kernels). The reference is the norm that a tenth of the units exceed, so that a dead majority
+    cannot hide (the greatest unit of 594 healthy matrices had 28 times as much). Fused projections,
+    gates and experts are judged part by part, and the worst part decides.
+
+    A few are normal under batch norm: 29 of 106 convolutions of healthy mobile nets had some, so
+    up to 10 % is info, up to 30 % medium. Rows of tables belong to `undertrained-rows`, experts
+    that are dead to `dead-expert`.
     """
-    for tensor, units, what in _judged(examined, lambda units: units.dead_rows):
-        share = units.dead_rows / units.rows
+    for tensor, units in _judged(examined):
+        share, worst = units.dead_rows / units.rows, _worst_share(units)
         if not units.dead_rows or units.rows < 2:
             continue
-        severity = None if share > high else Severity.MEDIUM if share > medium else Severity.INFO
+        severity = None if worst > high else Severity.MEDIUM if worst > medium else Severity.INFO
         yield Observation(
             tensor.name,
-            f"{units.dead_rows:,} of {units.rows:,} rows{what} are dead ({share:.1%}): "
-            f"{listed(units.dead, units.dead_rows, len(units.dead))}",
+            f"{units.dead_rows:,} of {units.rows:,} {_called(tensor, units)}s are dead "
+            f"({share:.1%}): {_where(units)}",
             "prune them; or, if training goes on, lower the learning rate, check the "
             "initialisation, or use an activation that does not saturate at zero",
             {
                 "dead_rows": units.dead_rows,
                 "rows": units.rows,
                 "median_row_norm": units.norm_median,
+                "reference_norm": units.reference,
                 "affected_fraction": share,
             },
             threshold=high if severity is None else medium,
             severity=severity,
         )
+
+
+def _judged(examined: Examined) -> Iterator[tuple[TensorResult, Units]]:
+    """Matrices whose units these rules judge: what `dead-expert` speaks of is left out.
+
+    Those are dead and copied experts, alone or in a stack, and the rows of routers.
+    """
+    experts = examined.experts
+    for tensor, units in with_units(examined, MATRICES - TABLES):
+        if tensor.name in experts.routers:
+            continue
+        if tensor.role is Role.EXPERTS and units.parts:
+            told = {n for n in range(len(units.parts)) if experts.covers(tensor.name, n)}
+            if len(told) < len(units.parts):
+                yield tensor, _without(units, units.parts, told)
+        elif not experts.covers(tensor.name):
+            yield tensor, units
+
+
+def _without(units: Units, parts: Sequence[UnitPart], told: Collection[int]) -> Units:
+    """The units of the other experts, each by itself; experts have as many units each."""
+    length = parts[0].rows
+    kept = tuple(part for n, part in enumerate(parts) if n not in told)
+    return replace(
+        units,
+        rows=sum(part.rows for part in kept),
+        dead_rows=sum(part.dead_rows for part in kept),
+        duplicate_rows=sum(part.duplicate_rows for part in kept),
+        duplicates=tuple(
+            (a, b)
+            for a, b in units.duplicates
+            if a // length == b // length and b // length not in told
+        ),
+        parts=kept,
+    )
+
+
+def _worst_share(units: Units) -> float:
+    return max(part.dead_rows / part.rows for part in units.parts or (units,))
+
+
+def _called(tensor: TensorResult, units: Units) -> str:
+    """What a unit is along its axis."""
+    if units.axis == 0 or tensor.role is Role.EXPERTS:
+        return "row"
+    return "column" if units.axis == len(tensor.shape) - 1 else "output channel"
+
+
+def _where(units: Units) -> str:
+    """Which units are dead: those of which parts, and which whole heads."""
+    if units.parts is None:
+        return _places(units)
+    hit = [part for part in units.parts if part.dead_rows]
+    told = (
+        f"all of {part.name}"
+        if part.dead_rows == part.rows
+        else f"{part.dead_rows:,} of the {part.rows:,} of {part.name} ({_places(part)})"
+        for part in hit
+    )
+    return listed(told, len(hit), 4)
+
+
+def _places(units: Units | UnitPart) -> str:
+    rows = listed(units.dead, units.dead_rows, len(units.dead))
+    if not units.heads or not units.dead_heads:
+        return rows
+    heads = listed(units.dead_heads, len(units.dead_heads), 10)
+    s = "s" * (len(units.dead_heads) > 1)
+    return f"{rows}; all of head{s} {heads} of {units.heads}"
 
 
 @rule("W106", "duplicate-units", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
@@ -92,14 +130,16 @@ def duplicate_units(
     Equal units compute the same and stay equal under equal gradients; trained rows of eight or
     more elements do not coincide by chance. Up to 10 % is info.
     """
-    for tensor, units, what in _judged(examined, lambda units: units.duplicate_rows):
-        if not units.duplicate_rows or tensor.row_numel < least_numel:
+    for tensor, units in _judged(examined):
+        if not units.duplicate_rows or tensor.unit_numel < least_numel:
             continue
         share = units.duplicate_rows / units.rows
-        pair = "".join(f"; row {b} equals row {a}" for a, b in units.duplicates[:1])
+        worst = max(part.duplicate_rows / part.rows for part in units.parts or (units,))
+        unit = _called(tensor, units)
+        pair = "".join(f"; {unit} {b} equals {unit} {a}" for a, b in units.duplicates[:1])
         yield Observation(
             tensor.name,
-            f"{units.duplicate_rows:,} of {units.rows:,} rows{what} repeat an earlier one "
+            f"{units.duplicate_rows:,} of {units.rows:,} {unit}s repeat an earlier one "
             f"({share:.1%}){pair}",
             "break the symmetry with a random initialisation, or merge the units",
             {
@@ -108,5 +148,5 @@ def duplicate_units(
                 "affected_fraction": share,
             },
             threshold=medium,
-            severity=None if share > medium else Severity.INFO,
+            severity=None if max(share, worst) > medium else Severity.INFO,
         )

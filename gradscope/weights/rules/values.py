@@ -12,7 +12,7 @@ from gradscope.statistics.records import Statistics
 from gradscope.text import listed
 from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
 from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role
-from gradscope.weights.rules.tensors import measured, with_outliers
+from gradscope.weights.rules.tensors import measured, mostly_dead, with_outliers
 
 
 @rule("W101", "non-finite", Severity.CRITICAL, reads=Examined, needs=Need.STATISTICS)
@@ -72,6 +72,7 @@ def extreme_value(
         apart, widest = _gap(outliers, score)
         reasons = []
         enough = tensor.numel >= least and tensor.role is not Role.RUNNING_VAR
+        enough = enough and not mostly_dead(tensor)
         if enough and (outliers.peak_ratio or 0) > peak_ratio:
             reasons.append(f"a peak ratio of {outliers.peak_ratio:.3g}")
         if (s.abs_max or 0) > magnitude and tensor.role in MATRICES | GAINS | {Role.BIAS}:
