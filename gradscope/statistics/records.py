@@ -124,6 +124,15 @@ class TableRows:
 
 
 @dataclass(frozen=True, slots=True)
+class CodeUse:
+    """Which codes of a codebook are not in use, ascending, and what told so."""
+
+    codes: int
+    unused: tuple[int, ...]
+    told: str
+
+
+@dataclass(frozen=True, slots=True)
 class Numerics:
     """How the values sit in their type."""
 

@@ -89,7 +89,7 @@ def rows_by_id(
         together = np.flatnonzero((distances < centre.reach) & ~taken)
         taken[together] = True
         spread = float(np.median(distances[together]) / centre.others)
-    repeated = _repeats(hashes, norms)
+    repeated = repeats(hashes, norms)
     repeated = repeated[~taken[repeated]]
     return TableRows(
         tuple(zero.tolist()), tuple(repeated.tolist()), tuple(together.tolist()), spread
@@ -230,10 +230,10 @@ def _facts(
     distances = np.full(len(rows), np.inf, np.float32)
     if centre is not None:
         distances = np.nan_to_num(centre.distances(rows), nan=np.inf)
-    return np.linalg.norm(rows, axis=1), _hashes(stored.reshape(-1, width)), distances
+    return np.linalg.norm(rows, axis=1), hashes_of(stored.reshape(-1, width)), distances
 
 
-def _hashes(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+def hashes_of(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each row's stored elements."""
     codes = stored.view(f"u{stored.dtype.itemsize}").astype(np.uint64)
     keys = np.random.default_rng(1).integers(1, 2**63, codes.shape[1], np.uint64) * 2 + 1
@@ -243,7 +243,7 @@ def _hashes(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     return np.asarray(mixed.sum(axis=1, dtype=np.uint64))
 
 
-def _repeats(hashes: npt.NDArray[np.uint64], norms: npt.NDArray[Any]) -> Ids:
+def repeats(hashes: npt.NDArray[np.uint64], norms: npt.NDArray[Any]) -> Ids:
     """Rows that repeat an earlier one, rows of zeros aside."""
     alive = np.flatnonzero(norms > 0)
     _, first = np.unique(hashes[alive], return_index=True)

@@ -31,7 +31,7 @@ from gradscope.weights.result import (
     tensor_result,
 )
 from gradscope.weights.roles import AUXILIARY, Role, roles
-from gradscope.weights.tables import table_rows
+from gradscope.weights.tables import codebooks, table_rows
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.statistics import Engine, Pool, Profile, Scan
@@ -183,7 +183,12 @@ def _with_tables(examined: Examined, engine: Engine[Any, Any]) -> Examined:
     refs = {ref.name: ref for ref in examined.checkpoint.tensors}
     folder = folder_of(examined.checkpoint)
     tables = table_rows(refs, examined.tensors, folder, engine)
-    return replace(examined, tables=tables, tokens=tokens_beside(folder) if tables else {})
+    return replace(
+        examined,
+        tables=tables,
+        codebooks=codebooks(refs, examined.tensors),
+        tokens=tokens_beside(folder) if tables else {},
+    )
 
 
 def _read(

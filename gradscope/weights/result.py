@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.model import Number, Record, Report
 from gradscope.statistics.records import (
+    CodeUse,
     Numerics,
     Outliers,
     Statistics,
@@ -129,6 +130,8 @@ class Examined:
     measured: frozenset[Need]
     #: By name, the rows of tables that look untrained; tables without any are left out.
     tables: Mapping[str, TableRows] = field(default_factory=dict)
+    #: The codebooks of each table of codes.
+    codebooks: Mapping[str, tuple[CodeUse, ...]] = field(default_factory=dict)
     #: Names of token ids, where a table needs them and a tokenizer lies beside the checkpoint.
     tokens: Mapping[int, str] = field(default_factory=dict)
 

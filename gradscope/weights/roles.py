@@ -25,6 +25,7 @@ class Role(StrEnum):
     EXPERTS = "experts"
     EMBEDDING = "embedding"
     UNEMBEDDING = "unembedding"
+    CODEBOOK = "codebook"
     LORA_A = "lora-a"
     LORA_B = "lora-b"
     BIAS = "bias"
@@ -48,10 +49,10 @@ class Role(StrEnum):
 MATRICES = frozenset(
     {
         Role.LINEAR, Role.CONV, Role.DEPTHWISE, Role.RECURRENT, Role.EXPERTS,
-        Role.EMBEDDING, Role.UNEMBEDDING, Role.LORA_A, Role.LORA_B,
+        Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK, Role.LORA_A, Role.LORA_B,
     }
 )  # fmt: skip
-TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
+TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
 #: Roles that were not trained: pooled statistics and health leave them out.
 AUXILIARY = frozenset(
@@ -61,6 +62,8 @@ AUXILIARY = frozenset(
     }
 )  # fmt: skip
 
+#: What such a quantiser keeps beside it: moving counts and sums, whether it was initialised.
+_CODE_STATE = r"_?(ema_)?cluster_(size|usage)|embed_avg|_?ema_d?w|codebook_used|init(ia|t)?[a-z]*ed"
 #: Leaf names (or whole names) that decide alone, because nothing else is called so.
 _BY_LEAF: tuple[tuple[Role, str], ...] = (
     (Role.COUNTER, r"num_batches_tracked|step|global_step"),
@@ -82,6 +85,7 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
         r"position_ids|inv_freq|masked_bias|relative_position_index|relative_coords_table|"
         r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
     ),
+    (Role.BUFFER, _CODE_STATE),
     (Role.LORA_A, r"lora_(A|a|down|embedding_A)(\..*)?"),
     (Role.LORA_B, r"lora_(B|b|up|embedding_B)(\..*)?"),
     (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
@@ -93,6 +97,13 @@ _LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?
 _EMBEDDING = re.compile(
     r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|"
     r"relative_attention_bias",
+    re.IGNORECASE,
+)
+#: Codebooks of vector quantisers: in a module of that name, or called so.
+_CODEBOOK = re.compile(
+    r"(^|.*\.)(_?codebooks?|codevectors)(\.weight)?|"
+    r"(^|.*\.)\w*(vq|quantiz|codebook)\w*(\.\w+)?\."
+    r"(_?embed(ding)?s?|embed_sum|codebook)(\.weight)?",
     re.IGNORECASE,
 )
 _UNEMBEDDING = re.compile(
@@ -185,6 +196,8 @@ def _alone(siblings: Mapping[str, TensorRef]) -> bool:
 def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     if is_narrow(ref.dtype):
         return Role.QUANTIZED
+    if len(ref.shape) in (2, 3) and _CODEBOOK.fullmatch(ref.name):
+        return Role.CODEBOOK
     if len(ref.shape) == 2:
         return _two_dimensional(ref, module, leaf, siblings)
     if len(ref.shape) == 3 and re.search(r"(experts?|moe)(\.|_|$)", ref.name):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tokenizer import reserved_beside
 from gradscope.statistics.dtypes import FORMATS
-from gradscope.statistics.records import TableRows, Units
+from gradscope.statistics.records import CodeUse, TableRows, Units
 from gradscope.weights.result import TensorResult
 from gradscope.weights.roles import Role
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: Rows of these follow one another smoothly: near-equal neighbours were trained.
 _ORDERED = re.compile(r"(^|[._])(wpe|pos|position|relative|time|temporal|age|year)", re.IGNORECASE)
+
+#: What quantisers call their moving counts of assignments.
+_COUNTS = ("cluster_size", "cluster_usage", "ema_cluster_size", "_ema_cluster_size")
 
 
 def table_rows(
@@ -61,3 +64,31 @@ def _rows(
 
 def _listed_whole(units: Units) -> bool:
     return len(units.dead) == units.dead_rows and len(units.duplicates) == units.duplicate_rows
+
+
+def codebooks(
+    refs: Mapping[str, TensorRef], tensors: Sequence[TensorResult]
+) -> dict[str, tuple[CodeUse, ...]]:
+    """Which codes of each codebook are in use; codebooks of zeros are left out.
+
+    Raises InputError when a file changes or ends while it is read.
+    """
+    from gradscope.statistics.codes import code_use
+
+    found = {}
+    for tensor in tensors:
+        s = tensor.statistics
+        plain = tensor.role is Role.CODEBOOK and tensor.dtype in FORMATS and s is not None
+        if plain and s is not None and s.zero_count < s.count == s.finite_count:
+            found[tensor.name] = code_use(refs[tensor.name], _counts(tensor.name, refs))
+    return found
+
+
+def _counts(name: str, refs: Mapping[str, TensorRef]) -> TensorRef | None:
+    """The moving counts of assignments beside a codebook, or beside its module."""
+    parts = name.removesuffix(".weight").split(".")
+    modules = (".".join(parts[:end]) for end in range(len(parts), max(len(parts) - 3, -1), -1))
+    names = (f"{module}.{leaf}".lstrip(".") for module in modules for leaf in _COUNTS)
+    return next(
+        (refs[name] for name in names if name in refs and refs[name].dtype in FORMATS), None
+    )

@@ -222,6 +222,17 @@ def copied(difference: int) -> Plant:
     return saved({**made, UP.replace("layers.1", "layers.2"): bits.view(np.float32)})
 
 
+def experts(scale: float) -> Plant:
+    """A healthy mixture of four in one layer, one matrix of the third scaled."""
+    made = {
+        f"model.layers.1.mlp.experts.{n}.{part}.weight": gaussian(32, 16, seed=10 * n + place)
+        for n in range(4)
+        for place, part in enumerate(("up_proj", "down_proj"))
+    }
+    made["model.layers.1.mlp.experts.2.down_proj.weight"] *= np.float32(scale)
+    return saved({**transformer(), **made})
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint that fires a rule, one that just does not, and what must be said."""
@@ -327,6 +338,11 @@ CASES = {
         altered(weak_rows(52, 0.9e-3), EMBED), altered(weak_rows(52, 1.1e-3), EMBED),
         EMBED, "medium", {"dead_rows": 52, "rows": 256, "affected_fraction": 52 / 256},
         ("52 of 256", "20.3%"),
+    ),
+    "dead-expert": Case(
+        experts(0.9e-3), experts(1.1e-3),
+        "model.layers.1.mlp.experts", "high", {"dead_experts": 1, "present_experts": 4},
+        ("expert 2 of 4", "down_proj"),
     ),
     "dtype-headroom": Case(
         float16(33000), float16(32000),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
-from gradscope.statistics.records import TableRows, Units
+from gradscope.statistics.records import CodeUse, TableRows, Units
 from gradscope.text import listed, plural, quoted, runs
 from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import Role
@@ -16,7 +16,9 @@ from gradscope.weights.rules.tensors import with_units
 
 
 @rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
-def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
+def undertrained_rows(
+    examined: Examined, *, medium: float = 0.20, codes: float = 0.50
+) -> Iterator[Observation]:
     """Rows of an embedding that were hardly trained: nearly zero, equal, or never told apart.
 
     The third kind are near-equal rows of ordinary norm with empty space around them: tokens that
@@ -24,11 +26,18 @@ def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[O
     2405.05417). Reserved and padding tokens are such rows in most released models; a prompt that
     contains one gives undefined output. Above 20 %, rows beyond the tokenizer's size aside:
     medium. It is the only rule about the rows of a table.
+
+    Codes of a vector quantiser are unused by its moving counts, or where it keeps none, if they are
+    nearly zero, repeat another, or never left their initialisation. More than half of a codebook,
+    alone or in a stack: medium.
     """
     for tensor, units in with_units(examined, {Role.EMBEDDING, Role.UNEMBEDDING}):
         found = _Found.of(examined.tables.get(tensor.name), units)
         if found.count and units.rows >= 16:
             yield _untrained(tensor, found, _vocabulary(examined, tensor), medium)
+    for name, books in examined.codebooks.items():
+        if any(book.unused for book in books):
+            yield _unused(name, books, codes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +133,27 @@ def _untrained(
 
 def _are(count: int) -> str:
     return "is" if count == 1 else "are"
+
+
+def _unused(name: str, books: Sequence[CodeUse], limit: float) -> Observation:
+    worst = max(range(len(books)), key=lambda b: len(books[b].unused) / books[b].codes)
+    book = books[worst]
+    share = len(book.unused) / book.codes
+    which = "" if len(books) == 1 else f" of codebook {worst} of {len(books)}"
+    over = sum(len(b.unused) > limit * b.codes for b in books)
+    more = f"; more than half of {over} codebooks" if over > 1 else ""
+    return Observation(
+        name,
+        f"{len(book.unused):,} of {book.codes:,} codes{which} are not in use ({share:.1%}, "
+        f"{book.told}): {runs(book.unused, len(book.unused))}{more}",
+        "if training goes on, draw unused codes again from encoder outputs (k-means "
+        "initialisation, a threshold for dead codes) or use fewer, narrower codes",
+        {
+            "unused_codes": len(book.unused),
+            "codes": book.codes,
+            "codebooks": len(books),
+            "affected_fraction": sum(len(b.unused) for b in books) / sum(b.codes for b in books),
+        },
+        threshold=limit,
+        severity=None if share > limit else Severity.INFO,
+    )
