@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE, read_range
-from gradscope.statistics import codings
+from gradscope.statistics import codings, extremes
 from gradscope.statistics.distribution import Distribution
 from gradscope.statistics.kernels import BLOCK
 from gradscope.statistics.moments import Moments
@@ -22,7 +23,7 @@ from gradscope.statistics.records import (
     Statistics,
     TensorProfile,
 )
-from gradscope.statistics.tally import Tally
+from gradscope.statistics.tally import SHIFT, Tally
 from gradscope.statistics.units import LISTED, units
 
 
@@ -39,7 +40,7 @@ class Finished:
 def finish(whole: Tally) -> Finished:
     """Reduce a complete tally to the tensor's profile."""
     ref = whole.ref
-    moments = whole.moments()
+    moments = extremes.moments(whole)
     distribution = _distribution(whole)
     statistics = _statistics(whole, moments, distribution)
     buckets, counts = _coarse(distribution)
@@ -62,13 +63,18 @@ def finish(whole: Tally) -> Finished:
 def _distribution(whole: Tally) -> Distribution | None:
     """The tally's distribution; of few values close together (norm gains) from a second read.
 
-    Buckets are 2^-8 wide beside the value, so a spread below sixteen of them would be lost.
+    Buckets are 2^-8 wide beside the value, so a spread below sixteen of them would be lost; those
+    of subnormals are wider than that.
     """
     found = whole.distribution()
-    if found is None or whole.kind in codings.CODED or whole.ref.numel > PIECE:
+    if found is None or whole.kind in codings.CODED:
         return found
+    if whole.ref.numel > PIECE:
+        near = extremes.among_subnormals(whole, found)
+        return extremes.with_subnormals(whole) if near else found
     low, high = whole.extremes()
-    if low == high or found.mad >= abs(found.median) / 16:
+    fine = found.mad >= abs(found.median) / 16 and not extremes.among_subnormals(whole, found)
+    if low == high or fine:
         return found
     values = _decoded(whole.ref, read_range(whole.ref, 0, whole.ref.numel))
     return Distribution(*np.unique(values[np.isfinite(values)], return_counts=True))
@@ -204,13 +210,20 @@ def _index(ref: TensorRef, flat: int) -> tuple[int, ...]:
 def _coarse(
     distribution: Distribution | None,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """A distribution on the buckets that all dtypes share: the top 17 bits of float32."""
+    """A distribution on the buckets that all dtypes share: the top 20 bits of float64."""
     if distribution is None:
         return np.empty(0, np.uint32), np.empty(0, np.int64)
-    with np.errstate(over="ignore"):
-        narrow = distribution.values.astype(np.float32)
-    limit = np.finfo(np.float32).max
-    return np.clip(narrow, -limit, limit).view(np.uint32) >> np.uint32(15), distribution.counts
+    buckets = distribution.values.view(np.uint64) >> np.uint64(SHIFT["F64"])
+    return buckets.astype(np.uint32), distribution.counts
+
+
+def _pooled(parts: Sequence[Moments], low: float | int, high: float | int) -> Moments:
+    """All parts' moments, in units of the greatest magnitude where float64 would not hold them."""
+    if all(part.exponent == 0 for part in parts):
+        found = Moments.pooled(parts, 0)
+        if found.hold(low, high):
+            return found
+    return Moments.pooled(parts, extremes.exponent_of(low, high))
 
 
 class Pool:
@@ -220,7 +233,7 @@ class Pool:
         self.tensors = 0
         self._statistics: list[Statistics] = []
         self._moments: list[Moments] = []
-        self._table = np.zeros(1 << 17, np.int64)
+        self._table = np.zeros(1 << 20, np.int64)  # of which few pages are ever touched
 
     def add(self, part: Finished) -> None:
         """Take in one tensor."""
@@ -240,10 +253,10 @@ class Pool:
 
     def statistics(self) -> Statistics:
         """The statistics of all elements together."""
-        moments = Moments.merged(np.array([m.row for m in self._moments]).reshape(-1, 5))
         total = {name: sum(getattr(s, name) for s in self._statistics) for name in _COUNTERS}
         lows = [s.min for s in self._statistics if s.min is not None]
         highs = [s.max for s in self._statistics if s.max is not None]
+        moments = _pooled(self._moments, min(lows, default=0), max(highs, default=0))
         basic = Statistics(
             **total,
             zero_fraction=total["zero_count"] / total["count"] if total["count"] else None,
@@ -261,9 +274,10 @@ class Pool:
         buckets = np.flatnonzero(self._table)
         if not len(buckets) or basic.min is None or basic.max is None:
             return None
-        middle = (buckets.astype(np.uint32) << np.uint32(15)) | np.uint32(1 << 14)
-        values = middle.view(np.float32).astype(np.float64)
-        values[(buckets == 0) | (buckets == 1 << 16)] = 0.0
+        shift = SHIFT["F64"]
+        middle = (buckets.astype(np.uint64) << np.uint64(shift)) | np.uint64(1 << (shift - 1))
+        values = middle.view(np.float64)
+        values[(buckets == 0) | (buckets == 1 << 19)] = 0.0
         values = np.clip(values, basic.min, basic.max)
         order = np.argsort(values, kind="stable")
         return Distribution(values[order], self._table[buckets][order])

@@ -130,7 +130,9 @@ class Distribution:
         std = moments.std
         if std is None or moments.n < least or not std > 0:
             return None
-        bins = np.floor((self.values - moments.mean) * (32 / std) + 0.5)
+        _, exponent = math.frexp(std)  # lest a tiny std has no inverse, a huge value no difference
+        values, mean = np.ldexp(self.values, -exponent), math.ldexp(moments.mean, -exponent)
+        bins = np.floor((values - mean) * (32 / math.ldexp(std, -exponent)) + 0.5)
         starts = np.flatnonzero(np.diff(bins, prepend=-np.inf))
         p = np.add.reduceat(self.counts, starts) / self.n
         entropy = -(p * np.log2(p)).sum() + (len(p) - 1) / (2 * self.n * math.log(2))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,17 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and second to fourth central sums of a set of finite values, in float64."""
+    """Count, mean and second to fourth central sums of a set of finite values, in float64.
+
+    The sums are of deviations in units of 2^exponent, 1 but for values whose powers float64 lacks.
+    """
 
     n: int = 0
     mean: float = 0.0
     m2: float = 0.0
     m3: float = 0.0
     m4: float = 0.0
+    exponent: int = 0
 
     @classmethod
     def of(cls, values: Array, counts: npt.NDArray[np.int64] | None = None) -> Moments:
@@ -34,8 +39,8 @@ class Moments:
             mean = origin + float(np.sum((values - origin) * weights)) / n
             d = values - mean
             square = d * d * weights
-            sums = square.sum(), (square * d).sum(), (square * d * d).sum()
-        return cls(n, mean, *map(float, sums))
+            m2, m3, m4 = square.sum(), (square * d).sum(), (square * d * d).sum()
+        return cls(n, mean, float(m2), float(m3), float(m4))
 
     @classmethod
     def merged(cls, parts: Array) -> Moments:
@@ -47,12 +52,33 @@ class Moments:
         while len(parts) > 1:
             even = len(parts) // 2 * 2
             parts = np.concatenate([_pair(parts[0:even:2], parts[1:even:2]), parts[even:]])
-        return cls(int(parts[0, 0]), *map(float, parts[0, 1:])) if len(parts) else cls()
+        if not len(parts):
+            return cls()
+        n, mean, m2, m3, m4 = map(float, parts[0])
+        return cls(int(n), mean, m2, m3, m4)
 
-    @property
-    def row(self) -> Array:
-        """As a row that ``merged`` takes."""
+    @classmethod
+    def pooled(cls, parts: Sequence[Moments], exponent: int) -> Moments:
+        """Merge, with all deviations in units of 2^exponent."""
+        rows = np.array([part.row(exponent) for part in parts]).reshape(-1, 5)
+        return cls.merged(rows).in_units(exponent)
+
+    def in_units(self, exponent: int) -> Moments:
+        """The moments of values 2^exponent times as large."""
+        return replace(self, mean=_scaled(self.mean, exponent), exponent=exponent)
+
+    def row(self, exponent: int = 0) -> Array:
+        """As a row that ``merged`` takes, of the values over 2^exponent."""
+        apart = self.exponent - exponent
+        if not exponent == apart == 0:
+            sums = (_scaled(m, k * apart) for k, m in ((2, self.m2), (3, self.m3), (4, self.m4)))
+            return np.array([self.n, _scaled(self.mean, -exponent), *sums])
         return np.array([self.n, self.mean, self.m2, self.m3, self.m4])
+
+    def hold(self, low: float | int, high: float | int) -> bool:
+        """Whether no power of values between these was too large or too small for float64."""
+        powers = 0 < self.m2 < math.inf and self.in_range and math.isfinite(self.mean)
+        return low == high or powers
 
     @property
     def in_range(self) -> bool:
@@ -62,7 +88,9 @@ class Moments:
     @property
     def std(self) -> float | None:
         """Population standard deviation; None when there is no value or its square overflowed."""
-        return math.sqrt(self.m2 / self.n) if self.n and math.isfinite(self.m2) else None
+        if not self.n or not math.isfinite(self.m2):
+            return None
+        return math.ldexp(math.sqrt(self.m2 / self.n), self.exponent)
 
     @property
     def rms(self) -> float | None:
@@ -71,8 +99,9 @@ class Moments:
 
     @property
     def l2_norm(self) -> float | None:
-        """Frobenius norm."""
-        return None if self.rms is None else self.rms * math.sqrt(self.n)
+        """Frobenius norm; None where it is beyond float64."""
+        norm = math.inf if self.rms is None else self.rms * math.sqrt(self.n)
+        return norm if math.isfinite(norm) else None
 
     @property
     def skewness(self) -> float | None:
@@ -94,6 +123,12 @@ class Moments:
         for _ in range(order):
             ratio /= deviation
         return ratio if math.isfinite(ratio) else None
+
+
+def _scaled(value: float, exponent: int) -> float:
+    """value 2^exponent, which is infinite beyond float64's range."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.ldexp(value, exponent))
 
 
 def _pair(a: Array, b: Array) -> Array:

@@ -209,7 +209,7 @@ class Tally:
         low, high = self.extremes()
         assert low is not None
         assert high is not None
-        steps = _bucket_values("F32", exact=True)[self.table > 0] * 2.0**24
+        steps = bucket_values("F32", exact=True)[self.table > 0] * 2.0**24
         in_steps = bool((steps == np.floor(steps)).all()) and self.subnormals() == 0
         return in_steps and max(-low, high) <= codings.greatest_finite("F16")
 
@@ -265,7 +265,7 @@ class Tally:
         order = _ascending(self.kind)
         counts = self.table[order]
         present = counts > 0
-        return _combine_equal(codings.code_values(self.kind)[order[present]], counts[present])
+        return combined(codings.code_values(self.kind)[order[present]], counts[present])
 
     def _bucketed(self) -> Distribution:
         assert self.table is not None
@@ -275,10 +275,10 @@ class Tally:
         order = _ascending(self.kind)
         counts = self.table[order]
         present = counts > 0
-        values = _bucket_values(self.kind)[order[present]]
+        values = bucket_values(self.kind)[order[present]]
         if self.payload() == "BF16":
-            values = _bucket_values(self.kind, exact=True)[order[present]]
-        return Distribution(*_combine_equal(np.clip(values, low, high), counts[present]))
+            values = bucket_values(self.kind, exact=True)[order[present]]
+        return Distribution(*combined(np.clip(values, low, high), counts[present]))
 
 
 def tally(tile: Tile, scan: Scan, layout: UnitLayout | None = None) -> Tally:
@@ -310,7 +310,7 @@ def table_size(kind: str) -> int | None:
 def _ascending(kind: str) -> npt.NDArray[np.intp]:
     """The codes (or buckets) with finite values, in ascending order of value."""
     if kind not in _ASCENDING:
-        values = codings.code_values(kind) if kind in codings.CODED else _bucket_values(kind)
+        values = codings.code_values(kind) if kind in codings.CODED else bucket_values(kind)
         order = np.argsort(values, kind="stable")
         _ASCENDING[kind] = order[np.isfinite(values[order])]
     return _ASCENDING[kind]
@@ -320,7 +320,7 @@ _ASCENDING: dict[str, npt.NDArray[np.intp]] = {}
 _BUCKETS: dict[tuple[str, bool], npt.NDArray[np.float64]] = {}
 
 
-def _bucket_values(kind: str, exact: bool = False) -> npt.NDArray[np.float64]:
+def bucket_values(kind: str, exact: bool = False) -> npt.NDArray[np.float64]:
     """The middle (or, ``exact``, the edge nearest zero) of each bucket of the top bits."""
     if (kind, exact) not in _BUCKETS:
         shift = SHIFT[kind]
@@ -337,7 +337,7 @@ def _bucket_values(kind: str, exact: bool = False) -> npt.NDArray[np.float64]:
     return _BUCKETS[kind, exact]
 
 
-def _combine_equal(values: Array, counts: Array) -> tuple[Array, Array]:
+def combined(values: Array, counts: Array) -> tuple[Array, Array]:
     """Ascending values with equal neighbours (-0 and 0, clipped buckets) made one."""
     if len(values) < 2:
         return values + 0.0, counts

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.statistics import codings
+from gradscope.statistics import codings, extremes
 from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.records import UnitPart, Units
 from gradscope.statistics.tally import Tally
@@ -26,7 +26,7 @@ DEAD = 1e-3
 
 def units(whole: Tally) -> Units | None:
     """The units of a complete tally's tensor; None below two dimensions."""
-    norms = whole.unit_norms()
+    norms = extremes.unit_norms(whole)
     if norms is None:
         return None
     layout = whole.layout or UnitLayout.along(whole.ref.shape, 0)
@@ -100,7 +100,7 @@ def _parts(
                 dead=_listed(dead[m]),
                 duplicate_rows=0 if hashes is None else len(_repeats(hashes[m], norms[m])),
                 reference=measure,
-                norm=math.sqrt(math.fsum(norms[m] ** 2)),
+                norm=math.hypot(*norms[m]),
                 content_hash=None if hashes is None else _content(whole, layout, hashes[m]),
                 heads=heads,
                 dead_heads=_dead_heads(dead[m], heads) if heads else (),

@@ -88,11 +88,12 @@ def at_peak_ratio(ratio: float) -> float:
 
 
 def weak_rows(count: int, share: float) -> Callable[[Array], object]:
-    """Scale the first rows to a share of the median row norm."""
+    """Scale the first rows to a share of the norm that a tenth of the rows exceed."""
 
     def change(tensor: Array) -> None:
         norms = np.linalg.norm(tensor.astype(np.float64), axis=1)
-        tensor[:count] *= (share * np.median(norms) / norms[:count, None]).astype(np.float32)
+        reference = np.sort(norms[count:])[-1 - len(norms) // 10]
+        tensor[:count] *= (share * reference / norms[:count, None]).astype(np.float32)
 
     return change
 
