@@ -46,6 +46,8 @@ class Place(NamedTuple):
 
 def place(name: str) -> Place | None:
     """Which expert a tensor is part of by its name, if any."""
+    if "expert" not in name and "moe" not in name:
+        return None
     if found := _SPLIT.fullmatch(name) or _GROUPED.fullmatch(name):
         return Place(found["path"], int(found["number"]), _LEAF.sub("", found["kind"]))
     if found := _STACKED.fullmatch(name):

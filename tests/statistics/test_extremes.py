@@ -134,7 +134,9 @@ def test_tiles_and_threads_do_not_change_a_bit(scale: float, tmp_path: Path) -> 
     tiled = profile([ref], engine=threads(2), tile_elements=PIECE)
     assert repr(once.tensors) == repr(tiled.tensors)
     x = np.fromfile(ref.file)
-    assert once.tensors[0].statistics.std == pytest.approx((x / scale).std() * scale, rel=1e-9, abs=0)
+    assert once.tensors[0].statistics.std == pytest.approx(
+        (x / scale).std() * scale, rel=1e-9, abs=0
+    )
 
 
 # -- pools -----------------------------------------------------------------------------------------

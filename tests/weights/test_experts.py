@@ -11,7 +11,7 @@ import pytest
 import gradscope
 from gradscope.report.model import Finding
 
-from .checkpoints import Array, Tensor, bf16, gaussian, write
+from .checkpoints import Array, Tensor, bf16, fp8, gaussian, write
 
 #: Kind of matrix -> [experts, out, in], and the router, of one layer.
 Layer = dict[str, Array]
@@ -438,3 +438,26 @@ def test_experts_left_out_on_request_or_in_other_shards_are_not_missing(tmp_path
     assert gradscope.analyze_weights(shard, select=["missing-layer"]).findings == ()
     asked = gradscope.analyze_weights(whole, select=["missing-layer"], exclude=["*.experts.5.*"])
     assert asked.findings == ()
+
+
+# -- quantised ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault", ["healthy", "one of zeros", "two of zeros", "a copy", "all equal"]
+)
+def test_experts_in_float8_are_judged_as_those_in_float32(fault: str, tmp_path: Path) -> None:
+    plant, expected = FAULTS[fault]
+    model = mixture(8)
+    plant(model)
+    tensors: dict[str, Tensor] = {}
+    for name, values in split(model):
+        if ".experts." not in name:
+            tensors[name] = values
+            continue
+        scale = np.float32(max(np.abs(values).max(), 1e-4) / 448)
+        tensors |= {name: fp8(values / scale), f"{name}_scale": scale[None]}
+
+    report = gradscope.analyze_weights(write(tmp_path / "model.safetensors", tensors))
+
+    assert said([f for f in report.findings if f.name != "dtype-headroom"]) == expected

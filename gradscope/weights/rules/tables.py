@@ -12,7 +12,7 @@ from gradscope.statistics.records import CodeUse, TableRows, Units
 from gradscope.text import listed, plural, quoted, runs
 from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import Role
-from gradscope.weights.rules.tensors import with_units
+from gradscope.weights.rules.tensors import LOST, with_units
 
 
 @rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
@@ -33,7 +33,7 @@ def undertrained_rows(
     """
     for tensor, units in with_units(examined, {Role.EMBEDDING, Role.UNEMBEDDING}):
         found = _Found.of(examined.tables.get(tensor.name), units)
-        if found.count and units.rows >= 16:
+        if found.count and (units.rows >= 16 or found.near_zero > LOST * units.rows):
             yield _untrained(tensor, found, _vocabulary(examined, tensor), medium)
     for name, books in examined.codebooks.items():
         if any(book.unused for book in books):
