@@ -112,17 +112,12 @@ def _sampled(ref: TensorRef, ids: Ids) -> Rows:
     """Some rows; neighbours are read together."""
     width = ref.shape[1]
     most = max(PIECE // width, 1)
-    read = []
-    for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):
-        for start in range(0, len(run), most):
-            part = run[start : start + most]
-            read.append(_read(ref, int(part[0]), int(part[-1]) + 1))
-    return np.concatenate(read)
-
-
-def _read(ref: TensorRef, first: int, stop: int) -> Rows:
-    width = ref.shape[1]
-    return _decoded(ref, read_range(ref, first * width, stop * width)).reshape(-1, width)
+    read = [
+        read_range(ref, int(part[0]) * width, (int(part[-1]) + 1) * width)
+        for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+        for part in np.split(run, range(most, len(run), most))
+    ]
+    return _decoded(ref, np.concatenate(read)).reshape(-1, width)
 
 
 def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> Rows:
@@ -143,12 +138,15 @@ def _cluster(sample: Rows) -> Centre | None:
     Seeds are the rows with the nearest neighbours in a random projection (of 64 dimensions, which
     keeps distances within a fifth); a dense region that is no cluster is left aside for the next.
     """
-    unit = float(np.median(np.linalg.norm(_without_common_part(sample), axis=1)))
+    some = sample[:: max(len(sample) // 512, 1)]
+    unit = float(np.median(np.linalg.norm(_without_common_part(some), axis=1)))
     squares = _square_distances(sample)
     own = np.einsum("ij,ij->i", sample, sample)
     limit = 3 * np.minimum((_NEAR * unit) ** 2, _EQUAL**2 * own)
-    reach_of = np.partition(squares, _LEAST_SAMPLED, axis=1)[:, _LEAST_SAMPLED]
-    seeds = np.where(reach_of < limit, reach_of, np.inf)
+    crowded = np.count_nonzero(squares < limit[:, None], axis=1) > _LEAST_SAMPLED
+    seeds = np.full(len(sample), np.inf, np.float32)
+    ranked = np.partition(squares[crowded], _LEAST_SAMPLED, axis=1)
+    seeds[crowded] = ranked[:, _LEAST_SAMPLED]
     for _ in range(_SEEDS):
         seed = int(np.argmin(seeds))
         if seeds[seed] == np.inf:
@@ -164,7 +162,7 @@ def _without_common_part(sample: Rows) -> Rows:
     """Rows less their mean and their first principal component, by power iteration."""
     centred = sample - sample.mean(axis=0, dtype=np.float64).astype(np.float32)
     axis = centred[int(np.argmax(np.linalg.norm(centred, axis=1)))]
-    for _ in range(12):
+    for _ in range(8):
         length = float(np.linalg.norm(axis))
         if not length:
             return np.asarray(centred)
@@ -179,12 +177,13 @@ def _square_distances(sample: Rows) -> Rows:
         np.array([-1, 1], np.float32), (sample.shape[1], _PROJECTED)
     )
     projected = (sample - sample.mean(axis=0)) @ signs / np.float32(np.sqrt(_PROJECTED))
-    squares = np.einsum("ij,ij->i", projected, projected)
-    found = projected @ projected.T
-    found *= -2
-    found += squares
-    found += squares[:, None]
-    return np.asarray(found)
+    squares = np.einsum("ij,ij->i", projected, projected)[:, None]
+    ones = np.ones_like(squares)
+    left, right = (
+        np.hstack([-2 * projected, squares, ones]),
+        np.hstack([projected, ones, squares]),
+    )
+    return np.asarray(left @ right.T)
 
 
 def _settled(sample: Rows, members: npt.NDArray[np.bool_], unit: float) -> Centre | None:
