@@ -65,6 +65,11 @@ class UnitLayout:
         return self.depth * self.inner
 
     @property
+    def contiguous(self) -> bool:
+        """Whether the elements of each unit lie one after another."""
+        return self.depth == 1
+
+    @property
     def is_rows(self) -> bool:
         """Whether the units are the rows, the slices along dimension 0."""
         return self.axis == 0 and self.depth == self.groups == 1

@@ -37,8 +37,11 @@ def scan(
     if ref.dtype in codings.COMPLEX:
         stored = codings.magnitude(stored)
     coded = ref.dtype in codings.CODED
-    piece = (_scan_codes if coded else _scan_floats)(ref, first, stored, table)
-    return piece if layout is None else replace(piece, units=_units(ref, first, stored, layout))
+    length = row_numel(ref, layout)
+    piece = (_scan_codes if coded else _scan_floats)(ref, first, stored, table, length)
+    if layout is None or layout.contiguous:
+        return piece
+    return replace(piece, units=_units(ref, first, stored, layout))
 
 
 def scan_integers(ref: TensorRef, first: int, stored: Array, table: Array | None) -> Piece:  # noqa: ARG001
@@ -74,25 +77,27 @@ def _decoding(ref: TensorRef) -> tuple[int, Array]:
     return kernels.BY_TABLE, codings.code_values(ref.dtype).astype(np.float32)
 
 
-def _scan_codes(ref: TensorRef, first: int, codes: Array, table: Array | None) -> Piece:
-    rows, blocks = _row_arrays(ref, first, len(codes)), _block_arrays(len(codes), np.uint32)
+def _scan_codes(
+    ref: TensorRef, first: int, codes: Array, table: Array | None, length: int
+) -> Piece:
+    rows, blocks = _row_arrays(length, first, len(codes)), _block_arrays(len(codes), np.uint32)
     kernels.scan_codes(
-        codes, first, *_decoding(ref), table, row_numel(ref), *rows, *blocks, kernels.HASH_KEYS
+        codes, first, *_decoding(ref), table, length, *rows, *blocks, kernels.HASH_KEYS
     )
     return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *rows, *blocks)
 
 
-def _scan_floats(ref: TensorRef, first: int, x: Array, table: Array | None) -> Piece:
+def _scan_floats(_: TensorRef, first: int, x: Array, table: Array | None, length: int) -> Piece:
     narrow = x.dtype == np.float32
     unsigned: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
     shift = unsigned(SHIFT["F32" if narrow else "F64"])
     order = kernels.ORDER32 if narrow else kernels.ORDER64
     scratch = _scratch_for(x.dtype)
     moments, counts, union = np.zeros(5), np.zeros(4, np.int64), np.zeros(1, unsigned)
-    rows, blocks = _row_arrays(ref, first, len(x)), _block_arrays(len(x), unsigned)
+    rows, blocks = _row_arrays(length, first, len(x)), _block_arrays(len(x), unsigned)
     kernels.scan_floats(
         x, x.view(unsigned), first, shift, order, scratch, scratch.view(unsigned),
-        table, moments, counts, union, row_numel(ref), *rows, *blocks, kernels.HASH_KEYS,
+        table, moments, counts, union, length, *rows, *blocks, kernels.HASH_KEYS,
     )  # fmt: skip
     zero, nan, posinf, neginf = map(int, counts)
     return Piece(
@@ -100,8 +105,7 @@ def _scan_floats(ref: TensorRef, first: int, x: Array, table: Array | None) -> P
     )
 
 
-def _row_arrays(ref: TensorRef, first: int, n: int) -> tuple[Array, Array]:
-    length = row_numel(ref)
+def _row_arrays(length: int, first: int, n: int) -> tuple[Array, Array]:
     rows = (first + n - 1) // length - first // length + 1
     return np.zeros(rows), np.zeros(rows, np.uint64)
 

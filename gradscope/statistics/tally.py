@@ -222,7 +222,10 @@ class Tally:
         return self.units.total().hashes if self.units.nodes else self.row_hashes()
 
     def row_norms(self) -> npt.NDArray[np.float64] | None:
-        """L2 norm of each row's finite elements; None below two dimensions."""
+        """L2 norm of each row's finite elements; None below two dimensions.
+
+        Where units are contiguous those of stacked matrices are meant.
+        """
         if self.ref.rows is None:
             return None
         inner, edges = self._rows("squares", np.float64)
@@ -238,7 +241,10 @@ class Tally:
         return inner
 
     def content_hash(self) -> str | None:
-        """A digest equal for tensors of one dtype and shape whose stored elements are equal."""
+        """A digest equal for tensors of one dtype and shape whose stored elements are equal.
+
+        Both must be stacks of matrices, or neither.
+        """
         if self.table is None or not codings.is_float(self.ref.dtype) or not self.pieces:
             return None
         digest = hashlib.blake2b(self.row_hashes().tobytes(), digest_size=16)
@@ -247,7 +253,7 @@ class Tally:
 
     def _rows(self, name: str, dtype: type[np.generic]) -> tuple[Array, dict[int, list[Any]]]:
         """Rows that lie in one piece, and the shares of those that pieces share."""
-        length = row_numel(self.ref)
+        length = row_numel(self.ref, self.layout)
         inner = np.zeros(max(self.ref.numel // length, 1), dtype)
         edges: dict[int, list[Any]] = {}
         for piece in self.in_order():
@@ -295,8 +301,10 @@ def tally(tile: Tile, scan: Scan, layout: UnitLayout | None = None) -> Tally:
     return found
 
 
-def row_numel(ref: TensorRef) -> int:
-    """Elements a row, where a tensor of fewer than two dimensions is one row."""
+def row_numel(ref: TensorRef, layout: UnitLayout | None = None) -> int:
+    """Elements a row, or a unit that is as contiguous; below two dimensions all is one row."""
+    if layout is not None and layout.contiguous:
+        return layout.inner
     return max(ref.row_numel if ref.rows is not None else ref.numel, 1)
 
 

@@ -86,31 +86,35 @@ class TorchScan:
             stored = codings.magnitude(stored)
         coded = ref.dtype in codings.CODED
         measure = self._scan_codes if coded else self._scan_floats
-        piece = measure(ref, first, stored, table)
-        if layout is None:
+        piece = measure(ref, first, stored, table, row_numel(ref, layout))
+        if layout is None or layout.contiguous:
             return piece
         return replace(piece, units=self._units(ref, first, stored, layout))
 
-    def _scan_codes(self, ref: TensorRef, first: int, stored: Array, table: Array) -> Piece:
+    def _scan_codes(
+        self, ref: TensorRef, first: int, stored: Array, table: Array, length: int
+    ) -> Piece:
         device = torch.device(self.device)
         codes = _sent(stored, device).long() & (len(table) - 1)
         x = _values(ref.dtype, device)[codes]
         finite = torch.isfinite(x)
-        squares, hashes = _rows(ref, first, torch.where(finite, x, 0.0).double(), codes)
+        squares, hashes = _rows(length, first, torch.where(finite, x, 0.0).double(), codes)
         blocks = _blocks(x, finite)
         histogram = _histogram(codes, torch.ones_like(codes, dtype=torch.int32), len(table))
         host = _fetched(squares, hashes, *blocks, histogram)
         _add(table, host.pop())
         return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *_for_piece(np.uint32, *host))
 
-    def _scan_floats(self, ref: TensorRef, first: int, stored: Array, table: Array) -> Piece:
+    def _scan_floats(
+        self, ref: TensorRef, first: int, stored: Array, table: Array, length: int
+    ) -> Piece:
         kind = codings.MAGNITUDE.get(ref.dtype, ref.dtype)
         bits = _sent(stored, torch.device(self.device))
         x = bits.view(_FLOATS[kind])
         finite = torch.isfinite(x)
         zeroed = torch.where(finite, x, 0.0).double()
         codes = bits.long() if kind == "F64" else bits.long() & 0xFFFFFFFF
-        squares, hashes = _rows(ref, first, zeroed, codes)
+        squares, hashes = _rows(length, first, zeroed, codes)
         blocks = _blocks(x, finite)
         buckets = (codes >> SHIFT[kind]) & (len(table) - 1)
         host = _fetched(
@@ -241,9 +245,8 @@ def _by_block(values: Tensor, fill: int) -> Tensor:
     return values.view(-1, BLOCK)
 
 
-def _rows(ref: TensorRef, first: int, zeroed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(length: int, first: int, zeroed: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of squares and content hash of each row's share of the piece."""
-    length = row_numel(ref)
     positions = torch.arange(len(codes), dtype=torch.int64, device=codes.device)
     mixed = _mixed(codes, (positions + first % length) % length)
     return _row_sums(zeroed * zeroed, first, length), _row_sums(mixed, first, length)
