@@ -102,6 +102,7 @@ def test_the_distances_behind_it_are_those_of_float64(tmp_path: Path) -> None:
     rows = rows_by_id(ref, centre, 0, threads(1))
 
     exact = np.linalg.norm(values.astype(np.float64) - centre.point, axis=1)
+    np.testing.assert_allclose(centre.distances(values), exact, rtol=1e-5)
     assert rows.together == tuple(np.flatnonzero(exact < centre.reach).tolist())
     assert rows.spread == pytest.approx(np.median(exact[:200]) / np.median(exact[200:]), rel=0.05)
     near = values[:200].astype(np.float64).mean(axis=0)
