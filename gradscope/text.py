@@ -37,6 +37,23 @@ def listed(items: Iterable[object], total: int, most: int = 3) -> str:
     return ", ".join(shown) + more
 
 
+def runs(numbers: Iterable[int], total: int, most: int = 10) -> str:
+    """Ascending numbers with neighbours together: ``0, 3-17 and 40 more``."""
+    spans: list[list[int]] = []
+    shown = 0
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        elif len(spans) == most:
+            break
+        else:
+            spans.append([number, number])
+        shown += 1
+    words = [str(a) if a == b else f"{a}-{b}" for a, b in spans]
+    more = f" and {total - shown:,} more" if total > shown else ""
+    return ", ".join(words) + more
+
+
 def plural(count: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"

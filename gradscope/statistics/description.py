@@ -69,7 +69,7 @@ def _distribution(whole: Tally) -> Distribution | None:
     of subnormals are wider than that.
     """
     found = whole.distribution()
-    if found is None or whole.kind in codings.CODED:
+    if found is None or not found.n or whole.kind in codings.CODED:
         return found
     if whole.ref.numel > PIECE:
         near = extremes.among_subnormals(whole, found)

@@ -107,6 +107,32 @@ class Units:
 
 
 @dataclass(frozen=True, slots=True)
+class TableRows:
+    """Ids of the rows of a table that look untrained, ascending; no id is in two of them."""
+
+    near_zero: tuple[int, ...] = ()
+    repeated: tuple[int, ...] = ()
+    #: Near-equal rows of ordinary norm: training moved them together, it never saw them apart.
+    together: tuple[int, ...] = ()
+    #: Their median distance from their centre, over that of the other rows; None without any.
+    spread: float | None = None
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """All of them, ascending."""
+        return tuple(sorted((*self.near_zero, *self.repeated, *self.together)))
+
+
+@dataclass(frozen=True, slots=True)
+class CodeUse:
+    """Which codes of a codebook are not in use, ascending, and what told so."""
+
+    codes: int
+    unused: tuple[int, ...]
+    told: str
+
+
+@dataclass(frozen=True, slots=True)
 class Numerics:
     """How the values sit in their type."""
 

@@ -9,12 +9,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradscope.checkpoints.documents import folder_of
 from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
+from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
+from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.layouts import layouts
 from gradscope.weights.result import (
@@ -28,6 +31,7 @@ from gradscope.weights.result import (
     tensor_result,
 )
 from gradscope.weights.roles import AUXILIARY, Role, roles
+from gradscope.weights.tables import codebooks, table_rows
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.statistics import Engine, Pool, Profile, Scan
@@ -169,7 +173,22 @@ def _measured(
     checkpoint = _without_unread(checkpoint, refs, failures)
     tensors = tuple(tensor_result(t, names[t.ref.name], checkpoint.path) for t in result.tensors)
     examined = Examined(checkpoint, tensors, frozenset(Need))
+    with failures.caught():
+        examined = _with_tables(examined, engine)
     return _Examination(examined, result.pools, (*_part_failures(checkpoint), *failures))
+
+
+def _with_tables(examined: Examined, engine: Engine[Any, Any]) -> Examined:
+    """What a second look at the tables shows, with the names of tokens where there is any."""
+    refs = {ref.name: ref for ref in examined.checkpoint.tensors}
+    folder = folder_of(examined.checkpoint)
+    tables = table_rows(refs, examined.tensors, folder, engine)
+    return replace(
+        examined,
+        tables=tables,
+        codebooks=codebooks(refs, examined.tensors),
+        tokens=tokens_beside(folder) if tables else {},
+    )
 
 
 def _read(
@@ -216,7 +235,11 @@ def _judged(examination: _Examination, request: Request) -> _Examination:
     by_subject: dict[str, list[Finding]] = defaultdict(list)
     for finding in judged.findings:
         by_subject[finding.subject].append(finding)
-    tensors = tuple(_with_health(t, by_subject[t.name]) for t in examined.tensors)
+    of_experts = [f for f in judged.findings if f.name == "dead-expert"]
+    tensors = tuple(
+        _with_health(t, by_subject[t.name] + [f for f in of_experts if concerns(f, t.name)])
+        for t in examined.tensors
+    )
     return replace(examination, examined=replace(examined, tensors=tensors), judged=judged)
 
 

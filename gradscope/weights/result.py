@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.model import Number, Record, Report
-from gradscope.statistics.records import Numerics, Outliers, Statistics, TensorProfile, Units
+from gradscope.statistics.records import (
+    CodeUse,
+    Numerics,
+    Outliers,
+    Statistics,
+    TableRows,
+    TensorProfile,
+    Units,
+)
 from gradscope.weights.roles import Role
+
+if TYPE_CHECKING:
+    from gradscope.weights.experts import Judged
 
 Status = Literal["excellent", "good", "fair", "poor", "critical"]
 
@@ -119,11 +130,24 @@ class Examined:
     checkpoint: Checkpoint
     tensors: tuple[TensorResult, ...]
     measured: frozenset[Need]
+    #: By name, the rows of tables that look untrained; tables without any are left out.
+    tables: Mapping[str, TableRows] = field(default_factory=dict)
+    #: The codebooks of each table of codes.
+    codebooks: Mapping[str, tuple[CodeUse, ...]] = field(default_factory=dict)
+    #: Names of token ids, where a table needs them and a tokenizer lies beside the checkpoint.
+    tokens: Mapping[int, str] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:
         """The tensors by name."""
         return {t.name: t for t in self.tensors}
+
+    @cached_property
+    def experts(self) -> Judged:
+        """The experts, and which of them are dead or copies."""
+        from gradscope.weights.experts import Judged
+
+        return Judged.of(self)
 
     def document(self, name: str) -> Mapping[str, object]:
         """One of ``documents.DOCUMENTS`` beside the checkpoint, empty where there is none."""

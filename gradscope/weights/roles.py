@@ -26,6 +26,7 @@ class Role(StrEnum):
     EXPERTS = "experts"
     EMBEDDING = "embedding"
     UNEMBEDDING = "unembedding"
+    CODEBOOK = "codebook"
     LORA_A = "lora-a"
     LORA_B = "lora-b"
     BIAS = "bias"
@@ -49,10 +50,10 @@ class Role(StrEnum):
 MATRICES = frozenset(
     {
         Role.LINEAR, Role.CONV, Role.DEPTHWISE, Role.RECURRENT, Role.EXPERTS,
-        Role.EMBEDDING, Role.UNEMBEDDING, Role.LORA_A, Role.LORA_B,
+        Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK, Role.LORA_A, Role.LORA_B,
     }
 )  # fmt: skip
-TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
+TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
 #: Roles that were not trained: pooled statistics and health leave them out.
 AUXILIARY = frozenset(
@@ -62,6 +63,8 @@ AUXILIARY = frozenset(
     }
 )  # fmt: skip
 
+#: What such a quantiser keeps beside it: moving counts and sums, whether it was initialised.
+_CODE_STATE = r"_?(ema_)?cluster_(size|usage)|embed_avg|_?ema_d?w|codebook_used|init(ia|t)?[a-z]*ed"
 #: Leaf names (or whole names) that decide alone, because nothing else is called so.
 _BY_LEAF: tuple[tuple[Role, str], ...] = (
     (Role.COUNTER, r"num_batches_tracked|step|global_step"),
@@ -83,6 +86,7 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
         r"position_ids|inv_freq|masked_bias|relative_position_index|relative_coords_table|"
         r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
     ),
+    (Role.BUFFER, _CODE_STATE),
     (Role.LORA_A, r"lora_(A|a|down|embedding_A)(\..*)?"),
     (Role.LORA_B, r"lora_(B|b|up|embedding_B)(\..*)?"),
     (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
@@ -94,6 +98,13 @@ _LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?
 _EMBEDDING = re.compile(
     r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|tok|lut|"
     r"relative_attention_bias",
+    re.IGNORECASE,
+)
+#: Codebooks of vector quantisers: in a module of that name, or called so.
+_CODEBOOK = re.compile(
+    r"(^|.*\.)(_?codebooks?|codevectors)(\.weight)?|"
+    r"(^|.*\.)\w*(vq|quantiz|codebook)\w*(\.\w+)?\."
+    r"(_?embed(ding)?s?|embed_sum|codebook)(\.weight)?",
     re.IGNORECASE,
 )
 _UNEMBEDDING = re.compile(
@@ -186,6 +197,8 @@ def _alone(siblings: Mapping[str, TensorRef]) -> bool:
 def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     if is_narrow(ref.dtype):
         return Role.QUANTIZED
+    if len(ref.shape) in (2, 3) and _CODEBOOK.fullmatch(ref.name):
+        return Role.CODEBOOK
     if len(ref.shape) == 3 and re.search(r"(experts?|moe)(\.|_|$)", ref.name):
         return Role.EXPERTS
     if "bias" in leaf or is_offset(leaf):
@@ -232,6 +245,8 @@ def _two_dimensional(
 ) -> Role:
     """A table of vectors or a matrix that multiplies; what has a bias beside it is not a table."""
     path = module if leaf in ("weight", "kernel", "w") else ref.name
+    if re.search(r"(^|\.)experts\.mlp\.(w1|v1|w2)$", path):  # stacked along the rows
+        return Role.EXPERTS
     if _UNEMBEDDING.search(path):
         return Role.UNEMBEDDING
     own = path.rpartition(".")[2]

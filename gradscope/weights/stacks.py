@@ -1,8 +1,9 @@
-"""Experts stacked in one tensor: [experts, out, in] or [experts, in, out]."""
+"""Experts stacked in one tensor: [experts, out, in], [experts, in, out], [experts * n, width]."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.statistics.layout import Part, UnitLayout
@@ -14,11 +15,27 @@ _DOWN = re.compile(r"down|w2|wo|fc2|output|4h_to_h", re.IGNORECASE)
 _ROUTERS = ("router.weight", "gate.weight", "router.layer.weight", "router.kernel", "gate.kernel")
 
 
-def stacked(ref: TensorRef, family: Family) -> UnitLayout:
-    """Units of each expert, which is a part of its own."""
+def stacked(ref: TensorRef, family: Family) -> UnitLayout | None:
+    """Units of each expert, which is a part of its own; None where nothing tells their number."""
+    if len(ref.shape) == 2:
+        return _along_rows(ref, family)
     axis = 2 if len(ref.shape) == 3 and _input_first(ref, family) else 1
     layout = UnitLayout.along(ref.shape, axis, stacked=1)
     return layout.divided(*(Part(f"expert {i}", layout.width) for i in range(layout.groups)))
+
+
+def _along_rows(ref: TensorRef, family: Family) -> UnitLayout | None:
+    """Matrices [n, width] below one another, as many as the router has rows; w2 is [in, out]."""
+    module, own = place(ref.name.removesuffix(".weight"))
+    outer = place(place(module.rstrip("./"))[0].rstrip("./"))[0]
+    routers = (family.refs.get(outer + name) for name in _ROUTERS)
+    experts = next((r.shape[0] for r in routers if r is not None and len(r.shape) == 2), 0)
+    if not experts or ref.shape[0] % experts:
+        return None
+    shape = (experts, ref.shape[0] // experts, ref.shape[1])
+    layout = UnitLayout.along(shape, 2 if own == "w2" else 1, stacked=1)
+    parts = (Part(f"expert {i}", layout.width) for i in range(experts))
+    return replace(layout, axis=1 if own == "w2" else 0).divided(*parts)
 
 
 def _input_first(ref: TensorRef, family: Family) -> bool:

@@ -8,6 +8,7 @@ and written again, one fault a file. ``gradscope.weights.calibration`` publishes
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 from collections import Counter
@@ -242,7 +243,10 @@ def value_faults(model: str, dtype: str) -> Iterator[Fault]:
         if len(values) > 1:
             half = bits.copy()
             half[: len(half) // 2] = 0
-            yield spoilt(with_bits(intact[name], half), "zeroed half", "dead-units")
+            table = re.search(r"embeddings?\.weight$", name) is not None
+            rule = "undertrained-rows" if table else "dead-units"
+            least = Severity.MEDIUM if table else Severity.HIGH
+            yield spoilt(with_bits(intact[name], half), "zeroed half", rule, least=least)
         with np.errstate(over="ignore"):
             huge = CASTS[dtype](values.astype(np.float64) * 1e30)
         yield spoilt(huge, "scale 1e30", "extreme-value", "non-finite")

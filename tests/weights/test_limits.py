@@ -15,8 +15,9 @@ from gradscope.weights.rules.copies import duplicate_tensors
 from gradscope.weights.rules.empty import empty_tensor
 from gradscope.weights.rules.numerics import dtype_headroom, redundant_precision, scale_missing
 from gradscope.weights.rules.shape import heavy_tails, high_sparsity, outliers, skewed
+from gradscope.weights.rules.tables import undertrained_rows
 from gradscope.weights.rules.training import negative_variance, untrained
-from gradscope.weights.rules.units import dead_units, duplicate_units, undertrained_rows
+from gradscope.weights.rules.units import dead_units, duplicate_units
 from gradscope.weights.rules.values import all_zero, constant_tensor, extreme_value, non_finite
 
 from .made import Fields, tensor
@@ -97,12 +98,14 @@ LIMITS: list[tuple[Rule, Fields, Fields]] = [
     (all_zero, {"statistics": {"zero_count": 3999}}, {"statistics": {"zero_count": 4000}}),
     (dead_units, {"shape": (1, 9), "units": {"dead_rows": 1}},
      {"shape": (2, 9), "units": {"dead_rows": 1}}),
-    (dead_units, {"role": Role.EMBEDDING, "units": {"dead_rows": 12}},
-     {"role": Role.EMBEDDING, "units": {"dead_rows": 13}}),
+    (dead_units, {"role": Role.EMBEDDING, "units": {"dead_rows": 40}},
+     {"role": Role.CONV, "units": {"dead_rows": 1}}),
     (duplicate_units, {"shape": (40, 7), "units": {"duplicate_rows": 5, "duplicates": ((0, 1),)}},
      {"shape": (40, 8), "units": {"duplicate_rows": 5, "duplicates": ((0, 1),)}}),
-    (undertrained_rows, {"role": Role.EMBEDDING, "shape": (15, 9), "units": {"dead_rows": 9}},
-     {"role": Role.EMBEDDING, "shape": (16, 9), "units": {"dead_rows": 9}}),
+    (undertrained_rows, {"role": Role.EMBEDDING, "shape": (15, 9), "units": {"dead_rows": 4}},
+     {"role": Role.EMBEDDING, "shape": (16, 9), "units": {"dead_rows": 4}}),
+    (undertrained_rows, {"role": Role.EMBEDDING, "shape": (10, 9), "units": {"dead_rows": 3}},
+     {"role": Role.EMBEDDING, "shape": (10, 9), "units": {"dead_rows": 4}}),
     (dtype_headroom, {"numerics": {"headroom_bits": 1.0}}, {"numerics": {"headroom_bits": 0.99}}),
     (dtype_headroom, {"statistics": {"subnormal_count": 40}},
      {"statistics": {"subnormal_count": 41}}),

@@ -99,6 +99,35 @@ FAMILIES: dict[str, list[Row]] = {
         ("encoder.block.0.layer.0.layer_norm.weight", (64,), "norm-gain"),
         ("encoder.final_layer_norm.weight", (64,), "norm-gain"),
     ],
+    "EnCodec": [
+        ("quantizer.vq.layers.0._codebook.embed", (1024, 128), "codebook"),
+        ("quantizer.vq.layers.0._codebook.embed_avg", (1024, 128), "buffer"),
+        ("quantizer.vq.layers.0._codebook.cluster_size", (1024,), "buffer"),
+        ("quantizer.vq.layers.0._codebook.inited", (1,), "buffer"),
+    ],
+    "vector-quantize-pytorch": [
+        ("vq._codebook.embed", (1, 512, 64), "codebook"),
+        ("vq._codebook.embed_avg", (1, 512, 64), "buffer"),
+        ("vq._codebook.cluster_size", (1, 512), "buffer"),
+        ("vq._codebook.initted", (), "buffer", "BOOL"),
+        ("vq.project_in.weight", (64, 128), "linear"),
+    ],
+    "VQGAN, VQ-VAE, DAC and Mimi": [
+        ("quantize.embedding.weight", (1024, 256), "codebook"),
+        ("_vq_vae._embedding.weight", (512, 64), "codebook"),
+        ("_vq_vae._ema_w", (512, 64), "buffer"),
+        ("_vq_vae._ema_cluster_size", (512,), "buffer"),
+        ("quantize_t.embed", (64, 512), "codebook"),
+        ("quantizer.quantizers.0.codebook.weight", (1024, 8), "codebook"),
+        ("quantizer.quantizers.0.in_proj.weight", (8, 1024, 1), "conv"),
+        ("quantizer.layers.0.codebook.embed_sum", (2048, 256), "codebook"),
+        ("quantizer.layers.0.codebook.cluster_usage", (2048,), "buffer"),
+    ],
+    "DBRX": [
+        ("transformer.blocks.0.ffn.experts.mlp.w1", (512, 64), "experts"),
+        ("transformer.blocks.0.ffn.experts.mlp.w2", (512, 64), "experts"),
+        ("transformer.blocks.0.ffn.router.layer.weight", (8, 64), "linear"),
+    ],
     "ViT": [
         ("cls_token", (1, 1, 64), "vector"),
         ("pos_embed", (1, 197, 64), "embedding"),
@@ -352,7 +381,7 @@ FAMILIES: dict[str, list[Row]] = {
         ("fc.weight", (1, 64), "linear"),
         ("lin0.model.1.weight", (1, 64, 1, 1), "conv"),
         ("offset", (), "scalar"),
-        ("codebook", (4096, 8), "linear"),
+        ("codebook", (4096, 8), "codebook"),
     ],
 }
 

@@ -224,6 +224,17 @@ def copied(difference: int) -> Plant:
     return saved({**made, UP.replace("layers.1", "layers.2"): bits.view(np.float32)})
 
 
+def experts(scale: float) -> Plant:
+    """A healthy mixture of four in one layer, one matrix of the third scaled."""
+    made = {
+        f"model.layers.1.mlp.experts.{n}.{part}.weight": gaussian(32, 16, seed=10 * n + place)
+        for n in range(4)
+        for place, part in enumerate(("up_proj", "down_proj"))
+    }
+    made["model.layers.1.mlp.experts.2.down_proj.weight"] *= np.float32(scale)
+    return saved({**transformer(), **made})
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint that fires a rule, one that just does not, and what must be said."""
@@ -330,6 +341,11 @@ CASES = {
         EMBED, "medium", {"dead_rows": 52, "rows": 256, "affected_fraction": 52 / 256},
         ("52 of 256", "20.3%"),
     ),
+    "dead-expert": Case(
+        experts(0.9e-3), experts(1.1e-3),
+        "model.layers.1.mlp.experts", "high", {"dead_experts": 1, "present_experts": 4},
+        ("expert 2 of 4", "down_proj"),
+    ),
     "dtype-headroom": Case(
         float16(33000), float16(32000),
         UP, "medium", {"headroom_bits": math.log2(65504 / 32992)}, ("32992", "0.99"),
@@ -405,9 +421,13 @@ def test_undertrained_rows_weigh_by_their_share(dead: int, severity: str, tmp_pa
     assert severities(path, "dead-units") == {}
 
 
-def test_rows_of_an_embedding_are_dead_units_only_when_they_are_many(tmp_path: Path) -> None:
-    path = altered(weak_rows(100, 0), EMBED)(tmp_path)
-    assert severities(path, "dead-units") == {EMBED: "high"}
+@pytest.mark.parametrize("dead", [20, 100, 200])
+def test_rows_of_a_table_are_one_finding_however_many_they_are(dead: int, tmp_path: Path) -> None:
+    path = altered(weak_rows(dead, 0), EMBED)(tmp_path)
+    severity = "medium" if dead > 51 else "info"
+    assert [(f.name, f.severity.value) for f in findings(path) if f.subject == EMBED] == [
+        ("undertrained-rows", severity)
+    ]
 
 
 NOTHING = np.empty((0,), np.float32)

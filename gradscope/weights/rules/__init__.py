@@ -9,11 +9,24 @@ from gradscope.weights.rules import (
     checkpoint,
     copies,
     empty,
+    experts,
     numerics,
     shape,
+    tables,
     training,
     units,
     values,
 )
 
-__all__ = ["checkpoint", "copies", "empty", "numerics", "shape", "training", "units", "values"]
+__all__ = [
+    "checkpoint",
+    "copies",
+    "empty",
+    "experts",
+    "numerics",
+    "shape",
+    "tables",
+    "training",
+    "units",
+    "values",
+]

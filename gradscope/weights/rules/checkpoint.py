@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from gradscope.checkpoints.tensors import ProblemKind
 from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, Unknown, rule
-from gradscope.text import listed
+from gradscope.text import escaped, listed, plural
+from gradscope.weights.experts import missing_experts
 from gradscope.weights.result import Examined, Need
 
 
@@ -64,7 +65,10 @@ _NUMBERED = re.compile(
 def missing_layer(
     examined: Examined, *, least_members: int = 4, least_contiguous: float = 0.75
 ) -> Iterator[Observation | Unknown]:
-    """A numbered series of equal layers has a gap, or ends before config.json says.
+    """A numbered series of equal layers or experts has a gap, or ends before it should.
+
+    Layers: before config.json says. Experts, of which at least half are there: before the rows of
+    their router do, and each must have the matrices that most have.
 
     Judged only of series called layers, blocks or h whose members have the same four or more
     tensors each and most of whose neighbours are present, so the numbering of nn.Sequential (where
@@ -83,16 +87,24 @@ def missing_layer(
         end = max(numbers[-1] + 1, promised)
         if missing := sorted(set(range(start, end)) - set(numbers)):
             yield _missing(stack, missing, len(numbers), end - start)
+    for path, lost, present, expected_experts in missing_experts(examined):
+        yield _missing(path, lost, present, expected_experts, "expert")
 
 
-def _missing(stack: str, missing: list[int], present: int, expected: int) -> Observation:
+def _missing(
+    stack: str, missing: Sequence[int], present: int, expected: int, what: str = "layer"
+) -> Observation:
     return Observation(
         f"{stack}.{missing[0]}",
-        f"layer {listed(missing, len(missing), 8)} of {stack} is missing: "
-        f"{present} of {expected} layers found",
+        f"{what} {listed(missing, len(missing), 8)} of {escaped(stack)} is missing: "
+        f"{present} of {plural(expected, what)} found",
         "find the file or the conversion step that lost it; a non-strict loader initialises the "
-        "layer at random",
-        {"missing_layers": len(missing), "present_layers": present, "first_missing": missing[0]},
+        f"{what} at random",
+        {
+            f"missing_{what}s": len(missing),
+            f"present_{what}s": present,
+            "first_missing": missing[0],
+        },
     )
 
 

@@ -22,7 +22,7 @@ def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observ
     Two layers never train to the same weights: one was copied over the other, by a merge, a
     wrong conversion or a failed restart. Equal on purpose, and info: a table and the output layer
     tied to it, and networks that follow another (target, EMA, teacher), told by the part of their
-    names in which they differ.
+    names in which they differ. Single experts belong to `dead-expert`.
     """
     groups: dict[str, list[TensorResult]] = defaultdict(list)
     for tensor, s in measured(examined, MATRICES | {Role.QUANTIZED}):
@@ -32,6 +32,8 @@ def duplicate_tensors(examined: Examined, *, least: int = 64) -> Iterator[Observ
     for group in groups.values():
         tied = any(t.role in TABLES for t in group)
         for other in group[1:]:
+            if examined.experts.covers(other.name):
+                continue
             copies[_relation(group[0].name, other.name, tied)].append((group[0], other))
     for relation, pairs in copies.items():
         yield _copied(relation, pairs)

@@ -147,7 +147,7 @@ def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observa
 
     Pruning does this on purpose; otherwise it is underflow, or a mask saved as a weight.
     """
-    for tensor, units in with_units(examined, SHAPED | TABLES):
+    for tensor, units in with_units(examined, (SHAPED | TABLES) - {Role.CODEBOOK}):
         s = tensor.statistics
         alive = units.rows - units.dead_rows
         if s is None or not alive:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
@@ -25,12 +26,12 @@ def dead_units(
     gates and experts are judged part by part, and the worst part decides.
 
     A few are normal under batch norm: 29 of 106 convolutions of healthy mobile nets had some, so
-    up to 10 % is info, up to 30 % medium. Rows of embeddings belong to `undertrained-rows` until
-    they are more than 30 %.
+    up to 10 % is info, up to 30 % medium. Rows of tables belong to `undertrained-rows`, experts
+    that are dead to `dead-expert`.
     """
-    for tensor, units in with_units(examined, MATRICES):
+    for tensor, units in _judged(examined):
         share, worst = units.dead_rows / units.rows, _worst_share(units)
-        if not units.dead_rows or units.rows < 2 or (tensor.role in TABLES and share <= high):
+        if not units.dead_rows or units.rows < 2:
             continue
         severity = None if worst > high else Severity.MEDIUM if worst > medium else Severity.INFO
         yield Observation(
@@ -49,6 +50,41 @@ def dead_units(
             threshold=high if severity is None else medium,
             severity=severity,
         )
+
+
+def _judged(examined: Examined) -> Iterator[tuple[TensorResult, Units]]:
+    """Matrices whose units these rules judge: what `dead-expert` speaks of is left out.
+
+    Those are dead and copied experts, alone or in a stack, and the rows of routers.
+    """
+    experts = examined.experts
+    for tensor, units in with_units(examined, MATRICES - TABLES):
+        if tensor.name in experts.routers:
+            continue
+        if tensor.role is Role.EXPERTS and units.parts:
+            told = {n for n in range(len(units.parts)) if experts.covers(tensor.name, n)}
+            if len(told) < len(units.parts):
+                yield tensor, _without(units, units.parts, told)
+        elif not experts.covers(tensor.name):
+            yield tensor, units
+
+
+def _without(units: Units, parts: Sequence[UnitPart], told: Collection[int]) -> Units:
+    """The units of the other experts, each by itself; experts have as many units each."""
+    length = parts[0].rows
+    kept = tuple(part for n, part in enumerate(parts) if n not in told)
+    return replace(
+        units,
+        rows=sum(part.rows for part in kept),
+        dead_rows=sum(part.dead_rows for part in kept),
+        duplicate_rows=sum(part.duplicate_rows for part in kept),
+        duplicates=tuple(
+            (a, b)
+            for a, b in units.duplicates
+            if a // length == b // length and b // length not in told
+        ),
+        parts=kept,
+    )
 
 
 def _worst_share(units: Units) -> float:
@@ -95,17 +131,18 @@ def duplicate_units(
     more elements do not coincide by chance. Up to 10 % is info, and so is a depthwise convolution
     of a single filter, as blurs and other constant filters are.
     """
-    for tensor, units in with_units(examined, MATRICES - TABLES):
+    for tensor, units in _judged(examined):
         if not units.duplicate_rows or tensor.unit_numel < least_numel:
             continue
         share = units.duplicate_rows / units.rows
-        first, second = units.duplicates[0]
+        worst = max(part.duplicate_rows / part.rows for part in units.parts or (units,))
         unit = _called(tensor, units)
         constant = tensor.role is Role.DEPTHWISE and units.duplicate_rows == units.rows - 1
+        pair = "".join(f"; {unit} {b} equals {unit} {a}" for a, b in units.duplicates[:1])
         yield Observation(
             tensor.name,
             f"{units.duplicate_rows:,} of {units.rows:,} {unit}s repeat an earlier one "
-            f"({share:.1%}); {unit} {second} equals {unit} {first}",
+            f"({share:.1%}){pair}",
             "nothing to do if this is a constant filter"
             if constant
             else "break the symmetry with a random initialisation, or merge the units",
@@ -115,35 +152,5 @@ def duplicate_units(
                 "affected_fraction": share,
             },
             threshold=medium,
-            severity=None if share > medium and not constant else Severity.INFO,
-        )
-
-
-@rule("W114", "undertrained-rows", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
-def undertrained_rows(examined: Examined, *, medium: float = 0.20) -> Iterator[Observation]:
-    """Rows of an embedding that were hardly trained: nearly zero, or equal to another.
-
-    Reserved and padding tokens are such rows in most released models (Land and Bartolo 2024,
-    arXiv 2405.05417); a prompt that contains one gives undefined output. Above 20 %: medium.
-    """
-    for tensor, units in with_units(examined, TABLES):
-        found = units.dead_rows + units.duplicate_rows
-        if not found or units.rows < 16:
-            continue
-        share = found / units.rows
-        rows = sorted({*units.dead, *(second for _, second in units.duplicates)})[:10]
-        named = listed(rows, found, len(rows))
-        yield Observation(
-            tensor.name,
-            f"{found:,} of {units.rows:,} rows look untrained ({share:.1%}; {units.dead_rows:,} "
-            f"nearly zero, {units.duplicate_rows:,} equal to another): {named}",
-            "keep these token ids out of prompts and of the tokenizer's special tokens",
-            {
-                "dead_rows": units.dead_rows,
-                "duplicate_rows": units.duplicate_rows,
-                "rows": units.rows,
-                "affected_fraction": share,
-            },
-            threshold=medium,
-            severity=None if share > medium else Severity.INFO,
+            severity=None if max(share, worst) > medium and not constant else Severity.INFO,
         )

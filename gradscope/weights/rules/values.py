@@ -179,9 +179,12 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
     A matrix of zeros passes nothing on; failed downloads and saves leave them
     (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
     B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are normal: info.
+    Experts belong to `dead-expert`.
     """
     for tensor, s in measured(examined):
         if s.zero_count < s.count or tensor.role in AUXILIARY:
+            continue
+        if examined.experts.covers(tensor.name):
             continue
         matrix = tensor.role in (MATRICES | {Role.QUANTIZED}) - {Role.LORA_B}
         matrix = matrix and not (tensor.role in TABLES and tensor.shape[0] == 1)
