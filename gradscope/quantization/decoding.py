@@ -61,7 +61,8 @@ class Plain:
 
     def read(self, start: int, stop: int) -> Codes:
         """See ``Packing``."""
-        return read_range(self.ref, start, stop).view(np.uint8)
+        whole = start // 4 * 4  # a byte may hold several
+        return read_range(self.ref, whole, stop)[start - whole :].view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

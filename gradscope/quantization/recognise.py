@@ -73,7 +73,7 @@ def _proven(
         lacking = next((c.name for c in twin.companions if c.kind is Kind.SCALE), None)
         base = twin.codes.name.rpartition(".")[0]
         part = lacking.removeprefix(f"{base}.") if lacking else twin.faults[0].what
-        return _lacking(ref, twin.scheme, part.removeprefix("weight."), f"as {twin.name} has")
+        return _lacking(ref, twin.scheme, part, f"as {twin.name} has")
     scheme = f"fp8 {ref.dtype[3:].lower()}" if ref.dtype.startswith("F8") else ref.dtype.lower()
     if ref.dtype.startswith("F8") and any(n.rpartition(".")[2] == "scaled_fp8" for n in tensors):
         return _lacking(ref, scheme, "scale_weight", "as scaled_fp8 in the file says")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gradscope.checkpoints.tensors import TensorRef
-from gradscope.quantization.decoding import Dequantized
+
+if TYPE_CHECKING:  # compiled kernels, which rules have no use for
+    from gradscope.quantization.decoding import Dequantized
 
 
 class Kind(StrEnum):
@@ -97,3 +99,8 @@ class Quantization:
     bare: tuple[TensorRef, ...] = ()
     #: Disagreements with a configuration that are about the checkpoint as a whole.
     faults: tuple[Fault, ...] = ()
+
+    def companions(self) -> frozenset[str]:
+        """Names of the tensors whose values are judged as a part of some weight."""
+        judged = (c for w in self.weights for c in w.companions if c.kind is not Kind.ANY)
+        return frozenset(c.name for c in judged)

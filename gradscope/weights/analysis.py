@@ -6,12 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
+from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
@@ -29,7 +31,8 @@ from gradscope.weights.result import (
 from gradscope.weights.roles import AUXILIARY, Role, roles
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
-    from gradscope.statistics import Engine, Pool, Profile, Scan
+    from gradscope.statistics import Engine, Pool, Scan
+    from gradscope.weights.measuring import Measured
 
 Progress = Callable[[int, int], None]
 
@@ -109,7 +112,12 @@ def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[
         for ref in checkpoint.tensors
         if not wanted(ref)
     )
-    return replace(checkpoint, tensors=kept, skipped=(*checkpoint.skipped, *left_out))
+    return replace(
+        checkpoint,
+        tensors=kept,
+        skipped=(*checkpoint.skipped, *left_out),
+        left_out=tuple(ref for ref in checkpoint.tensors if not wanted(ref)),
+    )
 
 
 def _headers(checkpoint: Checkpoint) -> _Examination:
@@ -143,33 +151,38 @@ def _measured(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> _Examination:
+    from gradscope.quantization.recognise import recognise
     from gradscope.statistics import profile
+    from gradscope.weights.measuring import examined, measure
 
     checkpoint = verified(checkpoint, engine)
-    names = roles(checkpoint.tensors)
+    failures = Failures()
+    run = partial(profile, engine=engine, scan=scan, progress=meter)
+    quantization = Quantization()
+    with failures.caught():
+        quantization = recognise(checkpoint)
 
-    def measure(refs: Sequence[TensorRef]) -> Profile:
-        measured = profile(
-            refs, group=lambda ref: names[ref.name], engine=engine, scan=scan, progress=meter
-        )
+    def measured(refs: Sequence[TensorRef]) -> Measured:
+        found = measure(checkpoint.tensors, refs, quantization, run)
         for path in {ref.file for ref in refs}:
             check_unchanged(path, checkpoint.stamps[path])
-        return measured
+        return found
 
-    failures = Failures()
-    refs, result = _read(checkpoint.tensors, measure, failures, keep_going)
+    refs, result = _read(checkpoint.tensors, measured, failures, keep_going)
     checkpoint = _without_unread(checkpoint, refs, failures)
-    tensors = tuple(tensor_result(t, names[t.ref.name], checkpoint.path) for t in result.tensors)
-    examined = Examined(checkpoint, tensors, frozenset(Need))
-    return _Examination(examined, result.pools, (*_part_failures(checkpoint), *failures))
+    return _Examination(
+        examined(checkpoint, quantization, result),
+        result.pools,
+        (*_part_failures(checkpoint), *failures),
+    )
 
 
 def _read(
     refs: Sequence[TensorRef],
-    measure: Callable[[Sequence[TensorRef]], Profile],
+    measure: Callable[[Sequence[TensorRef]], Measured],
     failures: Failures,
     keep_going: bool,
-) -> tuple[Sequence[TensorRef], Profile]:
+) -> tuple[Sequence[TensorRef], Measured]:
     """What could be measured, and of which tensors.
 
     A file that fails meanwhile costs its tensors, and without ``keep_going`` those of the whole
@@ -208,12 +221,15 @@ def _judged(examination: _Examination, request: Request) -> _Examination:
     by_subject: dict[str, list[Finding]] = defaultdict(list)
     for finding in judged.findings:
         by_subject[finding.subject].append(finding)
-    tensors = tuple(_with_health(t, by_subject[t.name]) for t in examined.tensors)
+    measured = Need.STATISTICS in examined.measured
+    tensors = tuple(
+        _with_health(t, by_subject[t.name]) if measured and t.numel else t for t in examined.tensors
+    )
     return replace(examination, examined=replace(examined, tensors=tensors), judged=judged)
 
 
 def _with_health(tensor: TensorResult, findings: Sequence[Finding]) -> TensorResult:
-    if tensor.statistics is None or tensor.numel == 0:
+    if tensor.statistics is None and not findings:
         return tensor
     return tensor.model_copy(update={"health": health(findings)})
 

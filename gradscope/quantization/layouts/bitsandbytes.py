@@ -52,16 +52,15 @@ def int8(site: Site) -> QuantizedWeight | None:
 def four_bits(site: Site) -> QuantizedWeight | None:
     """QLoRA: nf4 or fp4 codes, two a byte, the first in the upper half; ``absmax`` per block."""
     ref = site.ref
-    absmax, table, state = (site.after(s) for s in (".absmax", ".quant_map", ""))
-    state = site.after(*_STATES)
+    absmax, table, state = site.after(".absmax"), site.after(".quant_map"), site.after(*_STATES)
     flat = site.leaf == "weight" and ref.shape[1:] == (1,) and ref.numel >= 32
     if ref.dtype != "U8" or not (absmax or table or state or flat):
         return None
     said, unreadable = _document(state)
     faults = [
-        *(missing(site, "absmax") if absmax is None else ()),
-        *(missing(site, "quant_map") if table is None else ()),
-        *(missing(site, "quant_state") if state is None else ()),
+        *(missing(site, "weight.absmax") if absmax is None else ()),
+        *(missing(site, "weight.quant_map") if table is None else ()),
+        *(missing(site, "weight.quant_state") if state is None else ()),
         *unreadable,
     ]
     shape = _shape(said, ref)
@@ -133,12 +132,12 @@ def _maxima(
     if not codes and nested_in is None:
         return Factor(absmax, Grid(1), 1), False, wrong
     table, outer = site.after(".nested_quant_map"), site.after(".nested_absmax")
-    wrong += missing(site, "nested_quant_map") if table is None else ()
-    wrong += missing(site, "nested_absmax") if outer is None else ()
+    wrong += missing(site, "weight.nested_quant_map") if table is None else ()
+    wrong += missing(site, "weight.nested_absmax") if outer is None else ()
     offset = said.get("nested_offset")
     size = nested_in if isinstance(nested_in, int) and nested_in > 0 else 256
     if not isinstance(offset, int | float):
-        wrong += missing(site, "nested_offset")
+        wrong += missing(site, "weight.quant_state's nested_offset")
     if outer is not None and outer.numel != -(-blocks // size):
         wrong.append(misshapen(outer, (numel,), f"one for {size} blocks"))
     if table is None or outer is None or not isinstance(offset, int | float):

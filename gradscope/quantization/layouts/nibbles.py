@@ -24,7 +24,7 @@ _SIGNED = tuple(float(n) for n in (*range(8), *range(-8, 0)))
 
 
 def mxfp4_blocks(site: Site) -> QuantizedWeight | None:
-    """gpt-oss: bytes in ``X_blocks`` [experts, rows, blocks, 16], a power of two each in ``X_scales``."""
+    """gpt-oss: ``X_blocks`` [experts, rows, blocks, 16], a power of two a block in ``X_scales``."""
     ref, stem = site.ref, site.leaf.removesuffix("_blocks")
     if ref.dtype != "U8" or stem == site.leaf or len(ref.shape) < 3 or ref.numel == 0:
         return None

@@ -21,9 +21,10 @@ def non_finite(examined: Examined) -> Iterator[Observation]:
 
     One NaN makes every output that it reaches NaN. A saved attention mask consists of -Inf: info.
     """
+    scales = examined.quantization.companions()
     for tensor, s in measured(examined):
         bad = s.nan_count + s.posinf_count + s.neginf_count
-        if not bad:
+        if not bad or tensor.name in scales:  # those belong to scale-missing
             continue
         mask = tensor.role is Role.BUFFER and bad == s.neginf_count
         where = listed([list(e.index) for e in tensor.nonfinite[:3]], bad)
@@ -65,8 +66,9 @@ def extreme_value(
     than the next, alone. Flips of mantissa or sign bits leave no such trace; only a hash reveals
     those.
     """
+    scales = examined.quantization.companions()
     for tensor, s, outliers in with_outliers(examined):
-        if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER):
+        if tensor.role in (Role.OPTIMIZER, Role.BUFFER, Role.COUNTER) or tensor.name in scales:
             continue
         limit = gap if tensor.role in MATRICES else gap_elsewhere
         apart, widest = _gap(outliers, score)
