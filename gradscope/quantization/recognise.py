@@ -56,7 +56,7 @@ def _may_be_codes(ref: TensorRef) -> bool:
         return False
     if ref.dtype in ("U8", "U32"):
         return leaf == "weight"
-    return is_codes(ref) and (is_narrow(ref.dtype) or leaf in ("weight", "kernel", "w"))
+    return is_codes(ref) and (is_narrow(ref.dtype) or leaf in ("weight", "kernel", "w", "_data"))
 
 
 def _proven(

@@ -104,3 +104,7 @@ class Quantization:
         """Names of the tensors whose values are judged as a part of some weight."""
         judged = (c for w in self.weights for c in w.companions if c.kind is not Kind.ANY)
         return frozenset(c.name for c in judged)
+
+    def codes(self) -> frozenset[str]:
+        """Names of the tensors that hold codes."""
+        return frozenset(w.codes.name for w in self.weights)

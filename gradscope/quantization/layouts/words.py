@@ -105,8 +105,8 @@ def _grouped(
     zeros: Zeros | None,
 ) -> QuantizedWeight:
     columns, scales = shape[1], parts.scales
-    groups = scales.shape[0] if scales is not None and len(scales.shape) == 2 else 1
-    width = -(-columns // max(groups, 1))
+    groups = _groups(site, parts, columns)
+    width = -(-columns // groups)
     faults = tuple(_group_faults(site, parts, shape, bits, groups))
     decoding = None
     if scales is not None and not faults:
@@ -136,6 +136,16 @@ def _grouped(
     )
 
 
+def _groups(site: Site, parts: _Parts, columns: int) -> int:
+    """How many groups of inputs share a scale: as configured, or as a tensor's lines divide them."""
+    group = site.config.group if site.config is not None else None
+    lines = [r.shape[0] for r in (parts.scales, parts.zeros) if r is not None and r.shape]
+    wanted = [-(-columns // group)] if group else []
+    found = [n for n in (*wanted, *lines) if n and (n in lines or not lines)]
+    even = [n for n in found if columns % n == 0]
+    return next(iter((*even, *found)), 1)
+
+
 def _group_faults(
     site: Site, parts: _Parts, shape: tuple[int, int], bits: int, groups: int
 ) -> Iterator[Fault]:
@@ -143,18 +153,12 @@ def _group_faults(
     scales, zeros, index = parts.scales, parts.zeros, parts.index
     if scales is None:
         yield from missing(site, "scales")
-    elif (
-        scales.shape != (groups, out)
-        or groups == 0
-        or -(-columns // -(-columns // groups)) != groups
-    ):
-        yield misshapen(scales, shape, f"[groups, {out}] is expected")
+    elif scales.shape != (groups, out):
+        yield misshapen(scales, shape, f"{[groups, out]} is expected")
     if zeros is None:
         yield from missing(site, "qzeros")
-    else:
-        wanted = (groups if scales is not None else zeros.shape[0], -(-out * bits // 32))
-        if zeros.shape != wanted:
-            yield misshapen(zeros, shape, f"{list(wanted)} is expected")
+    elif zeros.shape != (groups, -(-out * bits // 32)):
+        yield misshapen(zeros, shape, f"{[groups, -(-out * bits // 32)]} is expected")
     if index is not None and index.shape != (columns,):
         yield misshapen(index, shape, f"one for each of {columns:,} inputs")
 

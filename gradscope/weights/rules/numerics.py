@@ -28,8 +28,10 @@ def dtype_headroom(
     than three a scale, which maps one there, were clipped; more than 1 % subnormal elements have
     lost precision (low).
     """
+    codes = examined.quantization.codes()
     for tensor, s, numerics in with_numerics(examined):
-        if tensor.role is Role.SCALE:
+        without_values = tensor.name in codes and tensor.dequantized is None
+        if tensor.role is Role.SCALE or without_values:  # scale-missing judges them
             continue
         if is_narrow(tensor.dtype):
             share = numerics.saturated_fraction or 0.0
