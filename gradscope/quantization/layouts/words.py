@@ -137,7 +137,7 @@ def _grouped(
 
 
 def _groups(site: Site, parts: _Parts, columns: int) -> int:
-    """How many groups of inputs share a scale: as configured, or as a tensor's lines divide them."""
+    """How many groups of inputs there are: as configured, or as a tensor's lines divide them."""
     group = site.config.group if site.config is not None else None
     lines = [r.shape[0] for r in (parts.scales, parts.zeros) if r is not None and r.shape]
     wanted = [-(-columns // group)] if group else []

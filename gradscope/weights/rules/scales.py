@@ -30,8 +30,9 @@ def scale_missing(
     known, and what each needs, are in docs/quantized.md. That a layer of the same type has a scale
     proves that this one needs it, and so does the configuration beside the checkpoint, with which
     bits and group sizes are compared. 8-bit floats without any scale in the file are a plain cast
-    (info), unless four or more matrices all reach the greatest value of their type exactly, as
-    codes do that a scale maps there; integers up to 100 and more are codes.
+    (info), unless four or more matrices, or one among others that are scaled, all reach the
+    greatest value of their type exactly, as codes do that a scale maps there; integers up to 100
+    and more are codes.
     """
     yield from _missing(examined)
     yield from _misshapen(examined)
@@ -170,6 +171,7 @@ def _configured(examined: Examined) -> Iterator[Observation]:
 
 def _bare(examined: Examined, filled: int, integers_from: float) -> Iterator[Observation]:
     found = _by_type(examined.quantization.bare, examined.by_name)
+    scaled = {w.codes.dtype for w in examined.quantization.weights}
     for dtype, tensors in found.items():
         peaks = [float(t.statistics.abs_max or 0) for t in tensors if t.statistics is not None]
         if not peaks:
@@ -179,7 +181,7 @@ def _bare(examined: Examined, filled: int, integers_from: float) -> Iterator[Obs
                 yield _unscaled(dtype, tensors, f"up to {max(peaks):.0f}", integers_from)
             continue
         limits = [t.numerics.headroom_bits for t in tensors if t.numerics is not None]
-        if len(tensors) >= filled and all(bits == 0 for bits in limits):
+        if len(tensors) >= (1 if dtype in scaled else filled) and all(bits == 0 for bits in limits):
             yield _unscaled(dtype, tensors, "each up to the greatest of its type", filled)
             continue
         yield Observation(
