@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from safetensors.numpy import load_file
 
 import gradscope
 from gradscope.checkpoints.open import open_checkpoint
@@ -108,3 +109,25 @@ def test_a_sound_checkpoint_is_excellent(layout: str, tmp_path: Path) -> None:
     assert report.result.notes == ()
     parameters = sum(m.reference.size for m in layers) + IN
     assert report.result.overall.parameters == parameters
+
+
+def trained() -> Array:
+    """A matrix of a released model, cut to what groups of 192 columns need."""
+    found = load_file(Path(__file__).parents[2] / "fixtures" / "digits.safetensors")
+    largest = max(found.values(), key=lambda t: t.size if t.dtype.kind == "f" else 0)
+    flat = largest.astype(np.float64).ravel()
+    return np.resize(flat, (OUT, IN))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_trained_matrix_stays_what_it_was(layout: str, tmp_path: Path) -> None:
+    """Dequantised values are the weight's own but for rounding, which fewer bits make coarser."""
+    weight = trained()
+    made = LAYOUTS[layout](weight, "model.layers.0.mlp.up_proj")
+    report = gradscope.analyze_weights(saved(tmp_path, made))
+    (tensor,) = (t for t in report.result.tensors if t.name == made.codes)
+    coarse = {2: 0.6, 3: 0.15, 4: 0.05}.get(tensor.dequantized.bits or 8, 0.02)
+
+    assert tensor.role.value in ("linear", "experts")
+    assert tensor.statistics.std == pytest.approx(weight.std(), rel=coarse)
+    assert tensor.statistics.mean == pytest.approx(weight.mean(), abs=coarse * weight.std())
