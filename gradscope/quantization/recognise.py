@@ -77,6 +77,8 @@ def _proven(
     scheme = f"fp8 {ref.dtype[3:].lower()}" if ref.dtype.startswith("F8") else ref.dtype.lower()
     if ref.dtype.startswith("F8") and any(n.rpartition(".")[2] == "scaled_fp8" for n in tensors):
         return _lacking(ref, scheme, "scale_weight", "as scaled_fp8 in the file says")
+    if known and is_codes(ref) and not _TABLE.search(ref.name):
+        return _lacking(ref, scheme, "weight_scale", f"as {known[0].name} has one of its kind")
     if config is not None and _promised(ref, config):
         part = "weight_scale_inv" if config.block else "weight_scale"
         part = "SCB" if config.method == "bitsandbytes" else part

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.quantization.checks import loses, wrong_values
-from gradscope.quantization.weights import Kind, Quantization, QuantizedWeight
+from gradscope.quantization.weights import Companion, Kind, Quantization, QuantizedWeight
 from gradscope.statistics import Pool, Profile
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
 from gradscope.statistics.records import Statistics, TensorProfile
@@ -45,7 +45,12 @@ def measure(
     names = roles_of(everything, quantization)
     broken = {ref.file for ref in everything} - {ref.file for ref in refs}
     types = {c.name: c.ref.dtype for w in quantization.weights for c in w.companions}
-    beside = [replace(ref, dtype=types[ref.name]) for ref in refs if ref.name in types]
+    packed = {c.name for w in quantization.weights for c in w.companions if _is_packed(c)}
+    beside = [
+        replace(ref, dtype=types[ref.name])
+        for ref in refs
+        if ref.name in types and ref.name not in packed
+    ]
     first = run(beside, group=lambda ref: names[ref.name])
     scales = {p.ref.name: p.statistics for p in first.tensors}
     lost = _lost(quantization.weights, scales, run, broken)
@@ -68,6 +73,11 @@ def measure(
         names,
         lost,
     )
+
+
+def _is_packed(companion: Companion) -> bool:
+    """Whether a companion's elements are words of several numbers, which have no statistics."""
+    return companion.kind is Kind.ANY and companion.ref.dtype in ("I32", "U32")
 
 
 def _chosen(

@@ -380,6 +380,25 @@ def test_a_sibling_with_a_scale_is_proof(tmp_path: Path) -> None:
     assert "l.1.SCB" in found.recommendation
 
 
+def test_a_sibling_of_another_scheme_is_proof(tmp_path: Path) -> None:
+    made, *_ = layers("nvfp4 of ModelOpt")
+    made["model.layers.0.attn.q.weight"] = fp8(gaussian(64, 48))
+    (found,) = findings(write(tmp_path / "k.safetensors", made))
+
+    assert (found.name, found.severity) == ("scale-missing", "high")
+    assert found.subject == "model.layers.0.attn.q.weight"
+
+
+def test_packed_words_have_no_moments(tmp_path: Path) -> None:
+    made, *_ = layers("gptq, 4 bits")
+    result = gradscope.analyze_weights(write(tmp_path / "k.safetensors", made)).result
+    statistics = {t.name.rpartition(".")[2]: t.statistics for t in result.tensors}
+
+    assert statistics["qzeros"] is None
+    assert statistics["g_idx"].max == 5
+    assert result.overall.by_role["packed"].statistics.max == 5
+
+
 def test_int8_weights_without_any_scale_are_codes(tmp_path: Path) -> None:
     made = {f"l.{i}.weight": int8(i) for i in range(3)}
     (found,) = findings(write(tmp_path / "k.safetensors", made))
