@@ -140,7 +140,7 @@ def mxfp8(w: Array, module: str) -> Made:
     return Made(tensors, f"{module}.weight", decoded(codes, E4M3) * full, "mxfp8 e4m3")
 
 
-def int8(scale_name: str, columns: int = 1) -> Maker:
+def int8(scale_name: str, dimensions: int = 2) -> Maker:
     """Per row; ``SCB`` is the row's greatest magnitude, others a 127th of it."""
 
     def make(w: Array, module: str) -> Made:
@@ -148,7 +148,7 @@ def int8(scale_name: str, columns: int = 1) -> Maker:
         codes = np.rint(w / peak[:, None] * 127).astype(np.int8)
         scale = (peak if scale_name == "SCB" else peak / 127).astype(np.float32)
         unit = 1 / 127 if scale_name == "SCB" else 1
-        shown = scale if columns == 0 else scale[:, None]
+        shown = scale if dimensions == 1 else scale[:, None]
         tensors = {f"{module}.weight": codes, f"{module}.{scale_name}": shown}
         if scale_name == "SCB":
             tensors[f"{module}.weight_format"] = np.zeros((), np.uint8)
@@ -199,7 +199,7 @@ def quanto(w: Array, module: str) -> Made:
 # -- 4-bit floats ---------------------------------------------------------------------------------
 
 
-def _nvfp4(w: Array) -> tuple[Array, Array, Array, Array]:
+def _nvfp4(w: Array) -> tuple[Array, Array, np.float32, Array]:
     """Codes, block scales as E4M3 codes, the global factor, and the values."""
     factor = np.float32(np.abs(w).max() / (6 * 448))
     blocks = grouped(w, 16)
@@ -443,7 +443,7 @@ LAYOUTS: dict[str, Maker] = {
     "fp8 of ComfyUI": fp8("tensor", "scale_weight"),
     "fp8 of torchao": torchao_fp8,
     "mxfp8": mxfp8,
-    "int8 of bitsandbytes": int8("SCB", 0),
+    "int8 of bitsandbytes": int8("SCB", 1),
     "int8 a row": int8("weight_scale"),
     "int8 with zero points": int8_asymmetric,
     "int8 of torchao": torchao_int8,

@@ -52,7 +52,7 @@ def without(*parts: str, module: str = HURT) -> Damage:
     return damage
 
 
-def changed(part: str, change: Callable[[Array], Array]) -> Damage:
+def changed(part: str, change: Callable[[Array], Any]) -> Damage:
     def damage(tensors: Tensors) -> None:
         old = tensors[f"{HURT}.{part}"]
         codes = old.codes if isinstance(old, Codes) else old
