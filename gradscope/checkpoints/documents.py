@@ -19,6 +19,8 @@ DOCUMENTS: Mapping[str, str] = {
     "adapter_config": "adapter_config.json",
     "trainer_state": "trainer_state.json",
     "hf_quant_config": "hf_quant_config.json",
+    "quantize_config": "quantize_config.json",
+    "quant_config": "quant_config.json",
 }
 
 

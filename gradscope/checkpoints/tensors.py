@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gradscope.errors import InputKind
+
+if TYPE_CHECKING:  # headers are read without it
+    import numpy.typing as npt
 
 #: Bits per element of every dtype, in safetensors' spelling (C128 is NumPy's and torch's).
 DTYPE_BITS: Mapping[str, int] = {
@@ -30,6 +33,19 @@ class Checksum:
     crc: int
 
 
+class Decoding(Protocol):
+    """How the elements of a tensor that is stored in another form are computed when read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored form."""
+        ...
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements ``start`` to ``stop`` in row-major order. Raises InputError as a tile does."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """The address of one tensor, built from headers alone; picklable, hashable, holds no handle.
@@ -50,6 +66,8 @@ class TensorRef:
     unpacked: str | None = None
     #: Of the archive's member that holds the bytes, where it recorded one; see ``verified``.
     checksum: Checksum | None = None
+    #: Where the elements are not stored but computed: quantised weights.
+    decoding: Decoding | None = None
 
     @property
     def source(self) -> str:
@@ -63,7 +81,9 @@ class TensorRef:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements, rounded up for sub-byte types."""
+        """Bytes of the elements as they are stored, rounded up for sub-byte types."""
+        if self.decoding is not None:
+            return self.decoding.nbytes
         return -(-self.numel * DTYPE_BITS[self.dtype] // 8)
 
     @property
@@ -119,6 +139,8 @@ class Checkpoint:
     tensors: tuple[TensorRef, ...]
     problems: tuple[Problem, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    #: Left out on request; others may depend on them: the scales of quantised weights.
+    left_out: tuple[TensorRef, ...] = ()
     failures: tuple[Failure, ...] = ()
     #: Worth telling a person, but not findings: which nested dict was taken, a stripped prefix.
     notes: tuple[str, ...] = ()

@@ -48,9 +48,8 @@ class Tile:
         16 bits or fewer come as their codes, in the machine's byte order.
         Raises InputError when the file has become shorter than its headers said.
         """
-        read = _read_strided if self.ref.strides is not None else _read_contiguous
         for first in range(self.start, self.stop, PIECE):
-            yield first, read(self.ref, first, min(first + PIECE, self.stop))
+            yield first, _read(self.ref, first, min(first + PIECE, self.stop))
 
 
 def tiles(ref: TensorRef, elements: int = 16 * PIECE) -> Iterator[Tile]:
@@ -63,8 +62,14 @@ def tiles(ref: TensorRef, elements: int = 16 * PIECE) -> Iterator[Tile]:
 
 def read_range(ref: TensorRef, start: int, stop: int) -> Array:
     """Read elements ``start`` to ``stop`` (at most a piece) into an array of their own."""
+    return _read(ref, start, stop).copy()
+
+
+def _read(ref: TensorRef, start: int, stop: int) -> Array:
+    if ref.decoding is not None:
+        return ref.decoding.read(start, stop)
     read = _read_strided if ref.strides is not None else _read_contiguous
-    return read(ref, start, stop).copy()
+    return read(ref, start, stop)
 
 
 class _Local(threading.local):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
-from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
+from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import Tile, tiles
 from gradscope.statistics.description import Finished, Pool, finish
 from gradscope.statistics.layout import UnitLayout
@@ -103,7 +103,7 @@ def _available_cores() -> int:
 
 def _tile_bytes(tile: Tile) -> int:
     """Bytes a tile covers."""
-    return (tile.stop - tile.start) * DTYPE_BITS[tile.ref.dtype] // 8
+    return (tile.stop - tile.start) * tile.ref.nbytes // tile.ref.numel
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
+from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
-from gradscope.weights.layouts import layouts
 from gradscope.weights.result import (
     Examined,
     Need,
@@ -34,7 +35,8 @@ from gradscope.weights.roles import AUXILIARY, Role, roles
 from gradscope.weights.tables import codebooks, table_rows
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
-    from gradscope.statistics import Engine, Pool, Profile, Scan
+    from gradscope.statistics import Engine, Pool, Scan
+    from gradscope.weights.measuring import Measured
 
 Progress = Callable[[int, int], None]
 
@@ -114,7 +116,12 @@ def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[
         for ref in checkpoint.tensors
         if not wanted(ref)
     )
-    return replace(checkpoint, tensors=kept, skipped=(*checkpoint.skipped, *left_out))
+    return replace(
+        checkpoint,
+        tensors=kept,
+        skipped=(*checkpoint.skipped, *left_out),
+        left_out=tuple(ref for ref in checkpoint.tensors if not wanted(ref)),
+    )
 
 
 def _headers(checkpoint: Checkpoint) -> _Examination:
@@ -148,34 +155,31 @@ def _measured(
     meter: Callable[[int], None],
     keep_going: bool,
 ) -> _Examination:
+    from gradscope.quantization.recognise import recognise
     from gradscope.statistics import profile
+    from gradscope.weights.measuring import examined, measure
 
     checkpoint = verified(checkpoint, engine)
-    names = roles(checkpoint.tensors)
-    config = checkpoint.metadata.get("config")
-    layout = layouts(checkpoint.tensors, names, config if isinstance(config, Mapping) else {})
+    failures = Failures()
+    run = partial(profile, engine=engine, scan=scan, progress=meter)
+    document = checkpoint.metadata.get("config")
+    config = document if isinstance(document, Mapping) else {}
+    quantization = Quantization()
+    with failures.caught():
+        quantization = recognise(checkpoint)
 
-    def measure(refs: Sequence[TensorRef]) -> Profile:
-        measured = profile(
-            refs,
-            group=lambda ref: names[ref.name],
-            layout=layout,
-            engine=engine,
-            scan=scan,
-            progress=meter,
-        )
+    def measured(refs: Sequence[TensorRef]) -> Measured:
+        found = measure(checkpoint.tensors, refs, quantization, config, run)
         for path in {ref.file for ref in refs}:
             check_unchanged(path, checkpoint.stamps[path])
-        return measured
+        return found
 
-    failures = Failures()
-    refs, result = _read(checkpoint.tensors, measure, failures, keep_going)
+    refs, result = _read(checkpoint.tensors, measured, failures, keep_going)
     checkpoint = _without_unread(checkpoint, refs, failures)
-    tensors = tuple(tensor_result(t, names[t.ref.name], checkpoint.path) for t in result.tensors)
-    examined = Examined(checkpoint, tensors, frozenset(Need))
+    seen = examined(checkpoint, quantization, result)
     with failures.caught():
-        examined = _with_tables(examined, engine)
-    return _Examination(examined, result.pools, (*_part_failures(checkpoint), *failures))
+        seen = _with_tables(seen, engine)
+    return _Examination(seen, result.pools, (*_part_failures(checkpoint), *failures))
 
 
 def _with_tables(examined: Examined, engine: Engine[Any, Any]) -> Examined:
@@ -193,10 +197,10 @@ def _with_tables(examined: Examined, engine: Engine[Any, Any]) -> Examined:
 
 def _read(
     refs: Sequence[TensorRef],
-    measure: Callable[[Sequence[TensorRef]], Profile],
+    measure: Callable[[Sequence[TensorRef]], Measured],
     failures: Failures,
     keep_going: bool,
-) -> tuple[Sequence[TensorRef], Profile]:
+) -> tuple[Sequence[TensorRef], Measured]:
     """What could be measured, and of which tensors.
 
     A file that fails meanwhile costs its tensors, and without ``keep_going`` those of the whole
@@ -236,15 +240,18 @@ def _judged(examination: _Examination, request: Request) -> _Examination:
     for finding in judged.findings:
         by_subject[finding.subject].append(finding)
     of_experts = [f for f in judged.findings if f.name == "dead-expert"]
+    measured = Need.STATISTICS in examined.measured
     tensors = tuple(
         _with_health(t, by_subject[t.name] + [f for f in of_experts if concerns(f, t.name)])
+        if measured and t.numel
+        else t
         for t in examined.tensors
     )
     return replace(examination, examined=replace(examined, tensors=tensors), judged=judged)
 
 
 def _with_health(tensor: TensorResult, findings: Sequence[Finding]) -> TensorResult:
-    if tensor.statistics is None or tensor.numel == 0:
+    if tensor.statistics is None and not findings:
         return tensor
     return tensor.model_copy(update={"health": health(findings)})
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Number, Record, Report
 from gradscope.statistics.records import (
     CodeUse,
@@ -51,8 +52,22 @@ class OutlierResult(Record):
     top: tuple[ElementResult, ...]
 
 
+class Dequantized(Record):
+    """How a quantised weight is stored. Its statistics are those of the values it stands for."""
+
+    scheme: str
+    #: Of the codes; the tensor's ``shape`` is that of the values.
+    stored_shape: tuple[int, ...]
+    #: Elements of its largest grid of scales.
+    scales: int
+    #: Bits of a code, where they are known.
+    bits: int | None = None
+
+
 class TensorResult(Record):
-    """One tensor. ``statistics`` and what rests on them are None when only headers were read."""
+    """One tensor. ``statistics`` and what rests on them are None when only headers were read,
+    and of packed codes that could not be turned into values.
+    """
 
     name: str
     #: The checkpoint it belongs to, as it was given; ``file`` is the shard.
@@ -72,6 +87,7 @@ class TensorResult(Record):
     histogram: tuple[int, ...] = ()
     content_hash: str | None = None
     spectrum: None = None
+    dequantized: Dequantized | None = None
     health: Health | None = None
 
     @property
@@ -136,6 +152,10 @@ class Examined:
     codebooks: Mapping[str, tuple[CodeUse, ...]] = field(default_factory=dict)
     #: Names of token ids, where a table needs them and a tokenizer lies beside the checkpoint.
     tokens: Mapping[int, str] = field(default_factory=dict)
+    quantization: Quantization = field(default_factory=Quantization)
+    #: Of quantised weights, by the name of their codes: the share of codes that are not zero and
+    #: have a scale of zero.
+    lost: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:

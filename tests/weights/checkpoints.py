@@ -20,10 +20,14 @@ DTYPES = {
 
 
 class Codes(NamedTuple):
-    """Stored codes of a type that NumPy does not have: its safetensors name and its codes."""
+    """Stored codes of a type that NumPy does not have: its safetensors name and its codes.
+
+    ``shape`` is that of the elements where they are not bytes.
+    """
 
     dtype: str
     codes: Array
+    shape: tuple[int, ...] | None = None
 
 
 Tensor = Array | Codes
@@ -54,7 +58,7 @@ def serialized(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str
         raw = stored.tobytes()
         entry = {
             "dtype": dtype,
-            "shape": stored.shape,
+            "shape": (tensor.shape if isinstance(tensor, Codes) else None) or stored.shape,
             "data_offsets": [len(data), len(data) + len(raw)],
         }
         entries.append(f"{json.dumps(name)}:{json.dumps(entry)}")

@@ -28,6 +28,7 @@ import gradscope
 from gradscope.report.model import Finding
 from gradscope.report.severity import Severity
 from gradscope.weights.calibration import CALIBRATION, Rates
+from gradscope.weights.names import pattern
 
 from .checkpoints import Array, Codes, Tensor, bf16, fp8, serialized, write, write_sharded
 
@@ -290,16 +291,25 @@ def quantized(model: str) -> dict[str, Tensor]:
     return made
 
 
+def common(names: Sequence[str]) -> str:
+    """What a finding about several layers names: a name with its layers' numbers taken out."""
+    patterns = list(dict.fromkeys(pattern(name) for name in names))
+    return patterns[0] + (f" (+{len(patterns) - 1} more)" if len(patterns) > 1 else "")
+
+
 def scale_faults(model: str) -> Iterator[Fault]:
     sound = quantized(model)
     scales = [name for name in sound if name.endswith("_scale")]
     bare = {name: tensor for name, tensor in sound.items() if name not in scales}
     one = ("scale-missing",)
-    yield Fault(f"no scale at all in {model}", saved(bare), one, tuple(bare))
+    if len(bare) >= 4:  # fewer matrices that end at 448 may be a cast
+        together = common(tuple(bare))
+        yield Fault(f"no scale at all in {model}", saved(bare), one, (*bare, together))
     for scale in scales:
         weight = scale.removesuffix("_scale")
         without = {name: tensor for name, tensor in sound.items() if name != scale}
-        yield Fault(f"no {scale} in {model}", saved(without), one, (weight,))
+        if len(scales) > 1:  # alone it may be a cast
+            yield Fault(f"no {scale} in {model}", saved(without), one, (weight,))
         for value in (0, -1, np.nan, np.inf):
             plant = saved({**sound, scale: np.array([value], np.float32)})
             yield Fault(f"{scale} = {value} in {model}", plant, one, (scale,))

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.checkpoints.tensors import Checkpoint, TensorRef
+from gradscope.quantization.weights import Quantization
 from gradscope.report.rules import Observation
 from gradscope.weights.result import ElementResult, Examined, Need, TensorResult
 from gradscope.weights.roles import Role
 from gradscope.weights.rules.copies import duplicate_tensors
 from gradscope.weights.rules.empty import empty_tensor
-from gradscope.weights.rules.numerics import dtype_headroom, redundant_precision, scale_missing
+from gradscope.weights.rules.numerics import dtype_headroom, redundant_precision
+from gradscope.weights.rules.scales import scale_missing
 from gradscope.weights.rules.shape import heavy_tails, high_sparsity, outliers, skewed
 from gradscope.weights.rules.tables import undertrained_rows
 from gradscope.weights.rules.training import negative_variance, untrained
@@ -263,11 +265,33 @@ def test_equal_matrices_of_sixty_four_elements_are_no_chance(
     assert [seen.subject for seen in found(duplicate_tensors, *twins)] == copies
 
 
-@pytest.mark.parametrize(("peak_value", "expected"), [(15.9, "info"), (16.0, "own")])
-def test_a_cast_to_float8_stays_below_sixteen(peak_value: float, expected: str) -> None:
-    weight = tensor(role=Role.QUANTIZED, dtype="F8_E4M3", statistics={"abs_max": peak_value})
+def bare(*tensors: TensorResult) -> list[Observation]:
+    """What is said of matrices of codes in a file without a scale."""
+    refs = tuple(TensorRef(t.name, t.dtype, t.shape, t.file, 0) for t in tensors)
+    checkpoint = Checkpoint("model.safetensors", "safetensors", 0, refs)
+    return list(
+        scale_missing(Examined(checkpoint, tensors, frozenset(Need), Quantization(bare=refs)))
+    )
 
-    assert severity(scale_missing, weight) == expected
+
+@pytest.mark.parametrize(
+    ("count", "headroom", "expected"), [(4, 0.0, "own"), (3, 0.0, "info"), (4, 0.1, "info")]
+)
+def test_four_matrices_at_the_end_of_their_type_were_scaled(
+    count: int, headroom: float, expected: str
+) -> None:
+    made = [
+        tensor(name=f"{i}.weight", dtype="F8_E4M3", numerics={"headroom_bits": headroom})
+        for i in range(count)
+    ]
+    (seen,) = bare(*made)
+
+    assert str(seen.severity or "own") == expected
+
+
+@pytest.mark.parametrize(("peak_value", "expected"), [(99, 0), (100, 1)])
+def test_integers_of_a_hundred_and_more_are_codes(peak_value: int, expected: int) -> None:
+    assert len(bare(tensor(dtype="I8", statistics={"abs_max": peak_value}))) == expected
 
 
 @pytest.mark.parametrize(
@@ -315,7 +339,6 @@ def test_a_gain_of_zeros_is_untouched_only_beside_others() -> None:
         (dtype_headroom, {"numerics": {"headroom_bits": 0.5}}, 1),
         (dtype_headroom, {"statistics": {"subnormal_count": 400}}, 0.01),
         (dtype_headroom, {"dtype": "F8_E5M2", "numerics": {"saturated_fraction": 0.5}}, 0.001),
-        (scale_missing, {"role": Role.QUANTIZED, "dtype": "F8_E4M3"}, 16),
     ],
 )
 def test_a_finding_tells_the_limit_that_it_was_judged_by(
@@ -331,7 +354,6 @@ def test_a_finding_tells_the_limit_that_it_was_judged_by(
         (negative_variance, {"name": "state.exp_avg_sq", "role": Role.OPTIMIZER}),
         (all_zero, {"statistics": {"zero_count": 4000}}),
         (constant_tensor, {"statistics": {"min": 0.5, "max": 0.5}}),
-        (scale_missing, {"role": Role.QUANTIZED, "dtype": "F8_E4M3"}),
     ],
 )
 def test_a_fault_of_the_whole_tensor_affects_all_of_it(rule: Rule, loud: Fields) -> None:
@@ -440,10 +462,3 @@ def test_a_depthwise_convolution_of_one_filter_is_a_constant(
     rows = {"duplicate_rows": repeated, "duplicates": ((0, 1),)}
 
     assert severity(duplicate_units, tensor(role=role, units=rows)) == expected
-
-
-def test_packed_integers_may_have_scales_longer_than_they_are() -> None:
-    codes = tensor(name="a.qweight", role=Role.PACKED, dtype="I32", shape=(64, 8))
-    scales = tensor(name="a.scales", role=Role.SCALE, shape=(1, 64), statistics={"min": 0.1})
-
-    assert found(scale_missing, codes, scales) == []

@@ -630,7 +630,7 @@ def test_subnormal_values_are_low(tmp_path: Path) -> None:
     assert findings(path, "dtype-headroom")[0].evidence["subnormal_fraction"] == share
 
 
-@pytest.mark.parametrize(("saturated", "fires"), [(2, False), (3, True)])
+@pytest.mark.parametrize(("saturated", "fires"), [(5, False), (6, True)])
 def test_float8_values_at_the_limit_are_medium(saturated: int, fires: bool, tmp_path: Path) -> None:
     values = np.clip(gaussian(64, 32, seed=7, scale=40), -400, 400)
     values.flat[:saturated] = 448
@@ -720,10 +720,8 @@ def test_several_matrices_of_one_copied_layer_are_one_finding(tmp_path: Path) ->
 # -- scales ---------------------------------------------------------------------------------------
 
 
-def test_an_unscaled_cast_to_float8_is_info_and_a_scaled_one_without_scale_is_high(
-    tmp_path: Path,
-) -> None:
-    for scale, severity in ((0.02, "info"), (15.0, "info"), (17.0, "high")):
+def test_an_unscaled_cast_to_float8_is_info_at_any_magnitude(tmp_path: Path) -> None:
+    for scale, severity in ((0.02, "info"), (15.0, "info"), (17.0, "info"), (440, "info")):
         values = gaussian(64, 32, scale=1)
         values *= scale / np.abs(values).max()
         path = saved({"a.weight": fp8(values)})(tmp_path)
@@ -764,7 +762,9 @@ def test_deepseek_block_scales_with_a_partial_last_block_are_valid(tmp_path: Pat
 )
 def test_packed_integers_need_their_scales(weight: str, scale: str, tmp_path: Path) -> None:
     codes = np.arange(64, dtype=np.int32).reshape(8, 8)
-    sound = {f"a.{weight}": codes, f"a.{scale}": np.full((1, 8), 0.1, np.float16)}
+    zeros = {"a.qzeros": np.zeros((1, 1), np.int32)} if weight == "qweight" else {}
+    scales = np.full((1, 8) if zeros else (8, 1), 0.1, np.float16)
+    sound = {f"a.{weight}": codes, f"a.{scale}": scales, **zeros}
     assert findings(saved(sound)(tmp_path), "scale-missing") == []
     path = saved({f"a.{weight}": codes})(tmp_path)
     assert severities(path, "scale-missing") == {f"a.{weight}": "high"}

@@ -145,9 +145,12 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
 def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observation]:
     """More than half of a matrix is exactly zero, not counting rows that are entirely dead.
 
-    Pruning does this on purpose; otherwise it is underflow, or a mask saved as a weight.
+    Pruning does this on purpose; otherwise it is underflow, or a mask saved as a weight. Codes of
+    three bits and fewer are left out: most of them are zero.
     """
     for tensor, units in with_units(examined, (SHAPED | TABLES) - {Role.CODEBOOK}):
+        if tensor.dequantized and (tensor.dequantized.bits or 8) <= 3:
+            continue
         s = tensor.statistics
         alive = units.rows - units.dead_rows
         if s is None or not alive:

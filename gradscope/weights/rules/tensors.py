@@ -24,12 +24,12 @@ def mostly_dead(tensor: TensorResult) -> bool:
 def measured(
     examined: Examined, roles: Iterable[Role] | None = None
 ) -> Iterator[tuple[TensorResult, Statistics]]:
-    """The float and complex tensors that were measured, with their statistics."""
+    """The float, complex and dequantised tensors that were measured, with their statistics."""
     wanted = None if roles is None else frozenset(roles)
     for tensor in examined.tensors:
         if tensor.statistics is None or tensor.numel == 0 or (wanted and tensor.role not in wanted):
             continue
-        if is_float(tensor.dtype) or tensor.dtype.startswith("C"):
+        if tensor.dequantized or is_float(tensor.dtype) or tensor.dtype.startswith("C"):
             yield tensor, tensor.statistics
 
 

@@ -24,9 +24,10 @@ def non_finite(examined: Examined) -> Iterator[Observation]:
     the state of a metric that has seen nothing, and where a schedule ends in 1/0: info where their
     pattern shows that, whatever the tensor is called, but never in a layer's parameter.
     """
+    scales = examined.quantization.companions()
     for tensor, s in measured(examined):
         bad = s.nan_count + s.posinf_count + s.neginf_count
-        if not bad:
+        if not bad or tensor.name in scales:  # those belong to scale-missing
             continue
         meant = _meant(tensor, s) if _may_hold_infinity(tensor) else None
         where = listed([list(e.index) for e in tensor.nonfinite[:3]], bad)
@@ -101,8 +102,9 @@ def extreme_value(
     those. In a constant, a gap must come with such a magnitude, and values that stand for "never"
     (-1e4 in the transitions of a CRF, 1e8 at the end of a series) are no damage.
     """
+    scales = examined.quantization.companions()
     for tensor, s, outliers in with_outliers(examined):
-        if tensor.role in (Role.OPTIMIZER, Role.COUNTER):
+        if tensor.role in (Role.OPTIMIZER, Role.COUNTER) or tensor.name in scales:
             continue
         limit = gap if tensor.role in MATRICES else gap_elsewhere
         apart, widest = _gap(outliers, score)
