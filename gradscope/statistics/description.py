@@ -75,8 +75,9 @@ def _distribution(whole: Tally) -> Distribution | None:
         near = extremes.among_subnormals(whole, found)
         return extremes.with_subnormals(whole) if near else found
     low, high = whole.extremes()
-    fine = found.mad >= abs(found.median) / 16 and not extremes.among_subnormals(whole, found)
-    if low == high or fine:
+    if low == high:
+        return found
+    if found.mad >= abs(found.median) / 16 and not extremes.among_subnormals(whole, found):
         return found
     values = _decoded(whole.ref, read_range(whole.ref, 0, whole.ref.numel))
     return Distribution(*np.unique(values[np.isfinite(values)], return_counts=True))

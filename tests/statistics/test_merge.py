@@ -181,7 +181,7 @@ def assert_rows_agree(got: Moments, values: Sequence[float]) -> None:
     want = row(values)
     reach = max(map(abs, values), default=0.0)
     assert got.n == len(values)
-    for power, a, b in zip((1, 2, 3, 4), got.row[1:], want[1:], strict=True):
+    for power, a, b in zip((1, 2, 3, 4), got.row()[1:], want[1:], strict=True):
         assert a == pytest.approx(b, rel=1e-9, abs=1e-11 * (len(values) + 1) * reach**power)
 
 
