@@ -50,7 +50,8 @@ class Centre:
 
     def distances(self, rows: Rows) -> npt.NDArray[np.float32]:
         """Distance of each row."""
-        return np.asarray(np.linalg.norm(rows - self.point, axis=1))
+        with np.errstate(over="ignore", invalid="ignore"):  # rows far out, or not finite
+            return np.asarray(np.linalg.norm(rows - self.point, axis=1))
 
 
 def centre_of_cluster(ref: TensorRef, hints: Iterable[int] = ()) -> Centre | None:
@@ -63,9 +64,12 @@ def centre_of_cluster(ref: TensorRef, hints: Iterable[int] = ()) -> Centre | Non
     if rows < LEAST_ROWS or not LEAST_WIDTH <= width <= PIECE:
         return None
     sample = _sampled(ref, _sample_ids(rows, width, hints))
-    norms = np.linalg.norm(sample, axis=1)
-    ordinary = np.isfinite(norms) & (norms > 0.05 * np.median(norms[np.isfinite(norms)]))
-    sample = sample[ordinary]
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(sample, axis=1)
+    usable = norms < 1e15  # finite, and so are their squares
+    if usable.sum() < LEAST_ROWS // 2:
+        return None
+    sample = sample[usable & (norms > 0.05 * np.median(norms[usable]))]
     if len(sample) < LEAST_ROWS // 2:
         return None
     return _cluster(sample)
@@ -229,7 +233,9 @@ def _facts(
     distances = np.full(len(rows), np.inf, np.float32)
     if centre is not None:
         distances = np.nan_to_num(centre.distances(rows), nan=np.inf)
-    return np.linalg.norm(rows, axis=1), hashes_of(stored.reshape(-1, width)), distances
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(rows, axis=1)
+    return norms, hashes_of(stored.reshape(-1, width)), distances
 
 
 def hashes_of(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:

@@ -175,3 +175,11 @@ def test_bytes_that_utf8_never_has_are_the_untold_tokens_of_a_released_table() -
     never = {byte + 3 for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
     assert ascii_bytes | never <= set(found)
     assert set(found) <= set(range(3, 259))
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e30, 1e-30])
+def test_values_at_the_ends_of_float32_are_no_error(scale: float, tmp_path: Path) -> None:
+    values = (untold(tokens(3000, 64), np.arange(100), 0.99) * scale).astype(np.float32)
+    values[3, 4] = np.float32(3e38)
+
+    assert set(together(stored(tmp_path, values))) <= set(range(100))
