@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gradscope.errors import InputKind
@@ -30,6 +30,11 @@ class Checksum:
     crc: int
 
 
+#: What a tensor belongs to: the model, or what training keeps beside it (the state of an optimizer,
+#: the weights in full precision that it updates, averages of the weights, loose ends).
+Part = Literal["model", "optimizer", "master", "average", "other"]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """The address of one tensor, built from headers alone; picklable, hashable, holds no handle.
@@ -50,6 +55,7 @@ class TensorRef:
     unpacked: str | None = None
     #: Of the archive's member that holds the bytes, where it recorded one; see ``verified``.
     checksum: Checksum | None = None
+    part: Part = "model"
 
     @property
     def source(self) -> str:
@@ -126,3 +132,11 @@ class Checkpoint:
     metadata: Mapping[str, object] = field(default_factory=dict)
     #: path -> (size, mtime_ns, inode) when the headers were read, to notice a file that changes.
     stamps: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    #: Classes of programs that its pickle names, which were not built.
+    classes: tuple[str, ...] = ()
+    #: The class of the pickled module that the tensors are of, where a whole module was saved.
+    module: str | None = None
+
+    def model(self) -> Checkpoint:
+        """The same without what training keeps beside the model."""
+        return replace(self, tensors=tuple(ref for ref in self.tensors if ref.part == "model"))
