@@ -10,7 +10,7 @@ from gradscope.report.severity import Severity
 from gradscope.statistics.dtypes import is_narrow
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
-from gradscope.weights.roles import AUXILIARY, Role, split
+from gradscope.weights.roles import AUXILIARY, TRAINING, Role, split
 from gradscope.weights.rules.tensors import with_numerics
 
 
@@ -39,6 +39,8 @@ def dtype_headroom(
                     {"saturated_fraction": share, "affected_fraction": share},
                     saturated,
                 )
+            continue
+        if tensor.role in TRAINING:
             continue
         if numerics.headroom_bits is not None and numerics.headroom_bits < headroom_bits:
             yield Observation(
@@ -69,7 +71,10 @@ def redundant_precision(examined: Examined, *, least: int = 256) -> Iterator[Obs
         found = [
             t
             for t, s, n in with_numerics(examined)
-            if n.payload == payload and t.numel >= least and s.min != s.max
+            if n.payload == payload
+            and t.numel >= least
+            and s.min != s.max
+            and t.role not in TRAINING
         ]
         if found:
             saved = sum(t.numel for t in found) * 2
