@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 from gradscope.checkpoints.safetensors import FETCH_AGAIN
 from gradscope.containers.beginning import Beginning, is_plain_text
+from gradscope.containers.zip_bounds import bytes_before
 from gradscope.errors import InputError, InputKind
 from gradscope.formats import CHECKPOINT, supported
-from gradscope.text import listed, quoted, size
+from gradscope.text import listed, plural, quoted, size
 
 _CONVERT = "load it where it was made and save the weights with safetensors"
 _TABLE_MAGIC = bytes.fromhex("57fb808b247547db")
-_DCP_REMEDY = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch {} out.pt"
 
 #: Raises where a file is something that cannot be read.
 _Recogniser = Callable[[Beginning], None]
@@ -36,6 +36,20 @@ def refuse_empty(file: Beginning) -> None:
             f"fill it; {FETCH_AGAIN}"
         )
         raise InputError(file.path, "truncated", message)
+
+
+def refuse_part(file: Beginning) -> None:
+    """Raise InputError for one file of a distributed checkpoint: parts of tensors without names."""
+    if not file.path.endswith(".distcp"):
+        return
+    folder = os.path.dirname(file.path) or "."
+    whole = os.path.exists(os.path.join(folder, ".metadata"))
+    raise _unsupported(
+        file,
+        "one file of a distributed checkpoint (torch.distributed.checkpoint), which holds parts of "
+        "tensors without their names",
+        f"give its folder, {folder}" if whole else "give its folder, which must have .metadata",
+    )
 
 
 def refusal(file: Beginning) -> InputError:
@@ -70,6 +84,18 @@ def _empty_zip(file: Beginning) -> None:
 def _zip(file: Beginning) -> None:
     if file.members is not None:
         raise _unsupported(file, *_foreign_zip(file, file.members))
+
+
+def _zip_behind(file: Beginning) -> None:
+    """An archive is found from its end, so that some programs open a file that begins otherwise."""
+    with open(file.path, "rb") as stream:
+        before = bytes_before(stream, file.path, file.size)
+    if before:
+        message = (
+            f"{plural(before, 'byte')} that belong to no archive stand before a zip archive: "
+            f"`tail -c +{before + 1}` gives the archive alone"
+        )
+        raise InputError(file.path, "malformed", message)
 
 
 def _foreign_zip(file: Beginning, names: list[str]) -> tuple[str, str]:
@@ -290,6 +316,7 @@ _RECOGNISERS: tuple[_Recogniser, ...] = (
     _zip,
     _magic,
     _hdf5,
+    _zip_behind,
     _lfs,
     _markup,
     _json,
@@ -309,9 +336,9 @@ _RECOGNISERS: tuple[_Recogniser, ...] = (
 def refuse_folder(path: str, names: list[str]) -> None:
     """Raise InputError for a folder that another framework wrote."""
     kind: InputKind = "unsupported"
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        remedy = f"convert it: `{_DCP_REMEDY.format(path)}`"
-        raise InputError(path, kind, f"a torch.distributed.checkpoint (DCP) folder; {remedy}")
+    if any(name.endswith(".distcp") for name in names):
+        what = "a folder of torch.distributed.checkpoint without its .metadata"
+        raise InputError(path, kind, f"{what}, which names the tensors; copy it there, too")
     if "saved_model.pb" in names:
         what = "a TensorFlow SavedModel folder"
         raise InputError(path, kind, f"{what}; TensorFlow is not read: {_CONVERT}")

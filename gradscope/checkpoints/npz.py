@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, BinaryIO
 
 from gradscope.checkpoints.integrity import DAMAGED, checksum_of
+from gradscope.checkpoints.leftover import leftover
 from gradscope.checkpoints.tensors import Checkpoint, Checksum, Failure, Skipped, TensorRef
 from gradscope.containers import npy
 from gradscope.containers.files import read_at, stamp, unreadable
@@ -22,8 +23,9 @@ from gradscope.containers.zip import (
     Member,
     read_archive,
 )
+from gradscope.containers.zip_bounds import first_end
 from gradscope.errors import InputError
-from gradscope.text import plural, quoted, size
+from gradscope.text import quoted, size
 
 if TYPE_CHECKING:
     from gradscope.errors import InputKind
@@ -34,18 +36,23 @@ _DTYPES = {
     ("i", 1): "I8", ("i", 2): "I16", ("i", 4): "I32", ("i", 8): "I64",
     ("f", 2): "F16", ("f", 4): "F32", ("f", 8): "F64",
     ("c", 8): "C64", ("c", 16): "C128",
+    # ml_dtypes' bfloat16, which NumPy does not know and saves as two raw bytes.
+    ("V", 2): "BF16",
 }  # fmt: skip
 _UNSUPPORTED = {
     "f": "extended-precision floats, whose layout depends on the machine",
     "c": "extended-precision complex numbers, whose layout depends on the machine",
+    "V": "records or raw bytes (NumPy saves float8 so, losing which): save it as float32",
+}
+#: Arrays that can be no weights, whoever saved them beside some.
+_NO_NUMBERS = {
     "M": "dates",
     "m": "time differences",
     "S": "byte strings",
     "U": "strings",
     "T": "strings",
-    "V": "structured or raw bytes (NumPy saves bfloat16 and float8 so, losing their type)",
 }
-
+_AS_BFLOAT16 = "arrays of raw 2-byte elements are read as bfloat16, which NumPy saves so"
 
 _PICKLED = (
     "holds pickled Python objects, which only executing them could build; gradscope never does. "
@@ -101,9 +108,10 @@ class _Arrays:
         """Record an array whose .npy file starts at ``start``, or why it is not analysed."""
         dtype = _dtype(header)
         if dtype is None:
-            reason = _UNSUPPORTED.get(header.dtype.kind, "not numbers")
-            self.skipped.append(Skipped(name, f"dtype {header.dtype.str}: {reason}"))
+            self.skipped.append(_left_out(name, header))
             return
+        if header.dtype.kind == "V" and _AS_BFLOAT16 not in self.notes:
+            self.notes.append(_AS_BFLOAT16)
         self.tensors.append(
             TensorRef(
                 name=name,
@@ -119,18 +127,30 @@ class _Arrays:
         )
 
 
+def _left_out(name: str, header: npy.Header) -> Skipped:
+    kind, shown = header.dtype.kind, f"dtype {header.dtype.str}"
+    if kind in _NO_NUMBERS:
+        return Skipped(name, f"{shown}: {_NO_NUMBERS[kind]}, no numbers", deliberate=True)
+    return Skipped(name, f"{shown}: {_UNSUPPORTED.get(kind, 'not numbers')}")
+
+
 def _dtype(header: npy.Header) -> str | None:
+    if header.dtype.names is not None or header.dtype.subdtype is not None:
+        return None
     return _DTYPES.get((header.dtype.kind, header.dtype.itemsize))
 
 
 def _read(file: BinaryIO, found: _Arrays, nbytes: int) -> None:
     start = file.read(npy.HEADER_ROOM)
     if start.startswith(b"PK"):
-        archive = read_archive(file, found.path, 0, nbytes)
+        end = first_end(file, found.path, nbytes)
+        archive = read_archive(file, found.path, 0, end)
         for member in archive.members.values():
             _read_member(file, found, archive, member)
+        found.failures.extend(leftover(file, end, nbytes, "the zip archive"))
     elif start.startswith(npy.MAGIC):
-        _read_bare(start, found, nbytes)
+        end = _read_bare(start, found, nbytes)
+        found.failures.extend(leftover(file, end, nbytes, "the array"))
     else:
         raise _not_numpy(found.path, start)
 
@@ -141,7 +161,8 @@ def _not_numpy(path: str, start: bytes) -> InputError:
     return InputError(path, "malformed", "is neither a zip archive of arrays nor an .npy file")
 
 
-def _read_bare(start: bytes, found: _Arrays, nbytes: int) -> None:
+def _read_bare(start: bytes, found: _Arrays, nbytes: int) -> int:
+    """Record the array of an .npy file; returns where it ends."""
     found.format = "npy"
     header = _header(start, found.path, "the array", in_archive=False)
     if header.size > nbytes:
@@ -151,9 +172,8 @@ def _read_bare(start: bytes, found: _Arrays, nbytes: int) -> None:
             f"has {nbytes:,} bytes of the {header.size:,} that its header declares. Copy or "
             "download it again",
         )
-    if header.size < nbytes:
-        found.notes.append(f"{plural(nbytes - header.size, 'byte')} after the array were not read")
     found.add("array", header, None, 0)
+    return header.size
 
 
 def _read_member(file: BinaryIO, found: _Arrays, archive: Archive, member: Member) -> None:

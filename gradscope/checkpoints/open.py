@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from gradscope.checkpoints.dcp import read_dcp
 from gradscope.checkpoints.documents import with_documents
 from gradscope.checkpoints.sharded import read_folder
-from gradscope.checkpoints.sniff import FOLDER, sniff
+from gradscope.checkpoints.sniff import DCP, FOLDER, sniff
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.errors import InputError, UsageError
 from gradscope.formats import Format, find
@@ -28,6 +29,8 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
         return _third_party(path, error)
     if found == FOLDER:
         return read_folder(path, lambda file: _read_one(file, key))
+    if found == DCP:
+        return with_documents(read_dcp(path, key), path)
     row = find(found)
     if row.kind == "set":
         return _read_set(row, path, key)
@@ -37,7 +40,7 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
 def _read_one(path: str, key: str | None) -> Checkpoint:
     """One file that holds tensors itself: what a shard must be."""
     found = sniff(path)
-    if found == FOLDER or find(found).kind == "set":
+    if found in (FOLDER, DCP) or find(found).kind == "set":
         raise InputError(path, "unsupported", f"a shard must hold tensors; this is a {found}")
     return _read_file(find(found), path, key)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from gradscope.checkpoints.safetensors import HEADER_CAP
-from gradscope.checkpoints.torch_legacy import is_legacy
+from gradscope.checkpoints.torch_magic import is_legacy
 from gradscope.containers import npy
 from gradscope.containers.beginning import Beginning
 

@@ -89,6 +89,7 @@ def _join(path: str, shards: Sequence[Shard], index: Index | None) -> Checkpoint
         failures=(*shard_failures(shards), *(() if index else _numbering_failures(numbering))),
         notes=tuple(_shard_notes(shards)),
         metadata=_metadata(whole, index),
+        classes=tuple(dict.fromkeys(name for part in whole for name in part.classes)),
         stamps={key: at for part in (index, *whole) if part for key, at in part.stamps.items()},
     )
     return with_notes(checkpoint, _size_note(checkpoint, index))

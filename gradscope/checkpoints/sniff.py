@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 
+from gradscope.checkpoints.dcp import is_dcp
 from gradscope.checkpoints.folder import holds_checkpoints, names_in
-from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder
+from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder, refuse_part
 from gradscope.containers.beginning import Beginning
 from gradscope.formats import CHECKPOINT, recognised
 
 #: What ``sniff`` says of a folder; every other name is one of the table of formats.
 FOLDER = "folder"
+#: And of a folder of torch.distributed.checkpoint.
+DCP = "dcp"
 
 
 def sniff(path: str) -> str:
-    """The format of a checkpoint: a name of the table of formats, or ``folder``.
+    """The format of a checkpoint: a name of the table of formats, ``folder`` or ``dcp``.
 
     Raises InputError for everything else: kind ``unsupported`` for another format, ``truncated``
     for a file that has no content (yet).
@@ -23,6 +26,7 @@ def sniff(path: str) -> str:
         return _sniff_folder(path)
     file = Beginning(path)
     refuse_empty(file)
+    refuse_part(file)
     row = recognised(file, *CHECKPOINT)
     if row is None:
         raise refusal(file)
@@ -31,6 +35,8 @@ def sniff(path: str) -> str:
 
 def _sniff_folder(path: str) -> str:
     names = names_in(path, folders=True)
+    if is_dcp(names):
+        return DCP
     if not holds_checkpoints(names):
         refuse_folder(path, names)
     return FOLDER

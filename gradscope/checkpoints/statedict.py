@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gradscope.checkpoints.tensors import Skipped
+from gradscope.checkpoints.tensors import Part, Skipped
 from gradscope.checkpoints.torch_pickle import TensorRecord
+from gradscope.checkpoints.training import (
+    is_average,
+    is_optimizer_state,
+    is_random_state,
+    part_beside_model,
+    part_in_optimizer,
+)
+from gradscope.checkpoints.tree import (
+    Budget,
+    NamedTensors,
+    collect_tensors,
+    entries,
+    is_module,
+    is_tensor,
+    joined,
+    seen,
+    text,
+)
 from gradscope.containers.pickle_machine import Instance
 from gradscope.errors import UsageError
 from gradscope.text import escaped, listed, plural, quoted
@@ -15,9 +34,8 @@ from gradscope.text import escaped, listed, plural, quoted
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
 #: Where training scripts put the model at the top level, most telling first.
 KNOWN_NAMES = (
-    *WRAPPERS, "params", "params_ema",
-    "ema", "ema_state_dict", "model_ema", "state_dict_ema", "net", "network", "generator", "g_ema",
-    "weights", "model_weights",
+    *WRAPPERS, "params", "net", "network", "generator", "weights", "model_weights",
+    "params_ema", "ema", "ema_state_dict", "model_ema", "state_dict_ema", "g_ema",
 )  # fmt: skip
 SHARED_PREFIXES = ("module.", "_orig_mod.")
 _MAX_DEPTH = 64
@@ -25,10 +43,16 @@ _MAX_SCALARS = 100
 _MAX_LISTED = 12
 _MAX_DESCENT = 4
 
-NamedTensors = list[tuple[str, TensorRecord]]
-
 #: The key of everything there is, by its whole name, rather than one state dict.
 WHOLE = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Tensors beside the model, under their whole names, and what they are."""
+
+    part: Part
+    tensors: NamedTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +60,12 @@ class StateDict:
     """The tensors taken from a pickled value, and an account of what was left."""
 
     tensors: NamedTensors
+    asides: tuple[Aside, ...] = ()
     notes: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     scalars: Mapping[str, object] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Budget:
-    """Bounds a walk: sharing lets a short pickle describe a structure of astronomical size."""
-
-    left: int
-
-    def spend(self, steps: int) -> None:
-        """Raise ValueError once the walk is longer than any honest structure needs."""
-        self.left -= steps
-        if self.left < 0:
-            raise ValueError("its containers are shared so often that listing them would not end")
+    #: The class of the pickled module that was found, rather than a state dict.
+    module: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +74,38 @@ class _Branch:
 
     name: str
     node: object
-    count: int
+    tensors: NamedTensors
     is_optimizer: bool
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether it is a tensor itself."""
+        return is_tensor(self.node)
+
+    @property
+    def is_average(self) -> bool:
+        """Whether its name is that of averaged weights."""
+        return is_average(self.name)
+
+    @property
+    def is_beside_model(self) -> bool:
+        """Whether it cannot be a second model: averages, single numbers, loose tensors."""
+        return self.is_loose or all(
+            math.prod(record.shape) <= 1 or any(map(is_average, joined(self.name, name).split(".")))
+            for name, record in self.tensors
+        )
+
+    @property
+    def keeps_training(self) -> bool:
+        """Whether no model, whatever its layers are called, has it."""
+        return self.is_optimizer or all(
+            is_random_state(joined(self.name, name), record) for name, record in self.tensors
+        )
+
+    def counted(self, above: tuple[str, ...]) -> str:
+        """Its whole name, with the number of its tensors."""
+        name = escaped(".".join((*above, self.name)))
+        return f"{name} ({plural(len(self.tensors), 'tensor')})"
 
 
 @dataclass(slots=True)
@@ -69,7 +113,10 @@ class _Walk:
     """What is gathered on the way down to the state dict."""
 
     budget: Budget
+    taken: str = ""
+    module: str | None = None
     notes: list[str] = field(default_factory=list)
+    asides: list[Aside] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     scalars: dict[str, object] = field(default_factory=dict)
 
@@ -77,8 +124,9 @@ class _Walk:
 def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> StateDict:
     """The tensors at ``key``, or of the state dict that ``root`` is or most plausibly holds.
 
-    Raises UsageError naming the entries there are when ``key`` is none of them, and ValueError
-    when the value is nested or shared beyond reason.
+    What training keeps beside the model is ``asides``. Raises UsageError naming the entries there
+    are when ``key`` is none of them, and ValueError when the value is nested or shared beyond
+    reason.
     """
     walk = _Walk(budget)
     if isinstance(root, TensorRecord) and key is None:
@@ -87,142 +135,168 @@ def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> 
         return StateDict(collect_tensors(root, budget))
     node = root if key is None else _entry_at(root, key, path, budget)
     walk.scalars.update(_scalars(root))
-    if isinstance(node, TensorRecord):
-        tensors = [(key or "tensor", node)]
-    elif key is None:
-        tensors = _descend(node, (), walk)
-    else:
-        tensors = collect_tensors(node, budget)
-        walk.notes.append(f"read {escaped(key)} ({plural(len(tensors), 'tensor')}), as --key asks")
+    tensors = _found(node, walk) if key is None else _asked_for(node, key, walk)
     stripped = _without_shared_prefix(tensors, walk)
-    return StateDict(stripped, tuple(walk.notes), tuple(walk.skipped), walk.scalars)
+    return StateDict(
+        tensors=stripped,
+        asides=tuple(walk.asides),
+        notes=tuple(walk.notes),
+        skipped=tuple(walk.skipped),
+        scalars=walk.scalars,
+        module=walk.module,
+    )
 
 
-def collect_tensors(root: object, budget: Budget) -> NamedTensors:
-    """Every tensor below a container, in order, with dotted names; cycles end where they close."""
-    return list(_tensors_below("", root, budget, ()))
-
-
-def _tensors_below(
-    name: str, node: object, budget: Budget, above: tuple[int, ...]
-) -> Iterator[tuple[str, TensorRecord]]:
-    budget.spend(1 + len(name) // 64)
-    node = _unwrapped(node)
+def _asked_for(node: object, key: str, walk: _Walk) -> NamedTensors:
+    node = seen(node)
     if isinstance(node, TensorRecord):
-        yield name, node
-        return
-    if len(above) > _MAX_DEPTH:
-        raise ValueError(f"its containers are nested more than {_MAX_DEPTH} deep")
-    if id(node) in above:
-        return
-    for key, child in _entries(node):
-        yield from _tensors_below(_joined(name, key), child, budget, (*above, id(node)))
+        return [(key or "tensor", node)]
+    walk.module = _module_class(node)
+    tensors = collect_tensors(node, walk.budget)
+    shown = escaped(key)
+    if is_optimizer_state(key.rpartition(".")[2], node, tensors):
+        _set_aside_parts("", tensors, part_in_optimizer, walk)
+        walk.notes.append(
+            f"read {shown} ({plural(len(tensors), 'tensor')}), as --key asks: the state of an "
+            "optimizer, no model"
+        )
+        return []
+    walk.notes.append(f"read {shown} ({plural(len(tensors), 'tensor')}), as --key asks")
+    return tensors
 
 
-def _unwrapped(node: object) -> object:
-    """A Parameter as torch before 0.4 saved it: an object whose state starts with its tensor."""
-    if isinstance(node, Instance) and node.name == "torch.nn.parameter.Parameter":
-        parts = node.state if isinstance(node.state, tuple) else node.args
-        return parts[0] if parts else node
-    return node
+def _found(root: object, walk: _Walk) -> NamedTensors:
+    whole = collect_tensors(root, walk.budget)
+    if is_optimizer_state("", root, whole):
+        _set_aside_parts("", whole, part_in_optimizer, walk)
+        walk.notes.append(f"the state of an optimizer ({plural(len(whole), 'tensor')}), no model")
+        return []
+    if is_module(root):
+        walk.notes.append(_pickled(root))
+    tensors = _descend(root, (), walk)
+    beside = sum(len(aside.tensors) for aside in walk.asides)
+    if not tensors and beside:
+        walk.notes.append(f"no model in it, only training state ({plural(beside, 'tensor')})")
+    return tensors
+
+
+def _set_aside_parts(
+    name: str, tensors: NamedTensors, part_of: Callable[[str], Part], walk: _Walk
+) -> None:
+    """The tensors of an entry by what they are."""
+    parts: dict[Part, NamedTensors] = {}
+    for inner, record in tensors:
+        whole = joined(name, inner)
+        parts.setdefault(part_of(whole), []).append((whole, record))
+    walk.asides.extend(Aside(part, found) for part, found in parts.items())
+
+
+# --- the way down ---------------------------------------------------------------------------------
 
 
 def _descend(node: object, at: tuple[str, ...], walk: _Walk) -> NamedTensors:
     """Go down to the state dict, accounting for what is left at each level."""
+    walk.module = _module_class(node) or walk.module
     branches = _branches(node, walk.budget)
     taken = _most_plausible(node, branches, is_root=not at)
     if taken is None or len(at) >= _MAX_DESCENT:
-        return _all_but_optimizers(node, at, branches, walk)
-    path = (*at, taken.name)
+        return _all_but_training(node, at, branches, walk)
     others = [branch for branch in branches if branch is not taken]
-    _account_for(others, at, walk)
     walk.scalars.update(_scalars(taken.node))
-    tensors = _descend(taken.node, path, walk)
-    if not any(note.startswith("took ") for note in walk.notes):
-        walk.notes.insert(0, _taken_note(path, len(tensors), others, at))
+    tensors = _descend(taken.node, (*at, taken.name), walk)
+    if not walk.taken:  # by the call for a deeper level
+        walk.taken = taken.name
+        walk.notes.insert(0, _taken_note((*at, taken.name), taken.node, len(tensors)))
+    walk.notes.extend(_account_for(others, at, walk))
     return tensors
 
 
 def _branches(node: object, budget: Budget) -> list[_Branch]:
     branches = []
-    for key, child in _entries(node):
+    for key, child in entries(node):
         budget.spend(1)
-        count = len(collect_tensors(child, budget))
-        if count:
-            name = _joined("", key)
-            branches.append(_Branch(name, child, count, _is_optimizer(name, child)))
+        tensors = collect_tensors(child, budget)
+        if tensors:
+            name = joined("", key)
+            optimizer = not is_tensor(child) and is_optimizer_state(name, child, tensors)
+            branches.append(_Branch(name, child, tensors, optimizer))
     return branches
 
 
 def _most_plausible(node: object, branches: list[_Branch], is_root: bool) -> _Branch | None:
     """The branch to go down, or None when ``node`` is the state dict itself."""
-    nested = [b for b in branches if not isinstance(b.node, TensorRecord) and not b.is_optimizer]
-    direct = sum(isinstance(b.node, TensorRecord) for b in branches)
+    if is_module(node):
+        return None
+    nested = [b for b in branches if not b.is_loose and not b.is_optimizer]
+    direct = sum(b.is_loose for b in branches)
     names = KNOWN_NAMES if is_root else WRAPPERS
     known = [b for name in names for b in nested if b.name == name]
-    if known and direct <= sum(b.count for b in nested):
+    if known and direct <= sum(len(b.tensors) for b in nested):
         return known[0]
     if not nested or direct or not is_root or not isinstance(node, (dict, list, tuple)):
         return None
-    return max(nested, key=lambda branch: branch.count)
+    return max(nested, key=lambda branch: (not branch.is_average, len(branch.tensors)))
 
 
-def _all_but_optimizers(
+def _all_but_training(
     node: object, at: tuple[str, ...], branches: list[_Branch], walk: _Walk
 ) -> NamedTensors:
-    left = [branch for branch in branches if branch.is_optimizer]
-    if len(left) == len(branches) or isinstance(node, Instance):
-        left = [branch for branch in left if isinstance(node, dict)]
-    _account_for(left, at, walk)
-    names = {branch.name for branch in left}
-    return [
-        (_joined(branch.name, name), record)
-        for branch in branches
-        if branch.name not in names
-        for name, record in collect_tensors(branch.node, walk.budget)
-    ]
+    """Everything here is the model, apart from optimizers and random states."""
+    apart = [b for b in branches if b.keeps_training] if isinstance(node, dict) else []
+    walk.notes.extend(_account_for(apart, at, walk))
+    if isinstance(node, dict) and apart:
+        names = {branch.name for branch in apart}
+        node = {key: child for key, child in node.items() if joined("", key) not in names}
+    return collect_tensors(node, walk.budget)
 
 
-def _account_for(branches: list[_Branch], at: tuple[str, ...], walk: _Walk) -> None:
-    loose = [b for b in branches if isinstance(b.node, TensorRecord)]
-    for branch in branches:
-        if not isinstance(branch.node, TensorRecord):
-            walk.skipped.append(_skipped_branch(branch, ".".join((*at, branch.name))))
-    if loose:
-        names = listed((escaped(b.name) for b in loose), len(loose), _MAX_LISTED)
-        reason = f"{plural(len(loose), 'tensor')} beside the state dict ({names})"
-        walk.skipped.append(Skipped(".".join(at) or "(top level)", reason))
+# --- what is left ---------------------------------------------------------------------------------
 
 
-def _skipped_branch(branch: _Branch, path: str) -> Skipped:
-    shown = escaped(path)
-    what = "optimizer state" if branch.is_optimizer else "another entry"
-    count = plural(branch.count, "tensor")
-    reason = f"{what} ({count}): not part of the model; --key {shown} reads it"
+def _account_for(branches: list[_Branch], at: tuple[str, ...], walk: _Walk) -> Iterator[str]:
+    """Set aside what training keeps beside a model and name the rest; notes about both."""
+    apart = [b for b in branches if b.keeps_training or b.is_beside_model]
+    left = [b for b in branches if b not in apart]
+    for branch in apart:
+        _set_aside(branch, at, walk)
+    walk.skipped.extend(_skipped_branch(branch, at) for branch in left)
+    for said, found, hint in (
+        ("judged apart from the model", apart, ""),
+        ("also there", left, " (--key NAME reads another)"),
+    ):
+        if found:
+            yield f"{said}: {listed((b.counted(at) for b in found), len(found), _MAX_LISTED)}{hint}"
+
+
+def _set_aside(branch: _Branch, at: tuple[str, ...], walk: _Walk) -> None:
+    name = ".".join((*at, branch.name))
+    if branch.is_optimizer:
+        _set_aside_parts(name, branch.tensors, part_in_optimizer, walk)
+    else:
+        _set_aside_parts(name, branch.tensors, part_beside_model, walk)
+
+
+def _skipped_branch(branch: _Branch, at: tuple[str, ...]) -> Skipped:
+    shown = escaped(".".join((*at, branch.name)))
+    count = plural(len(branch.tensors), "tensor")
+    reason = f"another entry ({count}): not part of the model; --key {shown} reads it"
     return Skipped(shown, reason, deliberate=True)
 
 
-def _taken_note(
-    path: tuple[str, ...], count: int, others: list[_Branch], at: tuple[str, ...]
-) -> str:
-    taken = f"took {escaped('.'.join(path))} ({plural(count, 'tensor')}) as the model's state dict"
-    nested = [b for b in others if not isinstance(b.node, TensorRecord)]
-    if not nested:
-        return taken
-    there = (f"{escaped('.'.join((*at, b.name)))} ({plural(b.count, 'tensor')})" for b in nested)
-    shown = listed(there, len(nested), _MAX_LISTED)
-    return f"{taken}; also there: {shown} (--key NAME reads another)"
+def _taken_note(path: tuple[str, ...], node: object, count: int) -> str:
+    what = f"the model, {_pickled(node)}" if is_module(node) else "the model's state dict"
+    return f"took {escaped('.'.join(path))} ({plural(count, 'tensor')}) as {what}"
 
 
-def _is_optimizer(name: str, node: object) -> bool:
-    """torch's optimizers save ``state`` and ``param_groups``; Lightning keeps a list of those."""
-    if isinstance(node, dict):
-        return {"state", "param_groups"} <= node.keys() or name.lower().startswith("optim")
-    if isinstance(node, (list, tuple)):
-        return bool(node) and all(
-            isinstance(item, dict) and {"state", "param_groups"} <= item.keys() for item in node
-        )
-    return False
+def _module_class(node: object) -> str | None:
+    return escaped(node.name, 120) if isinstance(node, Instance) and is_module(node) else None
+
+
+def _pickled(node: object) -> str:
+    return f"a pickled module ({_module_class(node)}), of which parameters and buffers were read"
+
+
+# --- by key ---------------------------------------------------------------------------------------
 
 
 def _entry_at(root: object, key: str, path: str, budget: Budget) -> object:
@@ -230,8 +304,7 @@ def _entry_at(root: object, key: str, path: str, budget: Budget) -> object:
     for node in _matches(root, key.split(".")):
         return node
     branches = _branches(root, budget)
-    entries = (f"{escaped(b.name)} ({plural(b.count, 'tensor')})" for b in branches)
-    shown = listed(entries, len(branches), _MAX_LISTED)
+    shown = listed((b.counted(()) for b in branches), len(branches), _MAX_LISTED)
     there = f"it holds {shown}" if branches else "it holds no tensors"
     raise UsageError(f"--key {escaped(key)}: no such entry in {path}; {there}")
 
@@ -240,45 +313,14 @@ def _matches(node: object, parts: list[str]) -> Iterator[object]:
     if not parts:
         yield node
         return
-    children = {_joined("", name): child for name, child in _entries(node)}
+    children = {joined("", name): child for name, child in entries(node)}
     for length in range(min(len(parts), _MAX_DEPTH), 0, -1):
         name = ".".join(parts[:length])
         if name in children:
             yield from _matches(children[name], parts[length:])
 
 
-def _entries(node: object) -> Iterator[tuple[object, object]]:
-    """The children of a container: dicts, lists, tuples, and objects by their attributes."""
-    if isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, (list, tuple)):
-        yield from enumerate(node)
-    elif isinstance(node, Instance):
-        yield from _attributes(node)
-
-
-def _attributes(node: Instance) -> Iterator[tuple[object, object]]:
-    if isinstance(node.state, dict):
-        yield from node.state.items()
-    elif isinstance(node.state, (list, tuple)):
-        yield from enumerate(node.state)
-    for index, argument in enumerate(node.args):
-        if isinstance(argument, TensorRecord):
-            yield index, argument
-
-
-def _joined(name: str, key: object) -> str:
-    part = _text(key)
-    return f"{name}.{part}" if name and part else name or part
-
-
-def _text(key: object) -> str:
-    if isinstance(key, bytes):
-        key = key.decode("latin1")
-    if isinstance(key, Instance):
-        return "?"
-    # Surrogates cannot be written to a report.
-    return str(key).encode("utf-8", "backslashreplace").decode()
+# --- scalars and prefixes -------------------------------------------------------------------------
 
 
 def _scalars(node: object) -> dict[str, object]:
@@ -286,7 +328,7 @@ def _scalars(node: object) -> dict[str, object]:
     if not isinstance(node, dict):
         return {}
     numbers = (
-        (_text(key), value)
+        (text(key), value)
         for key, value in node.items()
         if isinstance(key, str) and type(value) in (int, float) and abs(value) < 1 << 63
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gradscope.errors import InputKind
@@ -46,6 +46,11 @@ class Decoding(Protocol):
         ...
 
 
+#: What a tensor belongs to: the model, or what training keeps beside it (the state of an optimizer,
+#: the weights in full precision that it updates, averages of the weights, loose ends).
+Part = Literal["model", "optimizer", "master", "average", "other"]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """The address of one tensor, built from headers alone; picklable, hashable, holds no handle.
@@ -68,6 +73,7 @@ class TensorRef:
     checksum: Checksum | None = None
     #: Where the elements are not stored but computed: quantised weights.
     decoding: Decoding | None = None
+    part: Part = "model"
 
     @property
     def source(self) -> str:
@@ -148,3 +154,11 @@ class Checkpoint:
     metadata: Mapping[str, object] = field(default_factory=dict)
     #: path -> (size, mtime_ns, inode) when the headers were read, to notice a file that changes.
     stamps: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    #: Classes of programs that its pickle names, which were not built.
+    classes: tuple[str, ...] = ()
+    #: The class of the pickled module that the tensors are of, where a whole module was saved.
+    module: str | None = None
+
+    def model(self) -> Checkpoint:
+        """The same without what training keeps beside the model."""
+        return replace(self, tensors=tuple(ref for ref in self.tensors if ref.part == "model"))

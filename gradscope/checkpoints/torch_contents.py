@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import filterfalse
 from typing import BinaryIO, Protocol
 
-from gradscope.checkpoints.statedict import NamedTensors, StateDict
+from gradscope.checkpoints.statedict import StateDict
 from gradscope.checkpoints.tensors import (
     DTYPE_BITS,
     Checksum,
     Failure,
+    Part,
     Problem,
     Skipped,
     TensorRef,
 )
+from gradscope.checkpoints.torch_names import is_plain
 from gradscope.checkpoints.torch_pickle import StorageRecord, TensorRecord
+from gradscope.checkpoints.tree import NamedTensors
 from gradscope.containers.files import Stamp, read_at
 from gradscope.errors import InputError
-from gradscope.text import escaped, quoted
+from gradscope.text import escaped, listed, quoted
 
 #: An expanded view repeats its elements; beyond this many, analysing them all is pointless.
 _MAX_REPEATED = 1 << 24
@@ -89,6 +93,8 @@ class Contents:
     failures: list[Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metadata: dict[str, object] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    module: str | None = None
 
     def add(self, item: TensorRef | Skipped) -> None:
         """Record one tensor, or why it is not analysed."""
@@ -102,21 +108,34 @@ class Contents:
         self.notes.extend(found.notes)
         self.skipped.extend(found.skipped)
         self.metadata.update(found.scalars)
+        self.module = found.module
         self.add_tensors(found.tensors, storages)
+        self.notes.extend(_sparse_note(found.tensors))
+        for aside in found.asides:
+            self.add_tensors(aside.tensors, storages, part=aside.part)
 
-    def add_tensors(self, tensors: NamedTensors, storages: Storages, prefix: str = "") -> None:
+    def add_tensors(
+        self, tensors: NamedTensors, storages: Storages, prefix: str = "", part: Part = "model"
+    ) -> None:
         """Record tensors, under names that are made unique."""
         taken = dict.fromkeys((ref.name for ref in self.tensors), 1)
         for inner, record in tensors:
-            name = self._unique(prefix + inner, taken)
-            self.add(_address(name, record, self.path, storages))
+            name = self._unique(prefix + inner, taken, part)
+            self.add(_of_part(part, address(name, record, self.path, storages)))
 
-    def _unique(self, name: str, taken: dict[str, int]) -> str:
+    def add_names(self, names: Iterable[str]) -> None:
+        """Record which classes of programs a pickle names; they were not built."""
+        self.classes = tuple(dict.fromkeys((*self.classes, *filterfalse(is_plain, names))))
+        if self.classes:
+            shown = listed((escaped(n, 120) for n in self.classes), len(self.classes), 3)
+            self.notes.append(f"the pickle also names objects, which were not built: {shown}")
+
+    def _unique(self, name: str, taken: dict[str, int], part: Part) -> str:
         """Nested names can collide with dotted ones: ``{"a.b": …, "a": {"b": …}}``."""
         if name not in taken:
             taken[name] = 1
             return name
-        if taken[name] == 1:
+        if taken[name] == 1 and part == "model":
             self.problems.append(_collision(name))
         free = name
         while free in taken:
@@ -126,12 +145,26 @@ class Contents:
         return free
 
 
+def _sparse_note(tensors: NamedTensors) -> Iterator[str]:
+    sparse = {name.rpartition(".")[0]: record.sparse for name, record in tensors if record.sparse}
+    if sparse:
+        shown = listed((f"{escaped(n)} ({layout})" for n, layout in sparse.items()), len(sparse))
+        yield f"of sparse tensors the stored values and their indices were read: {shown}"
+
+
+def _of_part(part: Part, item: TensorRef | Skipped) -> TensorRef | Skipped:
+    """An array or object that lies loose beside a model is nobody's tensor."""
+    if isinstance(item, TensorRef):
+        return item if part == "model" else replace(item, part=part)
+    return replace(item, deliberate=True) if part == "other" else item
+
+
 def _collision(name: str) -> Problem:
     message = f"several entries of the file lead to the tensor name {quoted(name)}"
     return Problem("duplicate-tensor-name", name, message, "save a flat state dict")
 
 
-def _address(name: str, record: TensorRecord, path: str, storages: Storages) -> TensorRef | Skipped:
+def address(name: str, record: TensorRecord, path: str, storages: Storages) -> TensorRef | Skipped:
     """Where a tensor's elements lie, or why it is not analysed."""
     if record.unreadable or record.storage is None:
         return Skipped(name, record.unreadable or "tensor without a storage")

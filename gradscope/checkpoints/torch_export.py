@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from gradscope.checkpoints.statedict import collect_tensors
 from gradscope.checkpoints.tensors import Failure, Skipped, TensorRef
 from gradscope.checkpoints.torch_contents import Contents, Source, Strided, placed
 from gradscope.checkpoints.torch_zip import TorchArchive, budget_for, region_of, roots_of
+from gradscope.checkpoints.tree import collect_tensors
 from gradscope.containers.strict_json import MalformedError, parse_once
 from gradscope.containers.zip import Archive, read_archive
 from gradscope.errors import InputError, UsageError

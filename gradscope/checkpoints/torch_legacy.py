@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gradscope.checkpoints.leftover import leftover
 from gradscope.checkpoints.statedict import choose_tensors
 from gradscope.checkpoints.tensors import DTYPE_BITS
 from gradscope.checkpoints.torch_contents import STORAGE_DTYPES, Contents, Region, Source
+from gradscope.checkpoints.torch_magic import MAGIC
 from gradscope.checkpoints.torch_pickle import StorageRecord, read_torch_pickle, storages_of
 from gradscope.checkpoints.torch_zip import budget_for
 from gradscope.containers.pickles import Unpickled
 from gradscope.errors import InputError
 from gradscope.text import quoted
 
-_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_START = b"\x8a\x0a" + _MAGIC.to_bytes(10, "little") + b"."
 _PROTOCOL = 1001
 _OTHER_ITEMSIZES: Mapping[str, int] = {
     "UntypedStorage": 1, "QInt8Storage": 1, "QUInt8Storage": 1, "QInt32Storage": 4,
     "QUInt4x2Storage": 1, "QUInt2x4Storage": 1,
 }  # fmt: skip
-
-
-def is_legacy(start: bytes) -> bool:
-    """Whether a file's first bytes are those of a legacy file: the pickle of a number."""
-    # Protocol 4 and up put a frame in front; 0 and 1 spell the number in decimal.
-    return LEGACY_START in start[:32] or start.startswith(b"L%dL" % _MAGIC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +47,7 @@ class _Concatenated:
 def read_legacy(source: Source, key: str | None) -> Contents:
     """The tensors of a legacy file. Raises InputError, UsageError, and ValueError."""
     source.file.seek(0)
-    if _next(source, "its magic number").value != _MAGIC:
+    if _next(source, "its magic number").value != MAGIC:
         raise ValueError("its magic number is wrong")
     if _next(source, "its protocol number").value != _PROTOCOL:
         raise ValueError("its protocol number is unknown")
@@ -62,9 +56,12 @@ def read_legacy(source: Source, key: str | None) -> Contents:
     keys = _next(source, "its list of storages")
     # Storages are always little-endian here: torch swaps bytes on other machines.
     storages = _Concatenated(_regions(source, keys, storages_of(pickled)))
+    end = max((r.offset + r.nbytes for r in storages.regions.values()), default=keys.end)
     found = Contents(source.path, "torch-legacy")
     chosen = choose_tensors(pickled.value, key, source.path, budget_for(pickled))
     found.add_state_dict(chosen, storages)
+    found.add_names(pickled.names)
+    found.failures.extend(leftover(source.file, end, source.size, "the last storage"))
     return found
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from gradscope.containers.pickle_machine import Arguments, Dialect, Global, Machine
-from gradscope.containers.pickles import (
-    PYTHON_CALLS,
-    PYTHON_INERT,
-    Unpickled,
-    read_pickle,
-    tuple_of,
-)
+from gradscope.checkpoints.torch_names import object_in_place, runs_programs
+from gradscope.containers.pickle_machine import Arguments, Dialect, Global, Instance, Machine
+from gradscope.containers.pickles import PYTHON_CALLS, Unpickled, read_pickle, tuple_of
+from gradscope.text import escaped
 
 MAX_DIMENSIONS = 64
 _INT64 = 1 << 63
-_ADVICE = (
-    "save just the state dict: torch.save(model.state_dict(), 'weights.pt') or "
-    "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+_PROGRAM = (
+    "names functions of the system or of the interpreter ({}), which torch.load would call: no "
+    "checkpoint needs them. Nothing of it was executed here; do not load it, and take the weights "
+    "from another source"
 )
 
 
@@ -46,23 +42,27 @@ class TensorRecord:
     strides: tuple[int, ...]
     dtype: str | None = None
     unreadable: str | None = None
+    #: The layout of the sparse tensor of which this is a part.
+    sparse: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRecord:
+    """A sparse tensor: the dense ones that it consists of, by torch's names for them."""
+
+    parts: Mapping[str, TensorRecord]
 
 
 def read_torch_pickle(
-    data: bytes | BinaryIO,
-    path: str | Path,
-    where: str,
-    *,
-    end: int | None = None,
-    allow: Callable[[str], bool] = lambda _name: False,
+    data: bytes | BinaryIO, path: str | Path, where: str, *, end: int | None = None
 ) -> Unpickled:
-    """Read one pickle of torch's as data: tensors become TensorRecords.
+    """Read one pickle of torch's as data: tensors become TensorRecords, other objects Instances.
 
-    ``allow`` widens the closed list of names that may occur; all become inert records. Raises
-    InputError as ``containers.pickles.read_pickle`` does.
+    Raises InputError as ``containers.pickles.read_pickle`` does; ``unsafe`` for one that would run
+    programs.
     """
-    dialect = Dialect(_CALLS, lambda name: _is_inert(name) or allow(name), _storage)
-    return read_pickle(data, path, where, dialect, end=end, advice=_ADVICE)
+    dialect = Dialect(_CALLS, lambda name: not runs_programs(name), _storage)
+    return read_pickle(data, path, where, dialect, end=end, refusal=_PROGRAM)
 
 
 def storages_of(pickled: Unpickled) -> dict[str, StorageRecord]:
@@ -74,37 +74,6 @@ def storages_of(pickled: Unpickled) -> dict[str, StorageRecord]:
     return found
 
 
-# --- names that may occur -------------------------------------------------------------------------
-
-_STORAGE = re.compile(r"torch\.(cuda\.|storage\.)?\w{1,32}Storage")
-_TENSOR_TYPE = re.compile(r"torch\.(cuda\.)?\w{1,16}Tensor")
-_DTYPE = re.compile(
-    r"torch\.(u?int\d{1,2}|float\d{1,2}|float[48]_\w{1,16}|bfloat16|complex\d{2,3}|bool|half|double"
-    r"|float|long|int|short|q?u?int\d{1,2}|quint\dx\d|bits\d{1,2}(x\d)?)"
-)
-_NUMPY = re.compile(
-    r"numpy\.(dtype|ndarray|bool_?|u?int\d{1,2}|float\d{1,3}|complex\d{2,3}|str_|bytes_"
-    r"|dtypes\.\w{1,32}DType|_?core\.multiarray\.(scalar|_reconstruct)"
-    r"|_?core\.numeric\._frombuffer)"
-)
-_INERT = PYTHON_INERT | frozenset(
-    {
-        "torch.Tensor", "torch.device", "torch.memory_format", "torch.serialization._get_layout",
-        "torch.nn.parameter.Buffer", "torch.nn.parameter.Parameter",
-        "torch.channels_last", "torch.contiguous_format", "torch.preserve_format",
-        "torch.strided", "torch.per_tensor_affine", "torch.per_tensor_symmetric",
-        "torch.per_channel_affine", "torch.per_channel_symmetric",
-        "torch.per_channel_affine_float_qparams", "torch.torch_version.TorchVersion",
-    }
-)  # fmt: skip
-
-
-def _is_inert(name: str) -> bool:
-    return name in _INERT or any(
-        pattern.fullmatch(name) for pattern in (_STORAGE, _TENSOR_TYPE, _DTYPE, _NUMPY)
-    )
-
-
 # --- tensors and storages -------------------------------------------------------------------------
 
 
@@ -114,7 +83,8 @@ def _whole(value: object) -> int:
     return value
 
 
-def _extents(value: object) -> tuple[int, ...]:
+def extents(value: object) -> tuple[int, ...]:
+    """A shape, or strides. Raises ValueError for anything else."""
     if not isinstance(value, (tuple, list)) or len(value) > MAX_DIMENSIONS:
         raise ValueError("a tensor's shape or strides are not a short tuple")
     return tuple(_whole(item) for item in value)
@@ -123,7 +93,7 @@ def _extents(value: object) -> tuple[int, ...]:
 def _strided(storage: object, offset: object, shape: object, strides: object) -> TensorRecord:
     if not isinstance(storage, StorageRecord):
         raise ValueError("a tensor is built over something that is not a storage")
-    record = TensorRecord(storage, _whole(offset), _extents(shape), _extents(strides))
+    record = TensorRecord(storage, _whole(offset), extents(shape), extents(strides))
     if len(record.shape) != len(record.strides):
         raise ValueError("a tensor has a different number of sizes and strides")
     return record
@@ -154,32 +124,72 @@ def _with_bits(record: TensorRecord, metadata: Arguments) -> TensorRecord:
     bits = metadata[0] if metadata else None
     if not isinstance(bits, dict) or not (bits.get("conj") or bits.get("neg")):
         return record
-    return _without_elements(record.shape, "a lazily conjugated or negated view")
+    return _without_elements(
+        record.shape,
+        "a view whose conjugation or negation is pending: save its resolve_conj().resolve_neg()",
+    )
 
 
 def _quantized(_machine: Machine, args: Arguments) -> TensorRecord:
     record = _strided(args[0], args[1], args[2], args[3])
-    return _without_elements(record.shape, "quantized tensor")
+    return _without_elements(
+        record.shape,
+        "a tensor quantised by torch.ao: save its dequantize(), or its int_repr() with its scales "
+        "and zero points",
+    )
 
 
-def _sparse(_machine: Machine, _args: Arguments) -> TensorRecord:
-    return _without_elements((), "sparse tensor")
+def _sparse(_machine: Machine, args: Arguments) -> TensorRecord | SparseRecord:
+    """``(layout, (indices, values, size, …))``, or with two arrays of indices."""
+    layout, parts = args[0], args[1]
+    if not isinstance(parts, tuple):
+        raise ValueError("a sparse tensor has no parts")
+    shape = next((p for p in parts if isinstance(p, tuple)), ())
+    tensors = [p for p in parts if isinstance(p, TensorRecord)]
+    names = _SPARSE_PARTS.get(len(tensors))
+    if names is None:
+        return _without_elements(shape, "a sparse tensor of an unknown layout: save its to_dense()")
+    said = layout.args[0] if isinstance(layout, Instance) and layout.args else "torch.sparse"
+    kind = escaped(str(said), 40).removeprefix("torch.")
+    parts = (replace(tensor, sparse=kind) for tensor in tensors)
+    return SparseRecord(dict(zip(names, parts, strict=True)))
+
+
+_SPARSE_PARTS: Mapping[int, tuple[str, ...]] = {
+    2: ("indices", "values"),
+    3: ("compressed_indices", "plain_indices", "values"),
+}
 
 
 def _nested(_machine: Machine, _args: Arguments) -> TensorRecord:
-    return _without_elements((), "nested tensor")
+    return _without_elements((), "a nested tensor: save it padded (to_padded_tensor), or its parts")
 
 
 def _meta(_machine: Machine, args: Arguments) -> TensorRecord:
-    return _without_elements(_extents(args[1]), "meta tensor: saved without values")
+    return _without_elements(
+        extents(args[1]),
+        "a tensor on the meta device, saved without values: load the weights onto a real device "
+        "before saving",
+    )
 
 
-def _wrapper(_machine: Machine, _args: Arguments) -> TensorRecord:
-    return _without_elements((), "tensor subclass without a storage")
+def _wrapper(_machine: Machine, args: Arguments) -> TensorRecord:
+    """A tensor subclass that keeps its values in tensors of its own."""
+    shape = args[2] if len(args) > 2 else ()
+    name = args[0].name if isinstance(args[0], Global) else "a subclass of torch.Tensor"
+    return _without_elements(extents(shape), object_in_place(escaped(name, 120)))
 
 
 def _first(_machine: Machine, args: Arguments) -> object:
     return args[0]
+
+
+def _attribute(machine: Machine, args: Arguments) -> object:
+    """What protocol 2 writes for a method or an enumeration's member; the name is as telling."""
+    owner, name = args
+    if isinstance(owner, (Global, Instance)):
+        return machine.find(owner.name, name)
+    return Instance("builtins.getattr", args)
 
 
 def _from_type(machine: Machine, args: Arguments) -> object:
@@ -214,11 +224,14 @@ def _view(metadata: object) -> tuple[str, int, int]:
 
 
 def _numpy_array(_machine: Machine, _args: Arguments) -> TensorRecord:
-    return _without_elements((), "NumPy array inside the pickle")
+    return _without_elements(
+        (), "a NumPy array inside the pickle: save it as torch.from_numpy(array)"
+    )
 
 
 _CALLS: Mapping[str, Callable[[Machine, Arguments], object]] = {
     **PYTHON_CALLS,
+    "builtins.getattr": _attribute,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,

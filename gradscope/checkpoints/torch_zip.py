@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradscope.checkpoints.integrity import checksum_of
-from gradscope.checkpoints.statedict import Budget, choose_tensors, collect_tensors
+from gradscope.checkpoints.statedict import choose_tensors
 from gradscope.checkpoints.tensors import DTYPE_BITS
 from gradscope.checkpoints.torch_contents import STORAGE_DTYPES, Contents, Region, Source
 from gradscope.checkpoints.torch_pickle import StorageRecord, read_torch_pickle
+from gradscope.checkpoints.tree import Budget, collect_tensors
 from gradscope.containers.pickles import MAX_PICKLE_BYTES, Unpickled
 from gradscope.containers.zip import Archive, Member
 from gradscope.errors import InputError
@@ -28,7 +29,7 @@ def read_saved(source: Source, archive: Archive, key: str | None) -> Contents:
         raise _unknown(source, archive)
     saved = TorchArchive(source, archive, roots[0])
     compiled = saved.has("constants.pkl")
-    pickled = saved.unpickled("data.pkl", compiled)
+    pickled = saved.unpickled("data.pkl")
     found = Contents(source.path, "torchscript" if compiled else "torch-zip")
     storages = saved.storages("data")
     if compiled and key is None:
@@ -37,6 +38,7 @@ def read_saved(source: Source, archive: Archive, key: str | None) -> Contents:
     else:
         chosen = choose_tensors(pickled.value, key, source.path, budget_for(pickled))
         found.add_state_dict(chosen, storages)
+        found.add_names(pickled.names)
     return found
 
 
@@ -56,7 +58,7 @@ def _unknown(source: Source, archive: Archive) -> InputError:
 
 def _add_constants(found: Contents, saved: TorchArchive) -> None:
     """Tensors that the compiled code holds: all weights, once a module was frozen."""
-    pickled = saved.unpickled("constants.pkl", compiled=True)
+    pickled = saved.unpickled("constants.pkl")
     constants = collect_tensors(pickled.value, budget_for(pickled))
     found.add_tensors(constants, saved.storages("constants"), prefix="constants.")
     if constants:
@@ -87,11 +89,10 @@ class TorchArchive:
         """The bytes of a small stored member below the root."""
         return self.archive.read(self.source.file, self.root + name, longest)
 
-    def unpickled(self, name: str, compiled: bool = False) -> Unpickled:
-        """A pickled member; that of a ``compiled`` module may name the module's own classes."""
+    def unpickled(self, name: str) -> Unpickled:
+        """A pickled member."""
         data = self.read(name, MAX_PICKLE_BYTES)
-        allow = _is_compiled_class if compiled else _is_nothing
-        return read_torch_pickle(data, self.source.path, escaped(self.root + name), allow=allow)
+        return read_torch_pickle(data, self.source.path, escaped(self.root + name))
 
     def storages(self, folder: str) -> ZipStorages:
         """The storages in a folder below the root."""
@@ -106,14 +107,6 @@ class TorchArchive:
             message = f"byteorder says {escaped(repr(order), 120)}, not little or big"
             raise InputError(self.source.path, "malformed", message)
         return order
-
-
-def _is_compiled_class(name: str) -> bool:
-    return name.startswith("__torch__.")
-
-
-def _is_nothing(_name: str) -> bool:
-    return False
 
 
 @dataclass(frozen=True, slots=True)

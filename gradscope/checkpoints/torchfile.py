@@ -5,13 +5,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
+from gradscope.checkpoints.leftover import leftover
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.torch_contents import Contents, Source
 from gradscope.checkpoints.torch_export import is_export, read_export
-from gradscope.checkpoints.torch_legacy import LEGACY_START, is_legacy, read_legacy
+from gradscope.checkpoints.torch_legacy import read_legacy
+from gradscope.checkpoints.torch_magic import LEGACY_START, is_legacy
 from gradscope.checkpoints.torch_zip import read_saved
 from gradscope.containers.files import stamp, unreadable
 from gradscope.containers.zip import read_archive
+from gradscope.containers.zip_bounds import first_end
 from gradscope.errors import InputError, UsageError
 from gradscope.text import escaped, listed
 
@@ -65,17 +68,26 @@ def _checkpoint(source: Source, key: str | None) -> Checkpoint:
         notes=tuple(found.notes),
         metadata=found.metadata,
         stamps={source.path: source.stamp},
+        classes=found.classes,
+        module=found.module,
     )
 
 
 def _read_container(source: Source, key: str | None) -> Contents:
     start = source.at(0, 512)
     if start.startswith(b"PK"):
-        archive = read_archive(source.file, source.path, 0, source.size)
-        return (read_export if is_export(archive) else read_saved)(source, archive, key)
+        return _read_zip(source, key)
     if is_legacy(start):
         return read_legacy(source, key)
     raise _unrecognised(source, start)
+
+
+def _read_zip(source: Source, key: str | None) -> Contents:
+    end = first_end(source.file, source.path, source.size)
+    archive = read_archive(source.file, source.path, 0, end)
+    found = (read_export if is_export(archive) else read_saved)(source, archive, key)
+    found.failures.extend(leftover(source.file, end, source.size, "the zip archive"))
+    return found
 
 
 def _unrecognised(source: Source, start: bytes) -> InputError:

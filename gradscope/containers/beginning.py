@@ -6,6 +6,7 @@ from functools import cached_property
 
 from gradscope.containers.files import read_start, stamp, unreadable
 from gradscope.containers.zip import member_names
+from gradscope.containers.zip_bounds import first_end
 
 _START = 65_536
 #: An index of shards is a few megabytes; more is not searched for its one telling key.
@@ -22,12 +23,15 @@ class Beginning:
 
     @cached_property
     def members(self) -> list[str] | None:
-        """The names in a zip archive; None for another file. Raises InputError when damaged."""
+        """The names in the zip archive that it begins with; None for another file.
+
+        Raises InputError when it is damaged.
+        """
         if not self.start.startswith((b"PK\x03\x04", b"PK\x07\x08PK\x03\x04")):
             return None
         try:
             with open(self.path, "rb") as file:
-                return member_names(file, self.path, self.size)
+                return member_names(file, self.path, first_end(file, self.path, self.size))
         except OSError as error:
             raise unreadable(self.path, error) from None
 

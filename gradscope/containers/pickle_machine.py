@@ -7,6 +7,7 @@ may stand for is a ``Dialect``, given by who knows what the pickle is about.
 from __future__ import annotations
 
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol, cast
@@ -23,11 +24,15 @@ class Global:
 
 @dataclass(eq=False, slots=True)
 class Instance:
-    """What calling ``Global(name)`` would have built: the name, the arguments and the state."""
+    """What calling ``Global(name)`` would have built, with all that the pickle puts into it."""
 
     name: str
     args: Arguments = ()
     state: object = None
+    #: Of a class that derives from dict.
+    items: dict[object, object] = field(default_factory=dict)
+    #: Of a class that derives from list.
+    elements: list[object] = field(default_factory=list)
 
 
 class Source(Protocol):
@@ -61,7 +66,7 @@ class Dialect:
 
 def hashable(key: object) -> object:
     """A key that is cheap to hash: nested tuples and huge integers can be made to take for ever."""
-    if key is None or isinstance(key, (str, bytes, bool, Global)):
+    if key is None or isinstance(key, (str, bytes, bool, Global, Instance)):
         return key
     if isinstance(key, int) and abs(key) < 1 << 60:
         return key
@@ -128,7 +133,7 @@ class Machine:
         """The record of a name; one that the dialect does not know is noted in ``refused``."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a global's name is not text")
-        dotted = f"{_RENAMED.get(module, module)}.{name}"
+        dotted = _present_name(module, name)
         if dotted not in self.globals:
             self.globals[dotted] = Global(dotted)
             if dotted not in self.dialect.calls and not self.dialect.is_inert(dotted):
@@ -137,9 +142,9 @@ class Machine:
 
     def call(self, function: object, args: object) -> object:
         """What the dialect says that a call stands for, else an Instance."""
-        if not isinstance(function, Global) or not isinstance(args, tuple):
+        if not isinstance(function, (Global, Instance)) or not isinstance(args, tuple):
             raise ValueError("it calls something that is not a class or function")
-        handler = self.dialect.calls.get(function.name)
+        handler = self.dialect.calls.get(function.name) if isinstance(function, Global) else None
         return handler(self, args) if handler else Instance(function.name, args)
 
     def build(self, _arg: object) -> None:
@@ -152,18 +157,18 @@ class Machine:
     def set_items(self, items: list[object]) -> None:
         """Set keys and values, which alternate, in the dictionary on top."""
         target = self.stack[-1]
-        if isinstance(target, dict):
-            target.update((hashable(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(target, Instance):
+        kept = target.items if isinstance(target, Instance) else target
+        if not isinstance(kept, dict):
             raise ValueError("it sets items of something that is not a dictionary")
+        kept.update((hashable(k), v) for k, v in zip(items[::2], items[1::2], strict=True))
 
     def append_items(self, items: list[object]) -> None:
         """Append to the list on top."""
         target = self.stack[-1]
-        if isinstance(target, list):
-            target.extend(items)
-        elif not isinstance(target, Instance):
+        kept = target.elements if isinstance(target, Instance) else target
+        if not isinstance(kept, list):
             raise ValueError("it appends to something that is not a list")
+        kept.extend(items)
 
     def persistent(self, _arg: object) -> None:
         """Replace a persistent id with what it refers to."""
@@ -174,8 +179,14 @@ class Machine:
 
 # --- the opcodes ----------------------------------------------------------------------------------
 
-#: Modules that Python 3 renamed.
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+
+def _present_name(module: str, name: str) -> str:
+    """What Python 3 calls what Python 2, and every pickle of protocol 2, calls otherwise."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
+
+
 _CONSTANTS: Mapping[str, object] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset(
     {

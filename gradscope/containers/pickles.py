@@ -22,6 +22,11 @@ from gradscope.text import escaped, listed
 MAX_PICKLE_BYTES = 512 << 20
 _LONGEST_LINE = 1 << 20
 _MOST_NAMES = 20
+_REFUSAL = (
+    "needs arbitrary Python classes or functions ({}), which only executing the pickle could "
+    "build; gradscope never does. In the environment that made it, save the data in it in another "
+    "format"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class Unpickled:
     steps: int
     #: What the pickle refers to outside itself, in the order of the references.
     persisted: tuple[object, ...]
+    #: The classes and functions that it names, in the order of their first occurrence.
+    names: tuple[str, ...]
 
 
 def read_pickle(
@@ -43,13 +50,13 @@ def read_pickle(
     dialect: Dialect,
     *,
     end: int | None = None,
-    advice: str = "save the data in it in another format",
+    refusal: str = _REFUSAL,
 ) -> Unpickled:
     """Read one pickle from bytes, or from a file at its position and not beyond ``end``.
 
-    ``where`` names the pickle in messages; ``advice`` is what to do in the environment that made
-    it. Raises InputError: ``unsafe`` names every class or function that the pickle needs and the
-    dialect does not know, ``malformed`` and ``truncated`` say that it cannot be read.
+    ``where`` names the pickle in messages. Raises InputError: ``unsafe`` says ``refusal``, with
+    every class or function that the pickle names and the dialect does not know; ``malformed`` and
+    ``truncated`` say that it cannot be read.
     """
     window = _window(data, end)
     machine = Machine(dialect)
@@ -58,10 +65,11 @@ def read_pickle(
     # Whatever a hostile pickle provokes (stack underflow, bad text, deep nesting, no memory) is
     # a fault of the file, and any names seen on the way are still worth telling.
     except Exception as error:
-        _refuse(machine.refused, path, where, advice)
+        _refuse(machine.refused, path, where, refusal)
         raise _broken(window, path, where, error) from None
-    _refuse(machine.refused, path, where, advice)
-    return Unpickled(machine.result, window.tell(), steps, tuple(machine.persisted))
+    _refuse(machine.refused, path, where, refusal)
+    names = tuple(machine.globals)
+    return Unpickled(machine.result, window.tell(), steps, tuple(machine.persisted), names)
 
 
 def _broken(window: _Window, path: str | Path, where: str, error: Exception) -> InputError:
@@ -77,16 +85,10 @@ def _broken(window: _Window, path: str | Path, where: str, error: Exception) -> 
     )
 
 
-def _refuse(names: Mapping[str, None], path: str | Path, where: str, advice: str) -> None:
+def _refuse(names: Mapping[str, None], path: str | Path, where: str, refusal: str) -> None:
     if names:
         shown = listed((escaped(n, 120) for n in sorted(names)), len(names), _MOST_NAMES)
-        raise InputError(
-            path,
-            "unsafe",
-            f"{where} needs arbitrary Python classes or functions ({shown}), which only executing "
-            f"the pickle could build; gradscope never does. In the environment that made it, "
-            f"{advice}",
-        )
+        raise InputError(path, "unsafe", f"{where} {refusal.format(shown)}")
 
 
 class _Window:
@@ -205,6 +207,7 @@ PYTHON_INERT = frozenset(
         "collections.deque", "copyreg._reconstructor",
         "datetime.date", "datetime.datetime", "datetime.time", "datetime.timedelta",
         "datetime.timezone",
+        "pathlib._local.PosixPath", "pathlib._local.PurePosixPath", "pathlib._local.WindowsPath",
         "pathlib.Path", "pathlib.PosixPath", "pathlib.PurePath", "pathlib.PurePosixPath",
         "pathlib.PureWindowsPath", "pathlib.WindowsPath",
     }

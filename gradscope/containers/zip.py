@@ -26,12 +26,12 @@ _PIECE = 1 << 20
 _BOMB_RATIO = 200
 _BOMB_BYTES = 1 << 30
 
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR64 = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
+END = struct.Struct("<4s4H2LH")
+LOCATOR64 = struct.Struct("<4sLQL")
+END64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_LONGEST_COMMENT = 0xFFFF
+LONGEST_COMMENT = 0xFFFF
 _ESCAPED = 0xFFFFFFFF
 _ENCRYPTED = 1 | 1 << 6
 _SIZES_FOLLOW = 1 << 3
@@ -175,7 +175,7 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Extent:
+class Extent:
     """A region of a file that an archive fills."""
 
     path: str
@@ -189,6 +189,7 @@ class _Extent:
         return read_at(self.file, self.start + offset, count) if offset >= 0 < count else b""
 
     def fail(self, message: str) -> NoReturn:
+        """Raise InputError (``malformed``)."""
         raise InputError(
             self.path,
             "malformed",
@@ -202,7 +203,7 @@ def read_archive(file: BinaryIO, path: str | Path, start: int, size: int) -> Arc
     Raises InputError: ``truncated`` when there is no directory at its end, ``malformed`` when
     headers disagree, members overlap, repeat a name or lie outside, ``unsupported`` when encrypted.
     """
-    extent = _Extent(str(path), file, start, size)
+    extent = Extent(str(path), file, start, size)
     directory, entries = _directory(extent)
     try:
         return Archive(str(path), _checked_members(extent, entries, directory))
@@ -215,25 +216,25 @@ def member_names(file: BinaryIO, path: str | Path, size: int) -> list[str]:
 
     Raises InputError: ``truncated`` or ``malformed``.
     """
-    _, entries = _directory(_Extent(str(path), file, 0, size))
+    _, entries = _directory(Extent(str(path), file, 0, size))
     return [entry.name for entry in entries]
 
 
-def _directory(extent: _Extent) -> tuple[int, list[_Entry]]:
+def _directory(extent: Extent) -> tuple[int, list[_Entry]]:
     """The offset of the central directory, and its entries."""
     try:
-        count, length, offset = _find_directory(extent)
+        count, length, offset = find_directory(extent)
         return offset, _central_entries(extent, count, length, offset)
     except (struct.error, UnicodeDecodeError) as error:
         extent.fail(str(error))
 
 
-def _find_directory(extent: _Extent) -> tuple[int, int, int]:
+def find_directory(extent: Extent) -> tuple[int, int, int]:
     """Member count, length and offset of the central directory."""
-    at = max(0, extent.size - _END.size - _LONGEST_COMMENT)
+    at = max(0, extent.size - END.size - LONGEST_COMMENT)
     tail = extent.read(at, extent.size)
     found = tail.rfind(b"PK\5\6")
-    if found < 0 or found + _END.size > len(tail):
+    if found < 0 or found + END.size > len(tail):
         if tail.find(b"PK\5\6") < found:
             extent.fail("its comment holds the mark of an end record")
         raise InputError(
@@ -243,13 +244,14 @@ def _find_directory(extent: _Extent) -> tuple[int, int, int]:
             "bytes: the download or copy did not finish. Copy or download the file again, or save "
             "it again",
         )
-    _, disk, first_disk, _, count, length, offset, comment = _END.unpack_from(tail, found)
+    _, disk, first_disk, _, count, length, offset, comment = END.unpack_from(tail, found)
     end = at + found
-    if end + _END.size + comment != extent.size or disk or first_disk:
+    if end + END.size + comment != extent.size or disk or first_disk:
         extent.fail("its end record does not end the file")
-    locator = extent.read(end - _LOCATOR64.size, _LOCATOR64.size)
+    where = end - LOCATOR64.size
+    locator = extent.read(where, LOCATOR64.size)
     if locator.startswith(b"PK\6\7"):
-        count, length, offset, end = _find_directory64(extent, locator)
+        count, length, offset, end = find_directory64(extent, locator, where)
     if offset + length != end:
         extent.fail("its directory does not lie where its end record says")
     if count > MAX_MEMBERS:
@@ -257,16 +259,18 @@ def _find_directory(extent: _Extent) -> tuple[int, int, int]:
     return count, length, offset
 
 
-def _find_directory64(extent: _Extent, locator: bytes) -> tuple[int, int, int, int]:
-    _, _, at, _ = _LOCATOR64.unpack(locator)
-    record = _END64.unpack(extent.read(at, _END64.size))
-    if record[0] != b"PK\6\6":
+def find_directory64(extent: Extent, locator: bytes, where: int) -> tuple[int, int, int, int]:
+    """The same from the zip64 end record, which ends where its locator begins."""
+    _, _, at, _ = LOCATOR64.unpack(locator)
+    record = END64.unpack(extent.read(at, END64.size))
+    # Its length leaves out the first 12 bytes. The record of another archive may lie there, too.
+    if record[0] != b"PK\6\6" or at + 12 + record[1] != where:
         extent.fail("its zip64 end record is missing")
     count, length, offset = record[7:10]
     return count, length, offset, at
 
 
-def _central_entries(extent: _Extent, count: int, length: int, offset: int) -> list[_Entry]:
+def _central_entries(extent: Extent, count: int, length: int, offset: int) -> list[_Entry]:
     if count * _CENTRAL.size > length:
         extent.fail(f"its directory of {length:,} bytes cannot hold {count:,} members")
     directory = extent.read(offset, length)
@@ -280,7 +284,7 @@ def _central_entries(extent: _Extent, count: int, length: int, offset: int) -> l
     return entries
 
 
-def _central_entry(extent: _Extent, directory: bytes, at: int) -> tuple[_Entry, int]:
+def _central_entry(extent: Extent, directory: bytes, at: int) -> tuple[_Entry, int]:
     fields = _CENTRAL.unpack_from(directory, at)
     magic, _, _, flags, method, _, _, crc, packed, size, names, extras, comments = fields[:13]
     header = fields[16]
@@ -314,7 +318,7 @@ def _zip64_values(extra: bytes) -> tuple[int, ...]:
     return ()
 
 
-def _checked_members(extent: _Extent, entries: list[_Entry], directory: int) -> dict[str, Member]:
+def _checked_members(extent: Extent, entries: list[_Entry], directory: int) -> dict[str, Member]:
     members: dict[str, Member] = {}
     free = 0
     for entry in sorted(entries, key=lambda entry: entry.header):
@@ -331,7 +335,7 @@ def _checked_members(extent: _Extent, entries: list[_Entry], directory: int) -> 
     return members
 
 
-def _checked_member(extent: _Extent, entry: _Entry) -> Member:
+def _checked_member(extent: Extent, entry: _Entry) -> Member:
     """The member with its data offset, after its local header was compared with the directory."""
     shown = quoted(entry.name)
     if entry.flags & _ENCRYPTED:

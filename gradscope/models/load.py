@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
-from gradscope.checkpoints.sniff import FOLDER, sniff
+from gradscope.checkpoints.sniff import DCP, FOLDER, sniff
 from gradscope.checkpoints.statedict import KNOWN_NAMES
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.device import resolve
@@ -91,7 +91,7 @@ _Made = tuple[str | None, object, tuple[str, ...]]
 
 def _made(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     found = sniff(path)
-    load = None if found == FOLDER else find(found).model
+    load = None if found in (FOLDER, DCP) else find(found).model
     if load is None:
         return _eager(path, arch, key, trust)
     notes = () if arch is None else ("--arch is ignored: the file contains its own code",)
@@ -184,11 +184,15 @@ def _first_line(error: BaseException) -> str:
 
 def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     try:
-        checkpoint = verified(open_checkpoint(path, key))
+        checkpoint = verified(open_checkpoint(path, key).model())
     except InputError as error:
         if error.kind != "unsafe":
             raise
-        return _pickled(error, arch, key, trust)
+        return _pickled(path, error.message.partition(", which")[0], arch, key, trust)
+    if checkpoint.classes and ("pickle" in trust or (checkpoint.module and arch is None)):
+        names = (escaped(name, 120) for name in checkpoint.classes)
+        needed = f"it names {listed(names, len(checkpoint.classes))}"
+        return _pickled(path, needed, arch, key, trust)
     for failure in checkpoint.failures:
         raise InputError(path, failure.kind, failure.message)
     if arch is None:
@@ -201,10 +205,8 @@ def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     return "state-dict", module.eval(), (*checkpoint.notes, *notes)
 
 
-def _pickled(refusal: InputError, arch: str | None, key: str | None, trust: Trust) -> _Made:
-    path = refusal.path
+def _pickled(path: str, needed: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     if "pickle" not in trust:
-        needed = refusal.message.partition(", which only")[0]
         raise InputError(
             path,
             "unsafe",

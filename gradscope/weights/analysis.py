@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.documents import folder_of
 from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
-from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
+from gradscope.checkpoints.tensors import Checkpoint, Failure, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
+from gradscope.text import listed, plural, quoted
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.result import (
@@ -37,6 +39,9 @@ from gradscope.weights.tables import codebooks, table_rows
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.statistics import Engine, Pool, Scan
     from gradscope.weights.measuring import Measured
+
+#: Reasons for what was left out that are told in an error.
+_MOST_REASONS = 4
 
 Progress = Callable[[int, int], None]
 
@@ -157,6 +162,7 @@ def _measured(
 ) -> _Examination:
     from gradscope.quantization.recognise import recognise
     from gradscope.statistics import profile
+    from gradscope.weights.masters import compare_masters
     from gradscope.weights.measuring import examined, measure
 
     checkpoint = verified(checkpoint, engine)
@@ -178,8 +184,9 @@ def _measured(
     checkpoint = _without_unread(checkpoint, refs, failures)
     seen = examined(checkpoint, quantization, result)
     with failures.caught():
-        seen = _with_tables(seen, engine)
-    return _Examination(seen, result.pools, (*_part_failures(checkpoint), *failures))
+        seen = replace(_with_tables(seen, engine), masters=compare_masters(refs))
+    errors = (*_part_failures(checkpoint, failed=bool(failures)), *failures)
+    return _Examination(seen, result.pools, errors)
 
 
 def _with_tables(examined: Examined, engine: Engine[Any, Any]) -> Examined:
@@ -225,11 +232,32 @@ def _without_unread(
     return replace(checkpoint, tensors=tuple(read), skipped=(*checkpoint.skipped, *lost))
 
 
-def _part_failures(checkpoint: Checkpoint) -> tuple[InputFailure, ...]:
+def _part_failures(checkpoint: Checkpoint, failed: bool = False) -> tuple[InputFailure, ...]:
+    """What of a checkpoint could not be read: what is left out unasked is a failure by itself.
+
+    Where something ``failed``, what was lost with it is told already.
+    """
+    told = failed or checkpoint.failures
     return tuple(
         InputFailure(input=checkpoint.path, kind=f.kind, message=f.message)
-        for f in checkpoint.failures
+        for f in (checkpoint.failures if told else _left_out(checkpoint))
     )
+
+
+def _left_out(checkpoint: Checkpoint) -> Iterator[Failure]:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for skip in checkpoint.skipped:
+        if not skip.deliberate:
+            by_reason[skip.reason].append(skip.subject)
+    lost = sum(map(len, by_reason.values()))
+    if lost:
+        total = len(checkpoint.tensors) + lost
+        told = (f"{listed(map(quoted, names), len(names))}: {r}" for r, names in by_reason.items())
+        shown = "; ".join(islice(told, _MOST_REASONS))
+        more = len(by_reason) - _MOST_REASONS
+        rest = f"; {plural(more, 'more reason')} under skipped" if more > 0 else ""
+        what = plural(total, "tensor")
+        yield Failure("unsupported", f"{lost:,} of {what} could not be analysed: {shown}{rest}")
 
 
 def _judged(examination: _Examination, request: Request) -> _Examination:
@@ -275,7 +303,10 @@ def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResu
     tensors = tuple(t for e in examinations for t in e.examined.tensors)
     checkpoints = [e.examined.checkpoint for e in examinations]
     lost = [s for c in checkpoints for s in c.skipped if not s.deliberate]
-    findings = [f for e in examinations for f in e.judged.findings]
+    beside = set(_beside(examinations))
+    findings = [
+        f for e in examinations for f in e.judged.findings if (f.input, f.subject) not in beside
+    ]
     return WeightsResult(
         tensors=tensors,
         overall=_overall(examinations, tensors),
@@ -284,11 +315,18 @@ def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResu
     )
 
 
+def _beside(examinations: Iterable[_Examination]) -> Iterator[tuple[str, str]]:
+    """Input and name of what training keeps beside the models."""
+    for checkpoint in (e.examined.checkpoint for e in examinations):
+        yield from ((checkpoint.path, r.name) for r in checkpoint.tensors if r.part != "model")
+
+
 def _coverage(checkpoints: Sequence[Checkpoint]) -> Coverage:
     refs = [ref for c in checkpoints for ref in c.tensors]
     skipped = [s for c in checkpoints for s in c.skipped]
     return Coverage(
-        analyzed=len(refs),
+        # Names and shapes alone are no analysis: ZeRO-3 leaves every tensor empty.
+        analyzed=len(refs) if any(ref.numel for ref in refs) else 0,
         total=len(refs) + len(skipped),
         unit="tensors",
         bytes=sum(ref.nbytes for ref in refs),
@@ -304,7 +342,7 @@ def _overall(examinations: Sequence[_Examination], tensors: Sequence[TensorResul
         everything = pool if everything is None else everything.merge(pool)
     trained = [t for t in tensors if t.role not in AUXILIARY]
     return Overall(
-        tensors=len(tensors),
+        tensors=len(tensors) - sum(1 for _ in _beside(examinations)),
         parameters=sum(t.numel for t in trained),
         statistics=None if everything is None else everything.statistics(),
         by_role={

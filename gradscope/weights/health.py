@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from gradscope.report.model import Finding, Severity
 from gradscope.weights.result import Health, Status, TensorResult
-from gradscope.weights.roles import AUXILIARY
+from gradscope.weights.roles import AUXILIARY, TRAINING, Role
 
 #: The best score that a finding of each severity leaves.
 CAPS = {
@@ -45,8 +45,9 @@ def overall_health(
 
     What was read only in part is never excellent. None when nothing was measured.
     """
-    counted = [t for t in tensors if t.health is not None and t.role not in AUXILIARY] or [
-        t for t in tensors if t.health is not None
+    measured = [t for t in tensors if t.health is not None]
+    counted = [t for t in measured if t.role not in AUXILIARY] or [
+        t for t in measured if t.role not in TRAINING | {Role.BUFFER, Role.COUNTER}
     ]
     total = sum(t.numel for t in counted)
     if not counted:

@@ -136,6 +136,16 @@ class Need(StrEnum):
     STATISTICS = "statistics"
 
 
+@dataclass(frozen=True, slots=True)
+class Masters:
+    """What the master weights were found to be."""
+
+    #: How many could be compared: those of the size of a 16-bit tensor of the model.
+    compared: int
+    #: Names of those that are no tensor of the model once they are rounded.
+    astray: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Examined:
     """One checkpoint as its rules see it: the container and every tensor's measurements."""
@@ -156,6 +166,8 @@ class Examined:
     #: Of quantised weights, by the name of their codes: the share of codes that are not zero and
     #: have a scale of zero.
     lost: Mapping[str, float] = field(default_factory=dict)
+    #: None where there are no master weights.
+    masters: Masters | None = None
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:

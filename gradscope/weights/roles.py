@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
-from gradscope.checkpoints.tensors import TensorRef
+from gradscope.checkpoints.tensors import Part, TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
 from gradscope.weights.leaves import Leaf, in_fixed_layer, is_average, is_offset, leaf_of
 
@@ -39,6 +39,8 @@ class Role(StrEnum):
     PACKED = "packed"
     QUANTIZED = "quantized"
     OPTIMIZER = "optimizer-state"
+    MASTER = "master-weight"
+    AVERAGE = "weight-average"
     BUFFER = "buffer"
     COUNTER = "counter"
     SCALAR = "scalar"
@@ -55,13 +57,12 @@ MATRICES = frozenset(
 )  # fmt: skip
 TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
+#: What training keeps beside the model.
+TRAINING = frozenset({Role.OPTIMIZER, Role.MASTER, Role.AVERAGE})
 #: Roles that were not trained: pooled statistics and health leave them out.
-AUXILIARY = frozenset(
-    {
-        Role.COUNTER, Role.BUFFER, Role.OPTIMIZER, Role.PACKED, Role.SCALE,
-        Role.RUNNING_MEAN, Role.RUNNING_VAR,
-    }
-)  # fmt: skip
+AUXILIARY = TRAINING | {
+    Role.COUNTER, Role.BUFFER, Role.PACKED, Role.SCALE, Role.RUNNING_MEAN, Role.RUNNING_VAR,
+}  # fmt: skip
 
 #: What such a quantiser keeps beside it: moving counts and sums, whether it was initialised.
 _CODE_STATE = r"_?(ema_)?cluster_(size|usage)|embed_avg|_?ema_d?w|codebook_used|init(ia|t)?[a-z]*ed"
@@ -133,7 +134,18 @@ def split(name: str) -> tuple[str, str]:
     return module, leaf
 
 
+#: Roles of what training keeps, whatever it is called.
+_BY_PART: Mapping[Part, Role] = {
+    "optimizer": Role.OPTIMIZER,
+    "master": Role.MASTER,
+    "average": Role.AVERAGE,
+    "other": Role.BUFFER,
+}
+
+
 def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
+    if ref.part in _BY_PART:
+        return _BY_PART[ref.part] if ref.numel > 1 else Role.COUNTER
     module, leaf = split(ref.name)
     for role, pattern in _BY_LEAF:
         if re.fullmatch(pattern, leaf) and _fits(role, ref, siblings):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -73,12 +74,43 @@ def test_a_bare_npy_is_one_array(tmp_path):
     np.testing.assert_array_equal(materialise(checkpoint.tensors[0]), np.load(path))
 
 
-def test_arrays_appended_to_an_npy_are_mentioned(tmp_path):
+def test_arrays_appended_to_an_npy_are_a_failure(tmp_path):
     path = tmp_path / "a.npy"
     with path.open("wb") as file:
         np.save(file, np.arange(3))
+        end = file.tell()
         np.save(file, np.arange(3))
-    assert "were not read" in read_npz(str(path)).notes[0]
+    checkpoint = read_npz(str(path))
+    (failure,) = checkpoint.failures
+    assert f"{os.path.getsize(path) - end} bytes behind the array, from byte {end} on" in (
+        failure.message
+    )
+    assert "like another array" in failure.message
+    assert [ref.shape for ref in checkpoint.tensors] == [(3,)]
+
+
+def test_bfloat16_that_numpy_saved_as_raw_bytes_is_read(tmp_path):
+    values = torch.tensor([[1.0, -2.5], [3.0, torch.inf]]).bfloat16()
+    raw = values.view(torch.uint16).numpy().view("V2")
+    np.savez(tmp_path / "a.npz", w=raw, x=np.ones(2))
+    checkpoint = read_npz(str(tmp_path / "a.npz"))
+    assert [(ref.name, ref.dtype) for ref in checkpoint.tensors] == [("w", "BF16"), ("x", "F64")]
+    assert checkpoint.skipped == ()
+    assert any("read as bfloat16" in note for note in checkpoint.notes)
+    stored = np.fromfile(checkpoint.path, np.uint8)[checkpoint.tensors[0].offset :][:8]
+    assert torch.equal(torch.from_numpy(stored.copy()).view(torch.bfloat16).view(2, 2), values)
+
+
+def test_raw_bytes_of_another_width_are_not_guessed(tmp_path):
+    np.savez(tmp_path / "a.npz", w=np.zeros(4, "V1"), r=np.zeros(2, [("a", "f2")]), x=np.ones(2))
+    checkpoint = read_npz(str(tmp_path / "a.npz"))
+    assert [ref.name for ref in checkpoint.tensors] == ["x"]
+    assert [(s.subject, s.deliberate) for s in checkpoint.skipped] == [("w", False), ("r", False)]
+
+
+def test_text_and_dates_beside_weights_are_no_missing_weights(tmp_path):
+    np.savez(tmp_path / "a.npz", w=np.ones(2), names=np.array(["a"]), day=np.array("2020", "M8[D]"))
+    assert all(skipped.deliberate for skipped in read_npz(str(tmp_path / "a.npz")).skipped)
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
@@ -115,7 +147,7 @@ def test_unpacked_arrays_are_deleted_at_exit(tmp_path):
         (np.array([b"a"]), "byte strings"),
         (np.array(["2020-01-01"], "M8[D]"), "dates"),
         (np.array([1], "m8[s]"), "time differences"),
-        (np.zeros(2, [("a", "f4")]), "structured"),
+        (np.zeros(2, [("a", "f4")]), "records"),
         (np.zeros(2, np.longdouble), "extended-precision"),
         (np.zeros(2, np.clongdouble), "extended-precision"),
     ],

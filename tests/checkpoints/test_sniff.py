@@ -222,7 +222,7 @@ def folder(path: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ((".metadata", "__0_0.distcp"), "dcp_to_torch"),
+        (("__0_0.distcp", "__1_0.distcp"), "without its .metadata"),
         (("saved_model.pb",), "SavedModel"),
         (("manifest.ocdbt",), "Orbax"),
     ],

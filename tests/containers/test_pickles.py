@@ -228,4 +228,4 @@ def test_references_outside_the_pickle_are_resolved_and_listed():
 
 def test_the_refusal_says_what_to_do():
     with pytest.raises(InputError, match="write it as JSON"):
-        read_pickle(pickle.dumps(argparse.Namespace()), "f", "x", PLAIN, advice="write it as JSON")
+        read_pickle(pickle.dumps(argparse.Namespace()), "f", "x", PLAIN, refusal="write it as JSON")

@@ -201,7 +201,7 @@ def test_a_pickled_module_is_refused_until_it_is_trusted(folder: Path, name: str
 def test_nothing_of_a_refused_pickle_is_run(tmp_path: Path) -> None:
     torch.save({"model": _Bomb(tmp_path / "ran")}, tmp_path / "m.pt")
 
-    with pytest.raises(InputError, match=r"runs any code that the file names.*getattr"):
+    with pytest.raises(InputError, match=r"runs any code that the file names.*Path\.touch"):
         load_model(str(tmp_path / "m.pt"), arch="torch.nn:Flatten")
     assert not (tmp_path / "ran").exists()
 
@@ -592,7 +592,7 @@ def test_a_trusted_checkpoint_gives_its_state_dict_and_key_another(
 
     torch.testing.assert_close(found.model.module.state_dict(), state)
     assert not any(parameter.any() for parameter in other.model.module.parameters())
-    with pytest.raises(UsageError, match=r"no 'emma' in .*ema, state_dict, args"):
+    with pytest.raises(UsageError, match=r"no such entry in .*ema \(9 tensors\), state_dict"):
         load_model(path, arch=arch(folder), trust=trust, key="emma")
 
 
@@ -612,7 +612,9 @@ def test_quantised_weights_are_refused_in_words(folder: Path, tmp_path: Path) ->
         state["head.weight"] = torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
         torch.save(state, tmp_path / "m.pt")
 
-    with pytest.raises(InputError, match=r"head\.weight' .*quantized tensor.*float32") as error:
+    with pytest.raises(
+        InputError, match=r"head\.weight' .*quantised by torch\.ao.*float32"
+    ) as error:
         load_model(str(tmp_path / "m.pt"), arch=arch(folder))
     assert error.value.kind == "unsupported"
 

@@ -235,6 +235,21 @@ def experts(scale: float) -> Plant:
     return saved({**transformer(), **made})
 
 
+def mixed_precision(factor: float) -> Plant:
+    """A torch file of a bfloat16 weight and the float32 master that it was rounded from."""
+
+    def plant(folder: Path) -> Path:
+        import torch
+
+        master = torch.from_numpy(gaussian(40, 100))
+        masters = {"fp32_from_fp16_params": [[master * factor]]}
+        value = {"model": {"a.weight": master.bfloat16()}, "optimizer": masters}
+        torch.save(value, folder / "model.pt")
+        return folder / "model.pt"
+
+    return plant
+
+
 @dataclass(frozen=True)
 class Case:
     """A checkpoint that fires a rule, one that just does not, and what must be said."""
@@ -327,6 +342,11 @@ CASES = {
         saved({**conv_net(), "features.1.running_var": np.float32([1, -1e-6] * 8)}),
         saved({**conv_net(), "features.1.running_var": np.float32([1, 0] * 8)}),
         "features.1.running_var", "high", {"min": -1e-6}, ("-1e-06",),
+    ),
+    "master-mismatch": Case(
+        mixed_precision(1.02), mixed_precision(1.0),
+        "optimizer.fp32_from_fp16_params.0.0", "medium", {"astray": 1, "compared": 1},
+        ("1 of 1 master weight",),
     ),
     "untrained": Case(
         batch_norms(0), batch_norms(1),

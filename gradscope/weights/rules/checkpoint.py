@@ -13,6 +13,7 @@ from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.text import escaped, listed, plural
 from gradscope.weights.experts import missing_experts
 from gradscope.weights.result import Examined, Need
+from gradscope.weights.roles import TRAINING
 
 
 def _problems(examined: Examined, kind: ProblemKind) -> Iterator[Observation]:
@@ -111,6 +112,8 @@ def _missing(
 def _series(examined: Examined) -> Mapping[str, Mapping[int, frozenset[str]]]:
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for tensor in examined.tensors:
+        if tensor.role in TRAINING:
+            continue
         if match := _NUMBERED.match(tensor.name):
             found[match[1]][int(match[2])].add(match[3])
     return {stack: {n: frozenset(names) for n, names in m.items()} for stack, m in found.items()}

@@ -9,7 +9,7 @@ from gradscope.report.severity import Severity
 from gradscope.statistics.dtypes import is_narrow
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
-from gradscope.weights.roles import AUXILIARY, Role
+from gradscope.weights.roles import AUXILIARY, TRAINING, Role
 from gradscope.weights.rules.tensors import mostly_dead, with_numerics
 
 
@@ -43,6 +43,8 @@ def dtype_headroom(
                     {"saturated_fraction": share, "affected_fraction": share},
                     saturated,
                 )
+            continue
+        if tensor.role in TRAINING:
             continue
         headroom = numerics.headroom_bits
         if tensor.role is Role.BUFFER:  # masks are filled with the least value there is
@@ -85,7 +87,7 @@ def redundant_precision(examined: Examined, *, least: int = 256) -> Iterator[Obs
             if n.payload == payload
             and t.numel >= least
             and s.min != s.max
-            and t.role is not Role.SCALE
+            and t.role not in TRAINING | {Role.SCALE}
         ]
         if found:
             saved = sum(t.numel for t in found) * 2

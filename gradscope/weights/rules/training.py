@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from gradscope.report.rules import Observation, rule
+from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
+from gradscope.text import listed, plural
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import Role, split
@@ -17,21 +18,59 @@ from gradscope.weights.rules.tensors import measured
 def negative_variance(examined: Examined) -> Iterator[Observation]:
     """A running variance or a second moment is below zero, which an average of squares cannot be.
 
-    Its square root is NaN at inference (detectron2 #2413).
+    Its square root is NaN: at inference (detectron2 #2413), or in the optimizer's next step.
     """
-    second = r"(exp_avg_sq|square_avg)$"
     for tensor, s in measured(examined):
-        if tensor.role is not Role.RUNNING_VAR and not re.search(second, tensor.name):
+        moment = _SECOND_MOMENT.search(tensor.name) is not None
+        if tensor.role is not Role.RUNNING_VAR and not moment:
             continue
         if s.min is not None and s.min < 0:
+            what = "an average of squares" if moment else "a variance"
             yield Observation(
                 tensor.name,
-                f"its smallest element is {s.min:.6g}; a variance cannot be negative",
-                "recompute the statistics on training data; check the conversion for tensors in "
-                "the wrong order",
+                f"its smallest element is {s.min:.6g}; {what} cannot be negative",
+                "go back to an earlier checkpoint, or start the optimizer's state anew; check what "
+                "converted or merged it"
+                if moment
+                else "recompute the statistics on training data; check the conversion for tensors "
+                "in the wrong order",
                 {"min": float(s.min), "affected_fraction": 1.0},
                 threshold=0,
             )
+
+
+#: Adam's, AMSGrad's, Adafactor's, RMSprop's and Adadelta's averages of squares.
+_SECOND_MOMENT = re.compile(r"(^|[._])((max_)?exp_avg_sqs?(_row|_col)?|square_avg|acc_delta)$")
+
+
+@rule("W121", "master-mismatch", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
+def master_mismatch(examined: Examined) -> Iterator[Observation | Unknown]:
+    """Float32 master weights that do not round to the model's 16-bit weights.
+
+    Mixed precision rounds the masters to the model after every step. Where they differ, weights and
+    optimizer are of different steps or one of them was edited, and a resumed run jumps: it goes on
+    from the masters. Masters are matched by content, whatever their order. Those that are zero or
+    not finite belong to `all-zero` and `non-finite`.
+    """
+    if examined.masters is None:
+        return
+    if not examined.masters.compared:
+        yield Unknown("no master weight has the size of a 16-bit tensor of the model")
+    astray = [
+        t
+        for t in map(examined.by_name.get, examined.masters.astray)
+        if t and t.statistics and t.statistics.finite_count == t.numel != t.statistics.zero_count
+    ]
+    if astray:
+        compared = examined.masters.compared
+        yield Observation(
+            astray[0].name,
+            f"{len(astray)} of {plural(compared, 'master weight')} round to no tensor of the "
+            f"model: {listed([t.name for t in astray], len(astray))}",
+            "find out which of both is right before resuming: weights and optimizer state were "
+            "saved at different steps, or the weights were changed (merged, averaged) afterwards",
+            {"astray": len(astray), "compared": compared},
+        )
 
 
 @rule("W112", "untrained", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)

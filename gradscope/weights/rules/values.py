@@ -12,7 +12,7 @@ from gradscope.statistics.records import Statistics
 from gradscope.text import listed
 from gradscope.weights.leaves import Leaf, leaf_of
 from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
-from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role, split
+from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, TRAINING, Role, split
 from gradscope.weights.rules.tensors import measured, mostly_dead, with_outliers
 
 
@@ -20,9 +20,10 @@ from gradscope.weights.rules.tensors import measured, mostly_dead, with_outliers
 def non_finite(examined: Examined) -> Iterator[Observation]:
     """NaN or Inf among the elements of a tensor.
 
-    One NaN makes every output that it reaches NaN. Infinities are meant in an attention mask, in
-    the state of a metric that has seen nothing, and where a schedule ends in 1/0: info where their
-    pattern shows that, whatever the tensor is called, but never in a layer's parameter.
+    One NaN makes every output that it reaches NaN; in an optimizer's state, every weight at the
+    next step. Infinities are meant in an attention mask, in the state of a metric that has seen
+    nothing, and where a schedule ends in 1/0: info where their pattern shows that, whatever the
+    tensor is called, but never in a layer's parameter.
     """
     scales = examined.quantization.companions()
     for tensor, s in measured(examined):
@@ -36,10 +37,7 @@ def non_finite(examined: Examined) -> Iterator[Observation]:
             f"{bad:,} of {s.count:,} elements are not finite ({s.nan_count:,} NaN, "
             f"{s.posinf_count:,} +Inf, {s.neginf_count:,} -Inf), "
             + (f"as {meant}" if meant else f"at {where}"),
-            "nothing to do if that is what this tensor is"
-            if meant
-            else "do not use this file; go back to the last checkpoint without them, and check the "
-            "loss scale and the gradients of the steps after it",
+            _instead(tensor, meant),
             {
                 "nan_count": s.nan_count,
                 "posinf_count": s.posinf_count,
@@ -80,6 +78,21 @@ def _may_be_constant(tensor: TensorResult) -> bool:
     return possible and leaf_of(tensor.name) in (Leaf.UNKNOWN, Leaf.FIXED)
 
 
+def _instead(tensor: TensorResult, meant: str | None) -> str:
+    if meant:
+        return "nothing to do if that is what this tensor is"
+    if tensor.role in (Role.OPTIMIZER, Role.MASTER):
+        return (
+            "do not resume from this file: the optimizer carries them into the weights; go back to "
+            "the last checkpoint without them, and check the loss scale and the gradients of the "
+            "steps after it"
+        )
+    return (
+        "do not use this file; go back to the last checkpoint without them, and check the loss "
+        "scale and the gradients of the steps after it"
+    )
+
+
 @rule("W102", "extreme-value", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def extreme_value(
     examined: Examined,
@@ -104,7 +117,7 @@ def extreme_value(
     """
     scales = examined.quantization.companions()
     for tensor, s, outliers in with_outliers(examined):
-        if tensor.role in (Role.OPTIMIZER, Role.COUNTER) or tensor.name in scales:
+        if tensor.role in TRAINING | {Role.COUNTER} or tensor.name in scales:
             continue
         limit = gap if tensor.role in MATRICES else gap_elsewhere
         apart, widest = _gap(outliers, score)
@@ -182,7 +195,10 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
     (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
     B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are normal: info.
     Experts belong to `dead-expert`.
+    Averaged (EMA) or master weights that are zero where the model is not are one finding: the next
+    evaluation or step would use them.
     """
+    yield from _zero_copies(examined)
     for tensor, s in measured(examined):
         if s.zero_count < s.count or tensor.role in AUXILIARY:
             continue
@@ -199,6 +215,32 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
             {"zero_count": s.zero_count, "affected_fraction": 1.0},
             severity=None if matrix else Severity.INFO,
         )
+
+
+def _zero_copies(examined: Examined) -> Iterator[Observation]:
+    for role, what in ((Role.AVERAGE, "averaged (EMA)"), (Role.MASTER, "master")):
+        copies = list(measured(examined, {role}))
+        zero = [t for t, s in copies if s.zero_count == s.count]
+        lost = [t for t in zero if not _is_zero_in_model(t, examined, len(zero) == len(copies))]
+        if lost:
+            yield Observation(
+                lost[0].name,
+                f"{len(lost)} of {len(copies)} {what} tensors are zero, unlike the model's: "
+                f"{listed([t.name for t in lost], len(lost))}",
+                "do not evaluate or resume from them: start them anew from the model's weights",
+                {"zero_tensors": len(lost), "tensors": len(copies), "affected_fraction": 1.0},
+            )
+
+
+def _is_zero_in_model(copy: TensorResult, examined: Examined, all_are: bool) -> bool:
+    """Whether what a zero tensor is a copy of is zero, too, as biases and scales may be."""
+    parts = copy.name.split(".")
+    names = (".".join(parts[at:]) for at in range(1, len(parts)))
+    for name in names:
+        original = examined.by_name.get(name)
+        if original is not None and original.statistics and original.shape == copy.shape:
+            return original.statistics.zero_count == original.statistics.count
+    return not all_are  # without names: only that nothing of the copy is left is telling
 
 
 @rule("W104", "constant-tensor", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
