@@ -15,6 +15,7 @@ from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
+from gradscope.weights.adapter_config import described
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.result import (
     Examined,
@@ -120,6 +121,7 @@ def _headers(checkpoint: Checkpoint) -> _Examination:
     )
     bare = tuple(t.model_copy(update={"statistics": None}) for t in tensors)
     examined = Examined(checkpoint, bare, frozenset({Need.HEADERS}))
+    examined = replace(examined, adapters=described(examined))
     return _Examination(examined, {}, _part_failures(checkpoint))
 
 
@@ -161,7 +163,20 @@ def _measured(
     checkpoint = _without_unread(checkpoint, refs, failures)
     tensors = tuple(tensor_result(t, names[t.ref.name], checkpoint.path) for t in result.tensors)
     examined = Examined(checkpoint, tensors, frozenset(Need))
+    with failures.caught():
+        examined = _read_again(examined, engine)
     return _Examination(examined, result.pools, (*_part_failures(checkpoint), *failures))
+
+
+def _read_again(examined: Examined, engine: Engine[Any, Any]) -> Examined:
+    """With what needs whole tensors, small ones: the products of adapters, the tables of indices.
+
+    Raises InputError when a file changed meanwhile.
+    """
+    from gradscope.weights.products import with_products
+
+    examined = replace(examined, adapters=described(examined))
+    return replace(examined, adapters=with_products(examined, engine))
 
 
 def _read(
@@ -243,6 +258,7 @@ def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResu
         overall=_overall(examinations, tensors),
         health=overall_health(tensors, findings, complete and not lost),
         notes=tuple(note for c in checkpoints for note in c.notes),
+        adapters=tuple(adapter for e in examinations for adapter in e.examined.adapters),
     )
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.report.model import Number, Record, Report
 from gradscope.statistics.records import Numerics, Outliers, Statistics, TensorProfile, Units
+from gradscope.weights.adapters import Adapter, adapters
 from gradscope.weights.roles import Role
 
 Status = Literal["excellent", "good", "fair", "poor", "critical"]
@@ -88,6 +89,20 @@ class RolePool(Record):
     statistics: Statistics
 
 
+class AdapterResult(Record):
+    """What the adapter of one module amounts to; None where it was not measured."""
+
+    input: str
+    module: str
+    method: str
+    #: What it pays for, and exp(H(σ/Σσ)) of the product B A: what it uses.
+    rank: int | None
+    effective_rank: float | None = None
+    #: What the product is multiplied by, and its Frobenius norm before that.
+    scale: float | None
+    norm: float | None = None
+
+
 class WeightsResult(Record):
     """The result of one run over one or more checkpoints."""
 
@@ -95,6 +110,7 @@ class WeightsResult(Record):
     overall: Overall
     health: Health | None
     notes: tuple[str, ...] = ()
+    adapters: tuple[AdapterResult, ...] = ()
 
 
 WeightsReport = Report[WeightsResult]
@@ -117,11 +133,17 @@ class Examined:
     checkpoint: Checkpoint
     tensors: tuple[TensorResult, ...]
     measured: frozenset[Need]
+    adapters: tuple[AdapterResult, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:
         """The tensors by name."""
         return {t.name: t for t in self.tensors}
+
+    @cached_property
+    def adapted(self) -> tuple[Adapter, ...]:
+        """Which of its tensors are the factors of which module's adapter."""
+        return adapters(self.tensors)
 
     def document(self, name: str) -> Mapping[str, object]:
         """One of ``documents.DOCUMENTS`` beside the checkpoint, empty where there is none."""

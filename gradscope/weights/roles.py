@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
+from gradscope.weights.adapters import part
 
 
 class Role(StrEnum):
@@ -27,6 +28,7 @@ class Role(StrEnum):
     UNEMBEDDING = "unembedding"
     LORA_A = "lora-a"
     LORA_B = "lora-b"
+    ADAPTER = "adapter"
     BIAS = "bias"
     NORM_GAIN = "norm-gain"
     BATCH_NORM_GAIN = "batch-norm-gain"
@@ -52,6 +54,8 @@ MATRICES = frozenset(
     }
 )  # fmt: skip
 TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
+#: Factors of a product, each of which may be zero at the start of training; `idle-adapter` judges.
+ADAPTERS = frozenset({Role.LORA_A, Role.LORA_B, Role.ADAPTER})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
 #: Roles that were not trained: pooled statistics and health leave them out.
 AUXILIARY = frozenset(
@@ -82,13 +86,11 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
         r"position_ids|inv_freq|masked_bias|relative_position_index|relative_coords_table|"
         r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
     ),
-    (Role.LORA_A, r"lora_(A|a|down|embedding_A)(\..*)?"),
-    (Role.LORA_B, r"lora_(B|b|up|embedding_B)(\..*)?"),
     (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
     (Role.SCALAR, r"logit_scale|logit_bias|temperature"),
     (Role.OTHER, r"A_log"),  # a state-space model's, initialised with equal rows
 )
-_LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?:\.\w+){0,2})$")
+_OF_FACTOR = {"A": Role.LORA_A, "B": Role.LORA_B}
 #: What tables of vectors are called, by the module that holds one or the parameter that is one.
 _EMBEDDING = re.compile(
     r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|"
@@ -115,13 +117,15 @@ def roles(refs: Iterable[TensorRef]) -> dict[str, Role]:
 
 def split(name: str) -> tuple[str, str]:
     """A tensor's module path and leaf name; an adapter's part is one leaf, however deep."""
-    if adapter := _LORA.search(name):
-        return name[: adapter.start()], adapter[1]
+    if adapter := part(name):
+        return adapter.module, name[len(adapter.module) :].strip(".")
     module, _, leaf = name.rpartition(".")
     return module, leaf
 
 
 def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
+    if adapter := part(ref.name):
+        return _OF_FACTOR.get(adapter.factor, Role.ADAPTER)
     module, leaf = split(ref.name)
     for role, pattern in _BY_LEAF:
         if re.fullmatch(pattern, leaf) and _fits(role, ref, siblings):

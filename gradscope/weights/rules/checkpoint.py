@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
@@ -11,6 +10,8 @@ from gradscope.checkpoints.tensors import ProblemKind
 from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.text import listed
+from gradscope.weights.adapter_config import adapter_configs
+from gradscope.weights.names import series
 from gradscope.weights.result import Examined, Need
 
 
@@ -78,11 +79,6 @@ def truncated_file(examined: Examined) -> Iterator[Observation]:
     yield from _problems(examined, "truncated-file")
 
 
-_NUMBERED = re.compile(
-    r"^(.*?(?:^|\.)(?:layers?|blocks?|h|resblocks|encoder_layers?))\.(\d+)\.(.+)$"
-)
-
-
 @rule("C006", "missing-layer", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def missing_layer(
     examined: Examined, *, least_members: int = 4, least_contiguous: float = 0.75
@@ -91,10 +87,14 @@ def missing_layer(
 
     Judged only of series called layers, blocks or h whose members have the same four or more
     tensors each and most of whose neighbours are present, so the numbering of nn.Sequential (where
-    activations take numbers but hold no tensors) is left alone.
+    activations take numbers but hold no tensors) is left alone, and so are adapters whose layers
+    were chosen.
     """
+    configs = adapter_configs(examined.checkpoint) if examined.adapted else ()
+    if any(config.chooses_layers for config in configs):
+        return
     expected = _configured_layers(examined)
-    for stack, members in _series(examined).items():
+    for stack, members in series(t.name for t in examined.tensors).items():
         numbers = sorted(members)
         if len(numbers) < least_members or not _uniform(members):
             continue
@@ -117,14 +117,6 @@ def _missing(stack: str, missing: list[int], present: int, expected: int) -> Obs
         "layer at random",
         {"missing_layers": len(missing), "present_layers": present, "first_missing": missing[0]},
     )
-
-
-def _series(examined: Examined) -> Mapping[str, Mapping[int, frozenset[str]]]:
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for tensor in examined.tensors:
-        if match := _NUMBERED.match(tensor.name):
-            found[match[1]][int(match[2])].add(match[3])
-    return {stack: {n: frozenset(names) for n, names in m.items()} for stack, m in found.items()}
 
 
 def _uniform(members: Mapping[int, frozenset[str]]) -> bool:

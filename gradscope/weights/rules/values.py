@@ -11,7 +11,7 @@ from gradscope.report.severity import Severity
 from gradscope.statistics.records import Statistics
 from gradscope.text import listed
 from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
-from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, Role
+from gradscope.weights.roles import ADAPTERS, AUXILIARY, GAINS, MATRICES, TABLES, Role
 from gradscope.weights.rules.tensors import measured, with_outliers
 
 
@@ -126,13 +126,14 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
     """Every element of a tensor is zero.
 
     A matrix of zeros passes nothing on; failed downloads and saves leave them
-    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
-    B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are normal: info.
+    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains and
+    tables of one row (RoBERTa's token types) are normal: info. Adapters, one of whose factors
+    starts at zero, are judged by `idle-adapter`.
     """
     for tensor, s in measured(examined):
-        if s.zero_count < s.count or tensor.role in AUXILIARY:
+        if s.zero_count < s.count or tensor.role in AUXILIARY | ADAPTERS:
             continue
-        matrix = tensor.role in (MATRICES | {Role.QUANTIZED}) - {Role.LORA_B}
+        matrix = tensor.role in MATRICES | {Role.QUANTIZED}
         matrix = matrix and not (tensor.role in TABLES and tensor.shape[0] == 1)
         yield Observation(
             tensor.name,
@@ -150,11 +151,15 @@ def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observat
     """All elements of a matrix have one value, not zero: its rows cannot differ.
 
     Vectors are often constant when they were not trained: info. Norm gains are judged by
-    `untrained`, zeros by `all-zero`.
+    `untrained`, factors of adapters by `idle-adapter`, zeros by `all-zero`.
     """
     for tensor, s in measured(examined):
         constant = s.count >= least and s.min is not None and s.min == s.max != 0
-        if not constant or tensor.role in GAINS | AUXILIARY or s.finite_count < s.count:
+        if (
+            not constant
+            or tensor.role in GAINS | AUXILIARY | {Role.ADAPTER}
+            or s.finite_count < s.count
+        ):
             continue
         yield Observation(
             tensor.name,
