@@ -162,6 +162,17 @@ def layers(*numbers: int, config: int | None = None) -> Plant:
     return plant
 
 
+def beside(**config: int) -> Plant:
+    """The healthy transformer and its configuration."""
+
+    def plant(folder: Path) -> Path:
+        write(folder / "model.safetensors", transformer())
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return plant
+
+
 def sharded(edit: Callable[[Path, dict[str, str]], object] = lambda *_: None) -> Plant:
     def plant(folder: Path) -> Path:
         write_sharded(folder, transformer())
@@ -345,6 +356,10 @@ CASES = {
     "scale-missing": Case(
         quantized(None), quantized(np.float32([0.01])),
         "a.weight", "high", {"affected_fraction": 1.0}, ("a.weight_scale",),
+    ),
+    "config-mismatch": Case(
+        beside(vocab_size=300), beside(vocab_size=256),
+        EMBED, "medium", {"key": "vocab_size", "promised": 300, "found": 256}, ("300", "256"),
     ),
     "idle-adapter": Case(
         adapter(0, global_step="500"), adapter(4, global_step="500"),

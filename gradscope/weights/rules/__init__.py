@@ -4,6 +4,24 @@ Limits marked "calibrated" were set on the healthy models of ``fixtures/`` so th
 a high finding; docs/weights.md prints that rate. The others cite their source.
 """
 
-from gradscope.weights.rules import adapters, checkpoint, numerics, shape, training, units, values
+from gradscope.weights.rules import (
+    adapters,
+    checkpoint,
+    configuration,
+    numerics,
+    shape,
+    training,
+    units,
+    values,
+)
 
-__all__ = ["adapters", "checkpoint", "numerics", "shape", "training", "units", "values"]
+__all__ = [
+    "adapters",
+    "checkpoint",
+    "configuration",
+    "numerics",
+    "shape",
+    "training",
+    "units",
+    "values",
+]

@@ -11,6 +11,7 @@ from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.text import listed
 from gradscope.weights.adapter_config import adapter_configs
+from gradscope.weights.configuration import configuration, is_main
 from gradscope.weights.names import series
 from gradscope.weights.result import Examined, Need
 
@@ -101,7 +102,7 @@ def missing_layer(
         steps = [b - a for a, b in pairwise(numbers)]
         if sum(step == 1 for step in steps) < least_contiguous * len(steps):
             continue
-        promised = expected if _is_main(stack) else 0
+        promised = expected if is_main(stack) else 0
         start = 0 if numbers[-1] < promised else numbers[0]  # some series count from 1
         end = max(numbers[-1] + 1, promised)
         if missing := sorted(set(range(start, end)) - set(numbers)):
@@ -127,17 +128,8 @@ def _uniform(members: Mapping[int, frozenset[str]]) -> bool:
 
 
 def _configured_layers(examined: Examined) -> int:
-    value = examined.document("config").get("num_hidden_layers")
-    return value if isinstance(value, int) and not isinstance(value, bool) and value < 10_000 else 0
-
-
-def _is_main(stack: str) -> bool:
-    """Whether config.json's num_hidden_layers refers to this stack."""
-    return stack in (
-        "model.layers",
-        "layers",
-        "transformer.h",
-        "h",
-        "encoder.layer",
-        "bert.encoder.layer",
-    )
+    config = configuration(examined)
+    promised = config.number("num_hidden_layers", "n_layer", "n_layers")
+    if config.others(r"recurren|loop|repeat"):  # layers that run several times
+        return 0
+    return promised if promised is not None and promised < 10_000 else 0
