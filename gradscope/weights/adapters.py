@@ -142,6 +142,11 @@ class Adapter:
         return not {"lora_mid", "hada_t1", "hada_t2", "lokr_t2", "lokr_t1"}.isdisjoint(self.names)
 
     @property
+    def pruned(self) -> bool:
+        """Whether AdaLoRA took all of its rank away: its factors are empty."""
+        return 0 in self.shapes.get("lora_E", ())
+
+    @property
     def lacks(self) -> str | None:
         """The one of a pair of factors that is not there."""
         pair = _PAIRS.get(self.method, ())
@@ -151,8 +156,9 @@ class Adapter:
     @property
     def fits(self) -> bool:
         """Whether the factors can be multiplied, as far as their shapes tell."""
-        both = all(factor in self.names for factor in _PAIRS.get(self.method, ("",)))
-        return not both or self.tucker or self.layout is not None
+        pair = [self.shapes.get(factor, ()) for factor in _PAIRS.get(self.method, ("",))]
+        matrices = all(len(shape) > 1 and 0 not in shape for shape in pair)
+        return not matrices or self.tucker or self.layout is not None
 
 
 @dataclass(frozen=True, slots=True)

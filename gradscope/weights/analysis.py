@@ -173,10 +173,19 @@ def _read_again(examined: Examined, engine: Engine[Any, Any]) -> Examined:
 
     Raises InputError when a file changed meanwhile.
     """
+    from gradscope.weights.indices import index_results
     from gradscope.weights.products import with_products
 
+    checkpoint = examined.checkpoint
     examined = replace(examined, adapters=described(examined))
-    return replace(examined, adapters=with_products(examined, engine))
+    examined = replace(
+        examined,
+        adapters=with_products(examined, engine),
+        indices=tuple(index_results(checkpoint.tensors)),
+    )
+    for path in {ref.file for ref in checkpoint.tensors}:
+        check_unchanged(path, checkpoint.stamps[path])
+    return examined
 
 
 def _read(

@@ -46,6 +46,8 @@ class Configuration:
 
     fields: Fields
     tensors: Sequence[TensorResult]
+    #: Whether the model has other parts, whose tokens it may add to the vocabulary.
+    composed: bool = False
 
     def number(self, *names: str) -> int | None:
         """The first of these keys that is a positive number."""
@@ -96,8 +98,8 @@ def configuration(examined: Examined) -> Configuration:
         tensors = [t for t in tensors if not _OTHER_PART.search(t.name)]
     if isinstance(nested, Mapping):
         own = [t for t in tensors if _TEXT_PART.search(t.name)]
-        return Configuration(nested, own or tensors)
-    return Configuration(config, tensors)
+        return Configuration(nested, own or tensors, composed)
+    return Configuration(config, tensors, composed)
 
 
 Claims = Callable[[Configuration], Iterator[Claim]]
@@ -125,6 +127,7 @@ def _vocabulary(config: Configuration) -> Iterator[Claim]:
     for table in config.embeddings:
         rows = table.shape[0]
         kept = rows in others or _padded(promised, rows, multiple)
+        kept = kept or (config.composed and 0 < rows - promised <= 8)  # Mllama's and Moshi's own
         yield Claim("vocab_size", promised, rows, table.name, kept)
 
 
@@ -259,8 +262,8 @@ _EXPERT = re.compile(r"^(?P<stack>.*\bexperts)\.(?:expert_)?(?P<number>\d+)\.")
 _STACKED = re.compile(r"\bexperts\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123])(\.weight)?$")
 
 
-def expert_counts(config: Configuration) -> tuple[int | None, Mapping[str, int]]:
-    """How many experts are promised, and how many each stack of them has."""
+def expert_counts(config: Configuration) -> tuple[frozenset[int], Mapping[str, int]]:
+    """How many experts are promised, with and without empty ones, and how many each stack has."""
     numbers: dict[str, set[int]] = defaultdict(set)
     stacked: dict[str, int] = {}
     for tensor in config.tensors:
@@ -271,7 +274,10 @@ def expert_counts(config: Configuration) -> tuple[int | None, Mapping[str, int]]
         elif _STACKED.search(tensor.name) and len(tensor.shape) == 3:
             stacked[tensor.name] = tensor.shape[0]
     keys = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-    return config.number(*keys), {stack: len(n) for stack, n in numbers.items()} | stacked
+    promised = config.number(*keys)
+    several = {promised + other for other in config.others("zero_expert")} if promised else ()
+    counts = {stack: len(n) for stack, n in numbers.items()} | stacked
+    return frozenset(filter(None, (promised, *several))), counts
 
 
 def surplus_layers(config: Configuration) -> tuple[str, int, int] | None:

@@ -103,6 +103,21 @@ class AdapterResult(Record):
     norm: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class IndexResult:
+    """A table of indices that does not hold what it must."""
+
+    name: str
+    wrong: int
+    fractions: int
+    #: Elements that repeat another; 0 where a table may repeat itself.
+    repeats: int
+    #: The first wrong element: where, what it is, and what it should be if that is known.
+    first: tuple[int, ...]
+    value: float
+    wanted: float | None
+
+
 class WeightsResult(Record):
     """The result of one run over one or more checkpoints."""
 
@@ -134,6 +149,8 @@ class Examined:
     tensors: tuple[TensorResult, ...]
     measured: frozenset[Need]
     adapters: tuple[AdapterResult, ...] = ()
+    #: The tables of indices that are wrong.
+    indices: tuple[IndexResult, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:

@@ -219,6 +219,21 @@ def test_zero_factors_are_neither_all_zero_nor_duplicates(tmp_path: Path) -> Non
     assert {f.name for f in findings(path)} == {"idle-adapter"}
 
 
+def test_a_module_from_which_adalora_took_all_rank_is_info(tmp_path: Path) -> None:
+    def pruned(n: int) -> Factors:
+        r = 0 if n == 1 else 4
+        return {"lora_A": g(n, r, 64), "lora_B": g(n, 64, r), "lora_E": g(n, r, 1)}
+
+    path = planted(tmp_path, made(pruned), steps=500)
+    assert [(f.name, f.severity.value) for f in findings(path)] == [("idle-adapter", "info")]
+
+
+def test_an_adapter_saved_without_gathering_is_empty_and_no_more(tmp_path: Path) -> None:
+    empty = made(lambda _: {"lora_A.weight": zeros(0), "lora_B.weight": zeros(0)})
+    found = findings(planted(tmp_path, empty, steps=500))
+    assert {f.name for f in found} == {"empty-tensor"}
+
+
 # -- alpha ----------------------------------------------------------------------------------------
 
 

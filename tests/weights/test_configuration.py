@@ -210,6 +210,11 @@ def test_one_expert_missing_in_one_layer(tmp_path: Path) -> None:
     assert found.subject == "model.layers.1.mlp.experts"
 
 
+def test_experts_that_compute_nothing_count_with_the_others(tmp_path: Path) -> None:
+    config = {"n_routed_experts": 8, "zero_expert_num": 4}
+    assert keys(planted(tmp_path, moe(12, stacked=True), config)) == []
+
+
 def test_a_dense_model_whose_configuration_has_experts_is_no_finding(tmp_path: Path) -> None:
     assert keys(planted(tmp_path, transformer(), {**LLAMA, "num_experts": 8})) == []
 
@@ -256,6 +261,7 @@ def composed(vocabulary: int = 256) -> dict[str, Array]:
 def test_a_composed_models_language_part_has_a_configuration_of_its_own(tmp_path: Path) -> None:
     assert keys(planted(tmp_path, composed(), COMPOSED)) == []
     assert keys(planted(tmp_path, composed(200), COMPOSED)) == ["vocab_size"]
+    assert keys(planted(tmp_path, composed(264), COMPOSED)) == []  # Mllama's own tokens
 
 
 def test_packed_tables_are_not_compared(tmp_path: Path) -> None:

@@ -357,6 +357,12 @@ CASES = {
         quantized(None), quantized(np.float32([0.01])),
         "a.weight", "high", {"affected_fraction": 1.0}, ("a.weight_scale",),
     ),
+    "broken-index": Case(
+        spoilt("position_ids", np.arange(77, dtype=np.float32) * np.float32(0.5)),
+        spoilt("position_ids", np.arange(77, dtype=np.float32)),
+        "position_ids", "medium", {"wrong": 76, "fractions": 38, "repeats": 0},
+        ("76 of 77", "38 fractions", "0.5 instead of 1"),
+    ),
     "config-mismatch": Case(
         beside(vocab_size=300), beside(vocab_size=256),
         EMBED, "medium", {"key": "vocab_size", "promised": 300, "found": 256}, ("300", "256"),
@@ -502,6 +508,18 @@ def test_float8_values_at_the_limit_are_medium(saturated: int, fires: bool, tmp_
     path = quantized(np.float32([0.01]), values)(tmp_path)
     expected = {"a.weight": "medium"} if fires else {}
     assert severities(path, "dtype-headroom") == expected
+
+
+@pytest.mark.parametrize("store", [np.float32, bf16])
+@pytest.mark.parametrize(("scale", "severity"), [(1e-41, "medium"), (1e-33, "medium"), (1e-26, "")])
+def test_a_layer_that_decayed_to_nothing_is_one_medium_finding(
+    store: Callable[[Array], Tensor], scale: float, severity: str, tmp_path: Path
+) -> None:
+    values = store((gaussian(128, 32, scale=1).astype(np.float64) * scale).astype(np.float32))
+    made = {**transformer(), UP: values, UP.replace("weight", "bias"): store(np.full(512, 1e-41))}
+    found = [f for f in findings(saved(made)(tmp_path)) if f.severity.rank > 0]
+    expected = [("all-zero", UP, "medium")] if severity else []
+    assert [(f.name, f.subject, f.severity.value) for f in found] == expected
 
 
 # -- training state -------------------------------------------------------------------------------

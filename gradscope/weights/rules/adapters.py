@@ -15,7 +15,7 @@ from gradscope.weights.adapter_config import AdapterConfig, adapter_configs, alp
 from gradscope.weights.adapters import Adapter
 from gradscope.weights.names import common_pattern, series
 from gradscope.weights.result import AdapterResult, Examined, Need
-from gradscope.weights.rules.tensors import is_constant, is_whole
+from gradscope.weights.rules.tensors import VANISHED, is_constant, is_whole
 from gradscope.weights.steps import step_count
 
 
@@ -193,7 +193,9 @@ def _idle(examined: Examined) -> Iterator[Observation]:
 
 def _neutral(adapter: Adapter, examined: Examined) -> Iterator[str]:
     """The factors by which an adapter leaves its module as it is; none where it changes it."""
-    if adapter.neutral is None:
+    if adapter.pruned:
+        yield "lora_E"
+    elif adapter.neutral is None:
         yield from (f for f, name in adapter.trained.items() if _is(examined, name, 0))
     elif all(_is(examined, adapter.names[f], v) for f, v in adapter.neutral.items()):
         yield from adapter.neutral
@@ -201,7 +203,10 @@ def _neutral(adapter: Adapter, examined: Examined) -> Iterator[str]:
 
 def _is(examined: Examined, name: str, value: float) -> bool:
     tensor = examined.by_name[name]
-    return tensor.numel == 0 or is_constant(tensor, value)
+    s = tensor.statistics
+    if value == 0 and s is not None and s.abs_max is not None:  # zero, or decayed to nothing
+        return s.abs_max < VANISHED and s.finite_count == s.count
+    return is_constant(tensor, value)
 
 
 def _idle_altogether(examined: Examined, idle: Mapping[Adapter, Sequence[str]]) -> Observation:

@@ -56,9 +56,11 @@ def empty_tensor(examined: Examined) -> Iterator[Observation]:
     """A weight or bias has no elements.
 
     ZeRO-3 and FSDP leave such placeholders when a checkpoint is saved without gathering the
-    parameters (transformers #20082, DeepSpeed #2413). Other tensors may be empty: low.
+    parameters (transformers #20082, DeepSpeed #2413). Other tensors may be empty: low; modules
+    from which AdaLoRA took all rank are.
     """
-    empty = [t for t in examined.tensors if t.numel == 0]
+    pruned = {name for a in examined.adapted if a.pruned for name in a.names.values()}
+    empty = [t for t in examined.tensors if t.numel == 0 and t.name not in pruned]
     parameters = [
         t for t in empty if re.search(r"(^|[._])(weight|bias|kernel|gamma|beta)$", t.name)
     ]

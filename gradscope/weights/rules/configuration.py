@@ -85,11 +85,12 @@ def _headless(config: Configuration) -> Observation:
 
 
 def _experts(config: Configuration) -> Iterator[Observation]:
-    promised, counts = expert_counts(config)
-    wrong = {stack: n for stack, n in counts.items() if promised and n != promised}
-    if not wrong or not promised:
+    known, counts = expert_counts(config)
+    wrong = {stack: n for stack, n in counts.items() if known and n not in known}
+    if not wrong:
         return
     stack, found = next(iter(wrong.items()))
+    promised = min(known)
     yield Observation(
         stack,
         f"config.json promises {plural(promised, 'expert')}; {found:,} are here"

@@ -11,7 +11,7 @@ from gradscope.statistics.dtypes import is_narrow
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import AUXILIARY, Role, split
-from gradscope.weights.rules.tensors import with_numerics
+from gradscope.weights.rules.tensors import VANISHED, with_numerics
 
 
 @rule("W115", "dtype-headroom", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
@@ -26,7 +26,8 @@ def dtype_headroom(
 
     Less than one doubling below the greatest finite value (float16: above 32,752) overflows at
     the next update; more than 0.1 % of elements at the greatest value of an 8-bit float were
-    clipped by their scale; more than 1 % subnormal elements have lost precision (low).
+    clipped by their scale; more than 1 % subnormal elements have lost precision (low). What decayed
+    to nothing as a whole is judged by `all-zero`.
     """
     for tensor, s, numerics in with_numerics(examined):
         if is_narrow(tensor.dtype):
@@ -50,7 +51,9 @@ def dtype_headroom(
                 headroom_bits,
             )
         share = s.subnormal_count / s.count
-        if share > subnormal and s.count >= 256 and tensor.role not in AUXILIARY:
+        if (s.abs_max or 0) < VANISHED or tensor.role in AUXILIARY:
+            continue
+        if share > subnormal and s.count >= 256:
             yield Observation(
                 tensor.name,
                 f"{share:.1%} of elements are subnormal in {tensor.dtype}: they have fewer bits "

@@ -11,6 +11,9 @@ from gradscope.statistics.records import Numerics, Statistics, Units
 from gradscope.weights.result import Examined, OutlierResult, TensorResult
 from gradscope.weights.roles import Role
 
+#: Below this nothing is left of a tensor: its products vanish beside any rounding error.
+VANISHED = 1e-30
+
 #: Roles whose distribution has a shape worth judging.
 SHAPED = frozenset({Role.LINEAR, Role.CONV, Role.DEPTHWISE, Role.RECURRENT, Role.EXPERTS})
 
