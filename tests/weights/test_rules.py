@@ -510,13 +510,21 @@ def test_float8_values_at_the_limit_are_medium(saturated: int, fires: bool, tmp_
     assert severities(path, "dtype-headroom") == expected
 
 
-@pytest.mark.parametrize("store", [np.float32, bf16])
-@pytest.mark.parametrize(("scale", "severity"), [(1e-41, "medium"), (1e-33, "medium"), (1e-26, "")])
+@pytest.mark.parametrize(
+    ("store", "scale", "severity"),
+    [
+        (np.float32, 1e-41, "medium"),
+        (np.float32, 1e-33, "medium"),
+        (np.float32, 1e-26, ""),
+        (bf16, 1e-39, "medium"),
+        (bf16, 1e-26, ""),
+    ],
+)
 def test_a_layer_that_decayed_to_nothing_is_one_medium_finding(
     store: Callable[[Array], Tensor], scale: float, severity: str, tmp_path: Path
 ) -> None:
     values = store((gaussian(128, 32, scale=1).astype(np.float64) * scale).astype(np.float32))
-    made = {**transformer(), UP: values, UP.replace("weight", "bias"): store(np.full(512, 1e-41))}
+    made = {**transformer(), UP: values, UP.replace("weight", "bias"): store(np.full(512, scale))}
     found = [f for f in findings(saved(made)(tmp_path)) if f.severity.rank > 0]
     expected = [("all-zero", UP, "medium")] if severity else []
     assert [(f.name, f.subject, f.severity.value) for f in found] == expected
