@@ -21,6 +21,7 @@ from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.text import listed, plural, quoted
+from gradscope.weights.adapter_config import described
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.result import (
@@ -137,6 +138,7 @@ def _headers(checkpoint: Checkpoint) -> _Examination:
     )
     bare = tuple(t.model_copy(update={"statistics": None}) for t in tensors)
     examined = Examined(checkpoint, bare, frozenset({Need.HEADERS}))
+    examined = replace(examined, adapters=described(examined))
     return _Examination(examined, {}, _part_failures(checkpoint))
 
 
@@ -184,7 +186,7 @@ def _measured(
     checkpoint = _without_unread(checkpoint, refs, failures)
     seen = examined(checkpoint, quantization, result)
     with failures.caught():
-        seen = replace(_with_tables(seen, engine), masters=compare_masters(refs))
+        seen = replace(_read_again(seen, engine), masters=compare_masters(refs))
     errors = (*_part_failures(checkpoint, failed=bool(failures)), *failures)
     return _Examination(seen, result.pools, errors)
 
@@ -200,6 +202,26 @@ def _with_tables(examined: Examined, engine: Engine[Any, Any]) -> Examined:
         codebooks=codebooks(refs, examined.tensors),
         tokens=tokens_beside(folder) if tables else {},
     )
+
+
+def _read_again(examined: Examined, engine: Engine[Any, Any]) -> Examined:
+    """With what needs another look: tables of tokens and of indices, the products of adapters.
+
+    Raises InputError when a file changed meanwhile.
+    """
+    from gradscope.weights.indices import index_results
+    from gradscope.weights.products import with_products
+
+    checkpoint = examined.checkpoint
+    examined = replace(examined, adapters=described(examined))
+    examined = replace(
+        _with_tables(examined, engine),
+        adapters=with_products(examined, engine),
+        indices=tuple(index_results(checkpoint.tensors)),
+    )
+    for path in {ref.file for ref in checkpoint.tensors}:
+        check_unchanged(path, checkpoint.stamps[path])
+    return examined
 
 
 def _read(
@@ -312,6 +334,7 @@ def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResu
         overall=_overall(examinations, tensors),
         health=overall_health(tensors, findings, complete and not lost),
         notes=tuple(note for c in checkpoints for note in c.notes),
+        adapters=tuple(adapter for e in examinations for adapter in e.examined.adapters),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from gradscope.weights.result import TensorResult
 
@@ -17,3 +18,17 @@ def common_pattern(tensors: Sequence[TensorResult]) -> str:
     """One name for several tensors."""
     patterns = dict.fromkeys(pattern(t.name) for t in tensors)
     return next(iter(patterns)) + (f" (+{len(patterns) - 1} more)" if len(patterns) > 1 else "")
+
+
+_NUMBERED = re.compile(
+    r"^(.*?(?:^|\.)(?:layers?|blocks?|h|resblocks|encoder_layers?|\w*transformer_blocks))\.(\d+)\.(.+)$"
+)
+
+
+def series(names: Iterable[str]) -> Mapping[str, Mapping[int, frozenset[str]]]:
+    """What the members of each numbered series of layers hold: stack -> number -> names in it."""
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if match := _NUMBERED.match(name):
+            found[match[1]][int(match[2])].add(match[3])
+    return {stack: {n: frozenset(held) for n, held in m.items()} for stack, m in found.items()}

@@ -20,6 +20,7 @@ from gradscope.statistics.records import (
     TensorProfile,
     Units,
 )
+from gradscope.weights.adapters import Adapter, adapters
 from gradscope.weights.roles import Role
 
 if TYPE_CHECKING:
@@ -117,6 +118,35 @@ class RolePool(Record):
     statistics: Statistics
 
 
+class AdapterResult(Record):
+    """What the adapter of one module amounts to; None where it was not measured."""
+
+    input: str
+    module: str
+    method: str
+    #: What it pays for, and exp(H(σ/Σσ)) of the product B A: what it uses.
+    rank: int | None
+    effective_rank: float | None = None
+    #: What the product is multiplied by, and its Frobenius norm before that.
+    scale: float | None
+    norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexResult:
+    """A table of indices that does not hold what it must."""
+
+    name: str
+    wrong: int
+    fractions: int
+    #: Elements that repeat another; 0 where a table may repeat itself.
+    repeats: int
+    #: The first wrong element: where, what it is, and what it should be if that is known.
+    first: tuple[int, ...]
+    value: float
+    wanted: float | None
+
+
 class WeightsResult(Record):
     """The result of one run over one or more checkpoints."""
 
@@ -124,6 +154,7 @@ class WeightsResult(Record):
     overall: Overall
     health: Health | None
     notes: tuple[str, ...] = ()
+    adapters: tuple[AdapterResult, ...] = ()
 
 
 WeightsReport = Report[WeightsResult]
@@ -168,6 +199,9 @@ class Examined:
     lost: Mapping[str, float] = field(default_factory=dict)
     #: None where there are no master weights.
     masters: Masters | None = None
+    adapters: tuple[AdapterResult, ...] = ()
+    #: The tables of indices that are wrong.
+    indices: tuple[IndexResult, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:
@@ -180,6 +214,11 @@ class Examined:
         from gradscope.weights.experts import Judged
 
         return Judged.of(self)
+
+    @cached_property
+    def adapted(self) -> tuple[Adapter, ...]:
+        """Which of its tensors are the factors of which module's adapter."""
+        return adapters(self.tensors)
 
     def document(self, name: str) -> Mapping[str, object]:
         """One of ``documents.DOCUMENTS`` beside the checkpoint, empty where there is none."""

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from gradscope.checkpoints.tensors import Part, TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
+from gradscope.weights.adapters import part
 from gradscope.weights.leaves import Leaf, in_fixed_layer, is_average, is_offset, leaf_of
 
 
@@ -29,6 +30,7 @@ class Role(StrEnum):
     CODEBOOK = "codebook"
     LORA_A = "lora-a"
     LORA_B = "lora-b"
+    ADAPTER = "adapter"
     BIAS = "bias"
     NORM_GAIN = "norm-gain"
     BATCH_NORM_GAIN = "batch-norm-gain"
@@ -56,6 +58,9 @@ MATRICES = frozenset(
     }
 )  # fmt: skip
 TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK})
+TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
+#: Factors of a product, each of which may be zero at the start of training; `idle-adapter` judges.
+ADAPTERS = frozenset({Role.LORA_A, Role.LORA_B, Role.ADAPTER})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
 #: What training keeps beside the model.
 TRAINING = frozenset({Role.OPTIMIZER, Role.MASTER, Role.AVERAGE})
@@ -94,7 +99,7 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
     (Role.SCALAR, r"logit_scale|logit_bias|temperature"),
     (Role.OTHER, r"A_log"),  # a state-space model's, initialised with equal rows
 )
-_LORA = re.compile(r"(?:^|\.)(lora_(?:A|B|a|b|down|up|embedding_A|embedding_B)(?:\.\w+){0,2})$")
+_OF_FACTOR = {"A": Role.LORA_A, "B": Role.LORA_B}
 #: What tables of vectors are called, by the module that holds one or the parameter that is one.
 _EMBEDDING = re.compile(
     r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|tok|lut|"
@@ -128,8 +133,8 @@ def roles(refs: Iterable[TensorRef]) -> dict[str, Role]:
 
 def split(name: str) -> tuple[str, str]:
     """A tensor's module path and leaf name; an adapter's part is one leaf, however deep."""
-    if adapter := _LORA.search(name):
-        return name[: adapter.start()], adapter[1]
+    if adapter := part(name):
+        return adapter.module, name[len(adapter.module) :].strip(".")
     module, _, leaf = name.rpartition(".")
     return module, leaf
 
@@ -146,6 +151,8 @@ _BY_PART: Mapping[Part, Role] = {
 def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
     if ref.part in _BY_PART:
         return _BY_PART[ref.part] if ref.numel > 1 else Role.COUNTER
+    if adapter := part(ref.name):
+        return _OF_FACTOR.get(adapter.factor, Role.ADAPTER)
     module, leaf = split(ref.name)
     for role, pattern in _BY_LEAF:
         if re.fullmatch(pattern, leaf) and _fits(role, ref, siblings):

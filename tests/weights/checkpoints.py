@@ -129,6 +129,20 @@ def conv_net(blocks: int = 3, width: int = 16) -> dict[str, Array]:
     return made
 
 
+def lora(
+    layers: int = 4, rank: int = 8, width: int = 64, trained: int | None = None
+) -> dict[str, Array]:
+    """An adapter as PEFT saves it, for one module a layer; B is zero in all but ``trained``."""
+    made: dict[str, Array] = {}
+    for layer in range(layers):
+        module = f"base_model.model.layers.{layer}.q_proj"
+        made[f"{module}.lora_A.weight"] = gaussian(rank, width, seed=layer)
+        b = gaussian(width, rank, seed=90 + layer)
+        zero = trained is not None and layer >= trained
+        made[f"{module}.lora_B.weight"] = np.zeros_like(b) if zero else b
+    return made
+
+
 def healthy() -> dict[str, dict[str, Array]]:
     """Both healthy models by name."""
     return {"transformer": transformer(), "conv_net": conv_net()}

@@ -125,8 +125,6 @@ LIMITS: list[tuple[Rule, Fields, Fields]] = [
      {"role": Role.NORM_GAIN, "shape": (2,), "statistics": {"min": 1.0}}),
     (untrained, {"role": Role.NORM_GAIN, "shape": (8,), "statistics": {"min": 0.0, "max": 0.0}},
      {"role": Role.NORM_GAIN, "shape": (8,), "statistics": {"min": 1.0, "max": 1.0}}),
-    (untrained, {"role": Role.LORA_B, "statistics": {"min": 0, "max": 0, "nan_count": 1}},
-     {"role": Role.LORA_B, "statistics": {"min": 0, "max": 0}}),
 ]  # fmt: skip
 
 

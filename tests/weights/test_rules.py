@@ -26,6 +26,7 @@ from .checkpoints import (
     fp8,
     gaussian,
     healthy,
+    lora,
     serialized,
     transformer,
     write,
@@ -163,6 +164,17 @@ def layers(*numbers: int, config: int | None = None) -> Plant:
     return plant
 
 
+def beside(**config: int) -> Plant:
+    """The healthy transformer and its configuration."""
+
+    def plant(folder: Path) -> Path:
+        write(folder / "model.safetensors", transformer())
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return plant
+
+
 def sharded(edit: Callable[[Path, dict[str, str]], object] = lambda *_: None) -> Plant:
     def plant(folder: Path) -> Path:
         write_sharded(folder, transformer())
@@ -248,6 +260,10 @@ def mixed_precision(factor: float) -> Plant:
         return folder / "model.pt"
 
     return plant
+
+
+def adapter(trained: int, **metadata: str) -> Plant:
+    return saved(lora(4, trained=trained), **metadata)
 
 
 @dataclass(frozen=True)
@@ -378,6 +394,21 @@ CASES = {
     "scale-missing": Case(
         quantized(None), quantized(np.float32([0.01])),
         "a.weight", "high", {"affected_fraction": 1.0}, ("a.weight_scale",),
+    ),
+    "broken-index": Case(
+        spoilt("position_ids", np.arange(77, dtype=np.float32) * np.float32(0.5)),
+        spoilt("position_ids", np.arange(77, dtype=np.float32)),
+        "position_ids", "medium", {"wrong": 76, "fractions": 38, "repeats": 0},
+        ("76 of 77", "38 fractions", "0.5 instead of 1"),
+    ),
+    "config-mismatch": Case(
+        beside(vocab_size=300), beside(vocab_size=256),
+        EMBED, "medium", {"key": "vocab_size", "promised": 300, "found": 256}, ("300", "256"),
+    ),
+    "idle-adapter": Case(
+        adapter(0, global_step="500"), adapter(4, global_step="500"),
+        "base_model.model.layers.*.q_proj.lora_B.weight", "high",
+        {"zero_adapters": 4, "adapters": 4, "step": 500}, ("4 modules", "500 training steps"),
     ),
 }  # fmt: skip
 
@@ -659,6 +690,26 @@ def test_float8_values_at_the_limit_are_medium(saturated: int, fires: bool, tmp_
     assert severities(path, "dtype-headroom") == expected
 
 
+@pytest.mark.parametrize(
+    ("store", "scale", "severity"),
+    [
+        (np.float32, 1e-41, "medium"),
+        (np.float32, 1e-33, "medium"),
+        (np.float32, 1e-26, ""),
+        (bf16, 1e-39, "medium"),
+        (bf16, 1e-26, ""),
+    ],
+)
+def test_a_layer_that_decayed_to_nothing_is_one_medium_finding(
+    store: Callable[[Array], Tensor], scale: float, severity: str, tmp_path: Path
+) -> None:
+    values = store((gaussian(128, 32, scale=1).astype(np.float64) * scale).astype(np.float32))
+    made = {**transformer(), UP: values, UP.replace("weight", "bias"): store(np.full(512, scale))}
+    found = [f for f in findings(saved(made)(tmp_path)) if f.severity.rank > 0]
+    expected = [("all-zero", UP, "medium")] if severity else []
+    assert [(f.name, f.subject, f.severity.value) for f in found] == expected
+
+
 # -- training state -------------------------------------------------------------------------------
 
 
@@ -695,27 +746,6 @@ def test_a_step_of_zero_among_the_tensors_is_a_witness_too(tmp_path: Path) -> No
 
 def test_trained_norms_at_step_zero_are_no_finding(tmp_path: Path) -> None:
     assert findings(saved(transformer(), step="0")(tmp_path), "untrained") == []
-
-
-def adapters(trained: int) -> Plant:
-    made: dict[str, Array] = {}
-    for layer in range(4):
-        module = f"base_model.model.layers.{layer}.q_proj"
-        made[f"{module}.lora_A.default.weight"] = gaussian(8, 64, seed=layer)
-        b = gaussian(64, 8, seed=9 + layer)
-        made[f"{module}.lora_B.default.weight"] = b if layer < trained else np.zeros_like(b)
-    return saved(made)
-
-
-@pytest.mark.parametrize(
-    ("trained", "expected"), [(0, ["info"]), (1, ["medium"]), (3, ["medium"]), (4, [])]
-)
-def test_adapters_whose_b_is_zero(trained: int, expected: list[str], tmp_path: Path) -> None:
-    path = adapters(trained)(tmp_path)
-    found = findings(path, "untrained")
-    assert [f.severity.value for f in found] == expected
-    assert all(f.evidence == {"zero_adapters": 4 - trained, "adapters": 4} for f in found)
-    assert all(f.severity == "info" for f in findings(path, "all-zero"))
 
 
 def test_equal_embedding_and_output_layer_are_tied_weights(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ that no limit is set on.
 """
 
 from gradscope.weights.rules import (
+    adapters,
     checkpoint,
+    configuration,
     copies,
     empty,
     experts,
@@ -20,7 +22,9 @@ from gradscope.weights.rules import (
 )
 
 __all__ = [
+    "adapters",
     "checkpoint",
+    "configuration",
     "copies",
     "empty",
     "experts",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -11,7 +9,10 @@ from gradscope.checkpoints.tensors import ProblemKind
 from gradscope.report.model import Severity
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.text import escaped, listed, plural
+from gradscope.weights.adapter_config import adapter_configs
+from gradscope.weights.configuration import configuration, is_main
 from gradscope.weights.experts import missing_experts
+from gradscope.weights.names import series
 from gradscope.weights.result import Examined, Need
 from gradscope.weights.roles import TRAINING
 
@@ -57,11 +58,6 @@ def truncated_file(examined: Examined) -> Iterator[Observation]:
     yield from _problems(examined, "truncated-file")
 
 
-_NUMBERED = re.compile(
-    r"^(.*?(?:^|\.)(?:layers?|blocks?|h|resblocks|encoder_layers?))\.(\d+)\.(.+)$"
-)
-
-
 @rule("C006", "missing-layer", Severity.HIGH, reads=Examined, needs=Need.HEADERS)
 def missing_layer(
     examined: Examined, *, least_members: int = 4, least_contiguous: float = 0.75
@@ -73,17 +69,23 @@ def missing_layer(
 
     Judged only of series called layers, blocks or h whose members have the same four or more
     tensors each and most of whose neighbours are present, so the numbering of nn.Sequential (where
-    activations take numbers but hold no tensors) is left alone.
+    activations take numbers but hold no tensors) is left alone, and so are adapters whose layers
+    were chosen.
     """
+    configs = adapter_configs(examined.checkpoint) if examined.adapted else ()
+    if any(config.chooses_layers for config in configs):
+        return
     expected = _configured_layers(examined)
-    for stack, members in _series(examined).items():
+    for stack, members in series(
+        t.name for t in examined.tensors if t.role not in TRAINING
+    ).items():
         numbers = sorted(members)
         if len(numbers) < least_members or not _uniform(members):
             continue
         steps = [b - a for a, b in pairwise(numbers)]
         if sum(step == 1 for step in steps) < least_contiguous * len(steps):
             continue
-        promised = expected if _is_main(stack) else 0
+        promised = expected if is_main(stack) else 0
         start = 0 if numbers[-1] < promised else numbers[0]  # some series count from 1
         end = max(numbers[-1] + 1, promised)
         if missing := sorted(set(range(start, end)) - set(numbers)):
@@ -109,16 +111,6 @@ def _missing(
     )
 
 
-def _series(examined: Examined) -> Mapping[str, Mapping[int, frozenset[str]]]:
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for tensor in examined.tensors:
-        if tensor.role in TRAINING:
-            continue
-        if match := _NUMBERED.match(tensor.name):
-            found[match[1]][int(match[2])].add(match[3])
-    return {stack: {n: frozenset(names) for n, names in m.items()} for stack, m in found.items()}
-
-
 def _uniform(members: Mapping[int, frozenset[str]]) -> bool:
     """Whether most members hold the same tensors, at least four each."""
     kinds = list(members.values())
@@ -127,17 +119,8 @@ def _uniform(members: Mapping[int, frozenset[str]]) -> bool:
 
 
 def _configured_layers(examined: Examined) -> int:
-    value = examined.document("config").get("num_hidden_layers")
-    return value if isinstance(value, int) and not isinstance(value, bool) and value < 10_000 else 0
-
-
-def _is_main(stack: str) -> bool:
-    """Whether config.json's num_hidden_layers refers to this stack."""
-    return stack in (
-        "model.layers",
-        "layers",
-        "transformer.h",
-        "h",
-        "encoder.layer",
-        "bert.encoder.layer",
-    )
+    config = configuration(examined)
+    promised = config.number("num_hidden_layers", "n_layer", "n_layers")
+    if config.others(r"recurren|loop|repeat"):  # layers that run several times
+        return 0
+    return promised if promised is not None and promised < 10_000 else 0

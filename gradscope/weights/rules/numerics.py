@@ -10,7 +10,7 @@ from gradscope.statistics.dtypes import is_narrow
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
 from gradscope.weights.roles import AUXILIARY, TRAINING, Role
-from gradscope.weights.rules.tensors import mostly_dead, with_numerics
+from gradscope.weights.rules.tensors import VANISHED, mostly_dead, with_numerics
 
 
 @rule("W115", "dtype-headroom", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
@@ -26,7 +26,8 @@ def dtype_headroom(
     Less than one doubling below the greatest finite value (float16: above 32,752) overflows at
     the next update; more than 0.1 % of elements at the greatest value of an 8-bit float, and more
     than three a scale, which maps one there, were clipped; more than 1 % subnormal elements have
-    lost precision (low), unless they are those of `dead-units`.
+    lost precision (low), unless they are those of `dead-units`. What decayed to nothing as a whole
+    is judged by `all-zero`.
     """
     codes = examined.quantization.codes()
     for tensor, s, numerics in with_numerics(examined):
@@ -59,7 +60,9 @@ def dtype_headroom(
                 headroom_bits,
             )
         share = 0.0 if mostly_dead(tensor) else s.subnormal_count / s.count
-        if share > subnormal and s.count >= 256 and tensor.role not in AUXILIARY:
+        if (s.abs_max or 0) < VANISHED or tensor.role in AUXILIARY:
+            continue
+        if share > subnormal and s.count >= 256:
             yield Observation(
                 tensor.name,
                 f"{share:.1%} of elements are subnormal in {tensor.dtype}: they have fewer bits "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 
+from gradscope.checkpoints.numbering import NUMBERED
 from gradscope.statistics.dtypes import is_float
 from gradscope.statistics.records import Numerics, Statistics, Units
 from gradscope.weights.result import Examined, OutlierResult, TensorResult
 from gradscope.weights.roles import Role
+
+#: Below this nothing is left of a tensor: its products vanish beside any rounding error.
+VANISHED = 1e-30
 
 #: Roles whose distribution has a shape worth judging.
 SHAPED = frozenset({Role.LINEAR, Role.CONV, Role.DEPTHWISE, Role.RECURRENT, Role.EXPERTS})
@@ -56,3 +61,23 @@ def with_numerics(
     for tensor, s in measured(examined, roles):
         if tensor.numerics is not None:
             yield tensor, s, tensor.numerics
+
+
+def is_constant(tensor: TensorResult | None, value: float) -> bool:
+    """Whether every element of a tensor was measured to be one value."""
+    s = tensor.statistics if tensor is not None else None
+    return s is not None and s.min == s.max == value and s.finite_count == s.count > 0
+
+
+def is_whole(examined: Examined) -> bool:
+    """Whether what was not found is not there: not left out, unread, or in another shard."""
+    checkpoint = examined.checkpoint
+    shards = {f for f in (os.path.basename(t.file) for t in examined.tensors) if _is_one_shard(f)}
+    lone = len(shards) == 1 and _is_one_shard(os.path.basename(checkpoint.path))
+    partial = any(p.kind in ("missing-shard", "truncated-file") for p in checkpoint.problems)
+    return not (lone or partial or checkpoint.skipped or checkpoint.failures)
+
+
+def _is_one_shard(file: str) -> bool:
+    """Whether a file's name says that there are others."""
+    return (found := NUMBERED.fullmatch(file)) is not None and int(found["total"]) > 1

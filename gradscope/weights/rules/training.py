@@ -1,4 +1,4 @@
-"""Rules about traces of training: running statistics, norms, adapters."""
+"""Rules about traces of training: running statistics, master weights, norms."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 from gradscope.text import listed, plural
 from gradscope.weights.names import common_pattern
-from gradscope.weights.result import Examined, Need, TensorResult
+from gradscope.weights.result import Examined, Need
 from gradscope.weights.roles import Role, split
-from gradscope.weights.rules.tensors import measured
+from gradscope.weights.rules.tensors import is_constant, measured
+from gradscope.weights.steps import step_count
 
 
 @rule("W111", "negative-variance", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
@@ -75,21 +76,14 @@ def master_mismatch(examined: Examined) -> Iterator[Observation | Unknown]:
 
 @rule("W112", "untrained", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
 def untrained(examined: Examined) -> Iterator[Observation]:
-    """Norms or adapters that are exactly as they were initialised.
+    """Norms that are exactly as they were initialised.
 
     High where the checkpoint itself says so: batch norms with unit gain, mean 0 and variance 1
     whose `num_batches_tracked` is 0, or unit norms beside a step count of 0. Unit norm gains
-    without such evidence, and LoRA adapters whose B is zero everywhere, are info; a B that is
-    zero in some modules only is medium.
+    without such evidence are info. Adapters are judged by `idle-adapter`.
     """
     yield from _untrained_batch_norms(examined)
     yield from _untrained_norms(examined)
-    yield from _untrained_adapters(examined)
-
-
-def _is(tensor: TensorResult | None, value: float) -> bool:
-    s = tensor.statistics if tensor is not None else None
-    return s is not None and s.min == s.max == value and s.finite_count == s.count > 0
 
 
 def _untrained_batch_norms(examined: Examined) -> Iterator[Observation]:
@@ -97,7 +91,7 @@ def _untrained_batch_norms(examined: Examined) -> Iterator[Observation]:
         module, _leaf = split(tensor.name)
         mean = examined.by_name.get(f"{module}.running_mean")
         batches = examined.by_name.get(f"{module}.num_batches_tracked")
-        if _is(tensor, 1) and _is(mean, 0) and _is(batches, 0):
+        if is_constant(tensor, 1) and is_constant(mean, 0) and is_constant(batches, 0):
             yield Observation(
                 tensor.name,
                 "this batch norm has never seen a batch: mean 0, variance 1, num_batches_tracked 0",
@@ -109,10 +103,10 @@ def _untrained_batch_norms(examined: Examined) -> Iterator[Observation]:
 
 def _untrained_norms(examined: Examined) -> Iterator[Observation]:
     gains = [t for t, _ in measured(examined, {Role.NORM_GAIN}) if t.numel > 1]
-    untouched = [t for t in gains if _is(t, 1) or (_is(t, 0) and len(gains) > 1)]
+    untouched = [t for t in gains if is_constant(t, 1) or (is_constant(t, 0) and len(gains) > 1)]
     if not untouched:
         return
-    steps = _step_count(examined)
+    steps = step_count(examined)
     subject = untouched[0].name if len(untouched) == 1 else common_pattern(untouched)
     yield Observation(
         subject,
@@ -125,33 +119,3 @@ def _untrained_norms(examined: Examined) -> Iterator[Observation]:
         | ({} if steps is None else {"step": steps}),
         severity=None if steps == 0 else Severity.INFO,
     )
-
-
-def _step_count(examined: Examined) -> int | None:
-    for name in ("global_step", "step", "steps", "iteration", "iter", "num_updates"):
-        value = examined.checkpoint.metadata.get(name)
-        if isinstance(value, str) and value.isdigit():
-            return int(value)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        tensor = examined.by_name.get(name)
-        if tensor is not None and tensor.numel == 1 and tensor.statistics is not None:
-            return int(tensor.statistics.min or 0)
-    return None
-
-
-def _untrained_adapters(examined: Examined) -> Iterator[Observation]:
-    adapters = [t for t, _ in measured(examined, {Role.LORA_B})]
-    zero = [t for t in adapters if _is(t, 0)]
-    if zero:
-        everywhere = len(zero) == len(adapters)
-        yield Observation(
-            common_pattern(zero),
-            f"B is zero in {len(zero)} of {len(adapters)} LoRA adapters: "
-            + ("the adapter changes nothing" if everywhere else "these were not trained"),
-            "train the adapter"
-            if everywhere
-            else "check that these modules received gradients (target modules, frozen layers)",
-            {"zero_adapters": len(zero), "adapters": len(adapters)},
-            severity=Severity.INFO if everywhere else Severity.MEDIUM,
-        )

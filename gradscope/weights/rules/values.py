@@ -12,8 +12,17 @@ from gradscope.statistics.records import Statistics
 from gradscope.text import listed
 from gradscope.weights.leaves import Leaf, leaf_of
 from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
-from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TABLES, TRAINING, Role, split
-from gradscope.weights.rules.tensors import measured, mostly_dead, with_outliers
+from gradscope.weights.roles import (
+    ADAPTERS,
+    AUXILIARY,
+    GAINS,
+    MATRICES,
+    TABLES,
+    TRAINING,
+    Role,
+    split,
+)
+from gradscope.weights.rules.tensors import VANISHED, measured, mostly_dead, with_outliers
 
 
 @rule("W101", "non-finite", Severity.CRITICAL, reads=Examined, needs=Need.STATISTICS)
@@ -188,23 +197,25 @@ def _gap(outliers: OutlierResult, least_score: float) -> tuple[int, float]:
 
 
 @rule("W103", "all-zero", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
-def all_zero(examined: Examined) -> Iterator[Observation]:
-    """Every element of a tensor is zero.
+def all_zero(examined: Examined, *, nothing: float = VANISHED) -> Iterator[Observation]:
+    """Every element of a tensor is zero, or next to it.
 
     A matrix of zeros passes nothing on; failed downloads and saves leave them
-    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains, the
-    B of an untrained LoRA adapter and tables of one row (RoBERTa's token types) are normal: info.
-    Experts belong to `dead-expert`.
-    Averaged (EMA) or master weights that are zero where the model is not are one finding: the next
+    (aprender #2337: 27 of 339 tensors of a cached file). Zero biases, zero-initialised gains and
+    tables of one row (RoBERTa's token types) are normal: info. Adapters, one of whose factors
+    starts at zero, are judged by `idle-adapter`. A matrix of F32 or BF16 whose greatest magnitude
+    is below 1e-30 was never saved wrong: weight decay shrank it while no gradient reached it, as it
+    does to layers that the model does not use: medium. Experts belong to `dead-expert`. Averaged
+    (EMA) or master weights that are zero where the model is not are one finding: the next
     evaluation or step would use them.
     """
     yield from _zero_copies(examined)
     for tensor, s in measured(examined):
-        if s.zero_count < s.count or tensor.role in AUXILIARY:
+        if s.zero_count < s.count or tensor.role in AUXILIARY | ADAPTERS:
             continue
         if examined.experts.covers(tensor.name):
             continue
-        matrix = tensor.role in (MATRICES | {Role.QUANTIZED}) - {Role.LORA_B}
+        matrix = tensor.role in MATRICES | {Role.QUANTIZED}
         matrix = matrix and not (tensor.role in TABLES and tensor.shape[0] == 1)
         yield Observation(
             tensor.name,
@@ -215,6 +226,22 @@ def all_zero(examined: Examined) -> Iterator[Observation]:
             {"zero_count": s.zero_count, "affected_fraction": 1.0},
             severity=None if matrix else Severity.INFO,
         )
+    for tensor, s in measured(examined, MATRICES - ADAPTERS):
+        if tensor.dtype in ("F32", "BF16") and 0 < (s.abs_max or 0) < nothing:
+            yield _decayed(tensor, s, nothing)
+
+
+def _decayed(tensor: TensorResult, s: Statistics, limit: float) -> Observation:
+    return Observation(
+        tensor.name,
+        f"its greatest magnitude is {s.abs_max:.3g}: it passes nothing on; weight decay shrank it "
+        "while no gradient reached it",
+        "leave the layer out if the model does not use it; otherwise find out why it gets no "
+        "gradient, and retrain it",
+        {"abs_max": float(s.abs_max or 0), "affected_fraction": 1.0},
+        threshold=limit,
+        severity=Severity.MEDIUM,
+    )
 
 
 def _zero_copies(examined: Examined) -> Iterator[Observation]:
@@ -248,11 +275,15 @@ def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observat
     """All elements of a matrix have one value, not zero: its rows cannot differ.
 
     Vectors are often constant when they were not trained: info. Norm gains are judged by
-    `untrained`, zeros by `all-zero`.
+    `untrained`, factors of adapters by `idle-adapter`, zeros by `all-zero`.
     """
     for tensor, s in measured(examined):
         constant = s.count >= least and s.min is not None and s.min == s.max != 0
-        if not constant or tensor.role in GAINS | AUXILIARY or s.finite_count < s.count:
+        if (
+            not constant
+            or tensor.role in GAINS | AUXILIARY | {Role.ADAPTER}
+            or s.finite_count < s.count
+        ):
             continue
         yield Observation(
             tensor.name,
@@ -260,4 +291,38 @@ def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observat
             "check that this tensor was loaded and trained",
             {"value": float(s.min or 0), "affected_fraction": 1.0},
             severity=None if tensor.role in MATRICES else Severity.INFO,
+        )
+
+
+@rule("W118", "broken-index", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
+def broken_index(examined: Examined) -> Iterator[Observation]:
+    """A table of indices does not hold the integers that it must.
+
+    Position ids are 0 … n - 1; relative positions of a window change their sign when two places
+    are exchanged; a permutation has every index once. Merges that average every tensor make
+    fractions of them, half precision repeats (float16 above 2,048, bfloat16 above 256), and the
+    model then looks up the rows of other positions (sd-webui #6728, #7450).
+    """
+    for found in examined.indices:
+        tensor = examined.by_name[found.name]
+        wanted = "" if found.wanted is None else f" instead of {found.wanted:g}"
+        kinds = [
+            f"{count:,} {kind}"
+            for count, kind in ((found.fractions, "fractions"), (found.repeats, "repeats"))
+            if count
+        ]
+        yield Observation(
+            found.name,
+            f"{found.wrong:,} of {tensor.numel:,} indices are wrong"
+            + (f" ({', '.join(kinds)})" if kinds else "")
+            + f"; {list(found.first)} is {found.value:.9g}{wanted}",
+            "take this tensor from the base model, in its integer type, or leave it out: models "
+            "make it anew; exclude it from merges and casts",
+            {
+                "wrong": found.wrong,
+                "fractions": found.fractions,
+                "repeats": found.repeats,
+                "affected_fraction": found.wrong / tensor.numel,
+            },
+            threshold=0,
         )
