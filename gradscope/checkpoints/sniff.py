@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-from gradscope.checkpoints.folder import holds_checkpoints, names_in
+from gradscope.checkpoints.choice import holds_checkpoints, names_in
 from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder
+from gradscope.checkpoints.foreign_folders import refuse_parts
 from gradscope.containers.beginning import Beginning
 from gradscope.formats import CHECKPOINT, recognised
 
@@ -31,6 +32,7 @@ def sniff(path: str) -> str:
 
 def _sniff_folder(path: str) -> str:
     names = names_in(path, folders=True)
+    refuse_parts(path, names)
     if not holds_checkpoints(names):
         refuse_folder(path, names)
     return FOLDER
