@@ -125,11 +125,15 @@ def _modules(path: str, files: Sequence[str], choose_files: ChooseFiles) -> Choi
         if not modules or not lost or not holds_checkpoints(files):
             return None
     own = choose_files(path) if holds_checkpoints(files) else Choice(())
-    parts = (*own.parts, *(Part(folder, folder) for folder in inside))
+    parts = (*map(_unprefixed, own.parts), *(Part(folder, folder) for folder in inside))
     named = [*(["the folder itself"] if own.parts else []), *map(quoted, inside)]
     note = f"the modules of modules.json were read: {listed(named, len(named), 8)}"
     failures = tuple(_lost("modules.json", _unweighted(modules, inside, files)))
-    return Choice(parts, (*own.notes, note), failures)
+    return Choice(parts, (*own.notes, note), (*own.failures, *failures), prefixed=True)
+
+
+def _unprefixed(part: Part) -> Part:
+    return Part(part.name)
 
 
 def _listed_modules(described: object) -> Mapping[str, str]:

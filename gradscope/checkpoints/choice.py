@@ -73,6 +73,11 @@ def holds_checkpoints(names: Iterable[str]) -> bool:
     return any(map(is_index_name, found)) or bool(candidates(found))
 
 
+def left_by_training(names: Iterable[str]) -> list[str]:
+    """The names of files that training leaves beside a model."""
+    return [name for name in names if _BESIDE.fullmatch(name)]
+
+
 def training_state(folder: str, names: Iterable[str]) -> Iterator[str]:
     """A note on the optimizer's state beside a model, and how to read it."""
     found = [name for name in names if _OPTIMIZER.fullmatch(name)]

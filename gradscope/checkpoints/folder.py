@@ -15,17 +15,19 @@ from gradscope.checkpoints.choice import (
     Part,
     candidates,
     is_index_name,
+    left_by_training,
     names_in,
     training_state,
 )
-from gradscope.checkpoints.series import groups, newest, preferred
-from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.checkpoints.series import by_number, gap, groups, is_variant, newest, preferred
+from gradscope.checkpoints.tensors import Checkpoint, Failure
 from gradscope.errors import InputError, UsageError
 from gradscope.formats import families, suffixes
 from gradscope.text import escaped, listed, quoted
 
 _WELL_KNOWN = (
     "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
     "pytorch_model.bin",
     "adapter_model.safetensors",
     "adapter_model.bin",
@@ -61,11 +63,12 @@ def choose_files(path: str) -> Choice:
 def _ranked(names: list[str]) -> Iterator[str]:
     """What is taken without asking. A torch index may be left over beside a safetensors model."""
     indexes = sorted(filter(is_index_name, names), key=_index_rank)
-    safe = [name for name in indexes if ".safetensors" in name]
+    safe = [name for name in indexes if ".safetensors" in name and not is_variant(name)]
     yield from safe
     yield "model.safetensors"
-    yield from (name for name in indexes if name not in safe)
+    yield from (name for name in indexes if name not in safe and not is_variant(name))
     yield from _WELL_KNOWN
+    yield from filter(is_variant, indexes)
 
 
 def _index_rank(name: str) -> tuple[bool, bool, int, str]:
@@ -118,29 +121,35 @@ def _only(path: str, found: list[str], names: list[str]) -> Choice:
     parts = tuple(Part(name, os.path.splitext(name)[0]) for name in group.files)
     choice = _with_parts(path, parts, names)
     note = f"{len(parts):,} numbered shards were read without an index"
-    return replace(choice, notes=(note, *choice.notes))
+    lost = [Failure("missing", f"{quoted(n)} is missing by its numbering") for n in gap(group)]
+    return replace(choice, notes=(note, *choice.notes), failures=tuple(lost))
 
 
 def _several(path: str, found: list[str]) -> str:
-    named = listed(map(quoted, found), len(found), 10)
+    named = listed(map(quoted, by_number(found)), len(found), 10)
+    return f"{named}; name one of them{_latest(path, found)}"
+
+
+def _latest(path: str, found: Sequence[str]) -> str:
     last = newest(found)
-    example = os.path.join(path, last) if last else ""
-    return f"{named}; name one of them" + (f", the newest is {quoted(example)}" if last else "")
+    return f" (the newest: `gradscope weights {os.path.join(path, last)}`)" if last else ""
 
 
 def _nothing_in(path: str) -> str:
-    ends = ", ".join(f"*{suffix}" for suffix in suffixes(*FILE))
-    if notes := list(training_state(path, names_in(path))):
-        return f"no model in the folder; {notes[0]}"
-    message = f"no checkpoint in the folder; looked for an index (*.index.json), {ends}"
     inside = list(islice(_below(path), 200))
-    if not inside:
+    if inside:
+        shown = listed(map(quoted, by_number(inside)), len(inside), 5)
+        return (
+            f"no checkpoint in the folder itself; give one of its folders: {shown}"
+            f"{_latest(path, inside)}"
+        )
+    ends = ", ".join(f"*{suffix}" for suffix in suffixes(*FILE))
+    message = f"no checkpoint in the folder; looked for an index (*.index.json), {ends}"
+    left = left_by_training(names_in(path))
+    if not left:
         return message
-    last = newest(inside)
-    wanted = f" (the newest: `gradscope weights {os.path.join(path, last)}`)" if last else ""
-    return (
-        f"{message}; give one of its folders: {listed(map(quoted, inside), len(inside), 5)}{wanted}"
-    )
+    command = f"gradscope weights {os.path.join(path, left[0])}"
+    return f"{message}; {listed(map(quoted, left), len(left))} is no model (`{command}` reads it)"
 
 
 def _below(path: str, within: str = "", depth: int = 4) -> Iterator[str]:

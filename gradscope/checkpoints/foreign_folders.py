@@ -7,11 +7,11 @@ import re
 from collections.abc import Sequence
 
 from gradscope.checkpoints.bundles import zero_to_fp32
-from gradscope.checkpoints.choice import candidates, is_index_name
+from gradscope.checkpoints.choice import candidates, is_index_name, names_in
 from gradscope.checkpoints.foreign import is_stable_baselines, refuse_folder, unzip_policy
 from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError
-from gradscope.text import listed, quoted
+from gradscope.text import listed, plural, quoted
 
 
 def refuse_parts(path: str, names: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ def _zero3(path: str, names: Sequence[str]) -> None:
     if whole or _has_model(names) or not (parts or only_optimizer):
         return
     what = (
-        f"a DeepSpeed ZeRO-3 checkpoint: each weight is cut over {len(parts):,} ranks"
+        f"a DeepSpeed ZeRO-3 checkpoint: each weight is cut over {plural(len(parts), 'rank')}"
         if parts
         else "the optimizer's states of a DeepSpeed checkpoint without the model's"
     )
@@ -50,12 +50,17 @@ def _zero3(path: str, names: Sequence[str]) -> None:
 
 
 def _sharded_beside(path: str, names: Sequence[str]) -> None:
-    """A training checkpoint whose model lies in a folder of DCP or DeepSpeed files."""
+    """A training checkpoint whose model lies in a folder of shards of its own."""
     for name in names:
         inside = os.path.join(path, name)
         if re.fullmatch(r"(pytorch_model|model)_fsdp(_\d+)?|sharded_model|dist_ckpt", name):
-            message = f"the model lies in {quoted(name)}, sharded by FSDP; give that folder"
-            raise InputError(path, "unsupported", f"{message}: `gradscope weights {inside}`")
+            where = f"the model lies in {quoted(name)}"
+            try:
+                refuse_folder(inside, names_in(inside, folders=True))
+            except InputError as error:
+                raise InputError(path, error.kind, f"{where}, {error.message}") from None
+            message = f"{where}; give that folder: `gradscope weights {inside}`"
+            raise InputError(path, "unsupported", message)
 
 
 def _zipped(path: str, names: Sequence[str]) -> None:

@@ -42,8 +42,8 @@ def _of_a_hub(path: str) -> InputError | None:
         return None
     if path.endswith(suffixes(*CHECKPOINT)):
         return None
-    message = "no such folder; a model of the Hugging Face Hub is not downloaded here"
-    return InputError(path, "missing", f"{message}: {hub_download(path)}")
+    message = "no such folder; if it is a model of the Hugging Face Hub, first"
+    return InputError(path, "missing", f"{message} {hub_download(path)}")
 
 
 def _read_one(path: str, key: str | None) -> Checkpoint:

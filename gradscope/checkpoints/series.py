@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from gradscope.checkpoints.numbering import NUMBERED
 
@@ -42,7 +43,7 @@ def groups(names: Iterable[str]) -> list[Group]:
             numbered.add(key)
         found.setdefault(key, []).append(name)
     return [
-        Group(key, tuple(files), key in numbered and _are_several(files))
+        Group(key, tuple(by_number(files)), key in numbered and _are_several(files))
         for key, files in found.items()
     ]
 
@@ -76,6 +77,30 @@ def _rank(group: Group) -> tuple[int, bool]:
     word = match[1].lower() if match else ""
     place = 0 if not word else 1 + (_VARIANTS.index(word) if word in _VARIANTS else len(_VARIANTS))
     return place, _STATE_DICT.search(group.key) is None
+
+
+def is_variant(name: str) -> bool:
+    """Whether a name says that it is a copy in another precision, or of averaged weights."""
+    return _VARIANT.search(name) is not None
+
+
+def gap(group: Group) -> list[str]:
+    """The files that are missing between those that count from 0."""
+    match = _counting(group.files).get(group.files[0])
+    if match is None:
+        return []
+    width, last = len(match["number"]), max(_numbers(group.files[-1])[-1:], default=0)
+    wanted = (f"{match['prefix']}{n:0{width}d}{match['suffix']}" for n in range(last))
+    return [name for name in islice(wanted, 100_000) if name not in group.files]
+
+
+def by_number(names: Iterable[str]) -> list[str]:
+    """Names in the order of their numbers."""
+    return sorted(names, key=lambda name: [_order(part) for part in re.split(r"(\d+)", name)])
+
+
+def _order(part: str) -> tuple[bool, int, str]:
+    return (True, int(part), "") if part.isdecimal() else (False, 0, part)
 
 
 def newest(names: Sequence[str]) -> str | None:

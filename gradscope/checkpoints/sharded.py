@@ -27,6 +27,7 @@ from gradscope.checkpoints.shards import (
     shard_failures,
     shard_problems,
 )
+from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.tensors import Checkpoint, Failure, Problem, Skipped, TensorRef
 
 
@@ -81,6 +82,7 @@ def _read_choice(path: str, choice: Choice, read_one: ReadOne) -> Checkpoint:
 def _read_part(path: str, part: Part, read_one: ReadOne) -> Checkpoint:
     inside = os.path.join(path, part.name)
     if os.path.isdir(inside):
+        sniff(inside)  # what is refused as a folder is refused as a part of one
         return read_folder(inside, read_one)
     return read_index(inside, read_one) if is_index_name(part.name) else read_one(inside)
 

@@ -41,9 +41,9 @@ def _address(path: str) -> Iterator[str]:
     if not colon or not re.fullmatch(r"[A-Za-z][\w+.-]*", scheme):
         return
     if scheme == "file":
-        yield f"file not found; give a path, not an address: {quoted(rest)}"
+        yield f"is an address; give a path: {quoted(rest)}"
         return
-    yield f"an address; nothing is downloaded: {_fetched(path, scheme.lower(), rest)}"
+    yield f"is an address, and nothing is downloaded; first {_fetched(path, scheme.lower(), rest)}"
 
 
 def _fetched(path: str, scheme: str, rest: str) -> str:
@@ -54,7 +54,7 @@ def _fetched(path: str, scheme: str, rest: str) -> str:
         return f"`{_FETCH[scheme].format(path, name)}`, then `gradscope weights {name}`"
     if scheme in ("http", "https", "ftp"):
         return f"`curl -L -o {name} '{path}'`, then `gradscope weights {name}`"
-    return f"fetch it first, then give the path of {quoted(name)}"
+    return f"fetch it, then give the path of {quoted(name)}"
 
 
 def hub_download(repo: str, file: str = "", revision: str | None = None) -> str:
@@ -84,9 +84,9 @@ def _pattern(path: str) -> Iterator[str]:
     found = sorted(glob(path, recursive=True))
     if found:
         names = listed(map(quoted, found), len(found))
-        yield f"a pattern, which the shell expands when it is not quoted; it matches {names}"
+        yield f"is a pattern, which the shell expands where it is not quoted; it matches {names}"
     else:
-        yield "a pattern that matches no file"
+        yield "is a pattern that matches no file"
 
 
 def _prefix(path: str) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.weights.health import health, overall_health
+from gradscope.weights.patterns import filtered
 from gradscope.weights.result import (
     Examined,
     Need,
@@ -66,7 +66,7 @@ def analyze_weights(
     failures = Failures()
     for path in checkpoints:
         with failures.caught():
-            opened.append(_filtered(open_checkpoint(str(path), key), include, exclude))
+            opened.append(filtered(open_checkpoint(str(path), key), include, exclude))
     if headers_only:
         examinations = [_headers(c) for c in opened]
     else:
@@ -96,20 +96,6 @@ class _Examination:
     pools: Mapping[str, Pool]
     errors: tuple[InputFailure, ...]
     judged: Judged = field(default_factory=Judged)
-
-
-def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> Checkpoint:
-    def wanted(ref: TensorRef) -> bool:
-        included = not include or any(fnmatchcase(ref.name, glob) for glob in include)
-        return included and not any(fnmatchcase(ref.name, glob) for glob in exclude)
-
-    kept = tuple(ref for ref in checkpoint.tensors if wanted(ref))
-    left_out = (
-        Skipped(ref.name, "left out by --include or --exclude", deliberate=True)
-        for ref in checkpoint.tensors
-        if not wanted(ref)
-    )
-    return replace(checkpoint, tensors=kept, skipped=(*checkpoint.skipped, *left_out))
 
 
 def _headers(checkpoint: Checkpoint) -> _Examination:
