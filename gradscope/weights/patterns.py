@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import translate
 
-from gradscope.checkpoints.tensors import Checkpoint, Skipped
+from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.text import quoted
 
 Match = Callable[[str], object]
@@ -18,7 +18,8 @@ def filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     if not (include or exclude):
         return checkpoint
     wanted, unwanted = _any(include or ["*"]), _any(exclude)
-    kept, left_out = [], []
+    kept: list[TensorRef] = []
+    left_out: list[TensorRef] = []
     for ref in checkpoint.tensors:
         (kept if wanted(ref.name) and not unwanted(ref.name) else left_out).append(ref)
     reason = "left out by --include or --exclude"
