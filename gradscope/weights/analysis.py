@@ -13,7 +13,6 @@ from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
-from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.patterns import filtered
 from gradscope.weights.result import (
@@ -24,6 +23,7 @@ from gradscope.weights.result import (
     TensorResult,
     WeightsReport,
     WeightsResult,
+    header_result,
     tensor_result,
 )
 from gradscope.weights.roles import AUXILIARY, Role, roles
@@ -100,12 +100,10 @@ class _Examination:
 
 def _headers(checkpoint: Checkpoint) -> _Examination:
     names = roles(checkpoint.tensors)
-    tensors = (
-        tensor_result(TensorProfile(ref, Statistics()), names[ref.name], checkpoint.path)
-        for ref in checkpoint.tensors
+    tensors = tuple(
+        header_result(ref, names[ref.name], checkpoint.path) for ref in checkpoint.tensors
     )
-    bare = tuple(t.model_copy(update={"statistics": None}) for t in tensors)
-    examined = Examined(checkpoint, bare, frozenset({Need.HEADERS}))
+    examined = Examined(checkpoint, tensors, frozenset({Need.HEADERS}))
     return _Examination(examined, {}, _part_failures(checkpoint))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
@@ -129,9 +129,8 @@ def _series(examined: Examined) -> Mapping[str, Mapping[int, frozenset[str]]]:
 
 def _uniform(members: Mapping[int, frozenset[str]]) -> bool:
     """Whether most members hold the same tensors, at least four each."""
-    kinds = list(members.values())
-    commonest = max(set(kinds), key=kinds.count)
-    return len(commonest) >= 4 and kinds.count(commonest) >= 0.5 * len(kinds)
+    ((commonest, count),) = Counter(members.values()).most_common(1)
+    return len(commonest) >= 4 and count >= 0.5 * len(members)
 
 
 def _configured_layers(examined: Examined) -> int:
