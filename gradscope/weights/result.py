@@ -130,9 +130,8 @@ class Examined:
 
 
 def header_result(ref: TensorRef, role: Role, input_: str) -> TensorResult:
-    """A tensor of which only the header was read. Its parts were validated when that was."""
-    return TensorResult.model_construct(
-        _HEADER_FIELDS,
+    """A tensor of which only the header was read."""
+    return TensorResult(
         name=ref.name,
         input=input_,
         file=ref.file,
@@ -141,9 +140,6 @@ def header_result(ref: TensorRef, role: Role, input_: str) -> TensorResult:
         numel=ref.numel,
         role=role,
     )
-
-
-_HEADER_FIELDS = {"name", "input", "file", "dtype", "shape", "numel", "role"}
 
 
 def tensor_result(measured: TensorProfile, role: Role, input_: str) -> TensorResult:
