@@ -13,6 +13,8 @@ from itertools import islice
 def escaped(text: str, longest: int | None = None) -> str:
     """Text on one line: control and direction characters escaped, cut after ``longest``."""
     short = text if longest is None or len(text) <= longest else text[:longest] + "…"
+    if short.isprintable():
+        return short
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short)
 
 

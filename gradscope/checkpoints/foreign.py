@@ -26,6 +26,7 @@ _Recogniser = Callable[[Beginning], None]
 
 def refuse_empty(file: Beginning) -> None:
     """Raise InputError (``truncated``) for a file that has no content, yet."""
+    _refuse_lock(file)
     if file.size == 0:
         raise InputError(file.path, "truncated", f"is empty (0 bytes); {FETCH_AGAIN}")
     if not file.start.strip(b"\0"):
@@ -50,6 +51,18 @@ def refuse_part(file: Beginning) -> None:
         "tensors without their names",
         f"give its folder, {folder}" if whole else "give its folder, which must have .metadata",
     )
+
+
+def _refuse_lock(file: Beginning) -> None:
+    """What huggingface_hub and other downloads leave beside the file itself."""
+    stem, ending = os.path.splitext(file.path)
+    if ending == ".lock" and file.size < 100:
+        there = os.path.exists(stem)
+        remedy = f"give {quoted(stem)}" if there else "the file itself is not beside it yet"
+        raise _unsupported(file, "a lock of a download or a writer, not the file itself", remedy)
+    if ending in (".incomplete", ".part", ".crdownload", ".aria2", ".partial"):
+        what = f"an unfinished download ({ending}, {size(file.size)} so far)"
+        raise InputError(file.path, "truncated", f"{what}; let it finish, or fetch it again")
 
 
 def refusal(file: Beginning) -> InputError:
@@ -101,6 +114,8 @@ def _zip_behind(file: Beginning) -> None:
 def _foreign_zip(file: Beginning, names: list[str]) -> tuple[str, str]:
     if file.has("model.weights.h5"):
         return "a Keras 3 model (.keras)", f"Keras is not read: {_CONVERT}"
+    if is_stable_baselines(file):
+        return "a Stable-Baselines3 model", unzip_policy(file.path)
     manifest = file.has("MANIFEST.json")
     if manifest and any(n.endswith(".json") and "MODEL" in n.upper() for n in names):
         return "a TorchServe model archive (.mar)", "unzip it and give the weights file inside"
@@ -112,6 +127,17 @@ def _foreign_zip(file: Beginning, names: list[str]) -> tuple[str, str]:
         f"a zip archive without a checkpoint (members: {listed(map(quoted, names), len(names))})",
         f"gradscope reads {supported(*CHECKPOINT)}",
     )
+
+
+def is_stable_baselines(file: Beginning) -> bool:
+    """A zip archive of a policy's state dict, its optimizer's and the algorithm's settings."""
+    return file.has("policy.pth") and file.has("data")
+
+
+def unzip_policy(path: str) -> str:
+    """How to get at the weights of a Stable-Baselines3 model."""
+    folder = os.path.splitext(path)[0]
+    return f"`unzip {path} policy.pth -d {folder}`, then `gradscope weights {folder}/policy.pth`"
 
 
 # Text: what a failed download leaves.
@@ -206,6 +232,15 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"%PDF-", "a PDF document", f"gradscope reads {supported(*CHECKPOINT)}"),
     (b"\x7fELF", "a program or compiled library", f"gradscope reads {supported(*CHECKPOINT)}"),
 )  # fmt: skip
+
+
+def _nemo(file: Beginning) -> None:
+    """NVIDIA NeMo packs a configuration and a state dict in a tar archive, or a gzip of one."""
+    tar = file.start[257:262] == b"ustar" or file.start.startswith(b"\x1f\x8b")
+    if tar and (file.path.endswith(".nemo") or b"model_config.yaml" in file.start):
+        folder = os.path.splitext(file.path)[0]
+        remedy = f"`mkdir {folder} && tar -xf {file.path} -C {folder}`, then `gradscope weights"
+        raise _unsupported(file, "a NeMo model archive", f"{remedy} {folder}`")
 
 
 def _magic(file: Beginning) -> None:
@@ -314,6 +349,7 @@ def _msgpack(file: Beginning) -> None:
 _RECOGNISERS: tuple[_Recogniser, ...] = (
     _empty_zip,
     _zip,
+    _nemo,
     _magic,
     _hdf5,
     _zip_behind,

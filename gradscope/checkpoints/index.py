@@ -12,7 +12,6 @@ from gradscope.containers.strict_json import MalformedError, Repeated, is_text, 
 from gradscope.errors import InputError
 from gradscope.text import listed, plural, quoted, size
 
-INDEX_SUFFIX = ".index.json"
 _INDEX_CAP = 100_000_000
 
 

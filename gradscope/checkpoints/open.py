@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 
 from gradscope.checkpoints.dcp import read_dcp
 from gradscope.checkpoints.documents import with_documents
 from gradscope.checkpoints.sharded import read_folder
 from gradscope.checkpoints.sniff import DCP, FOLDER, sniff
 from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.containers.absent import hub_download
 from gradscope.errors import InputError, UsageError
-from gradscope.formats import Format, find
+from gradscope.formats import CHECKPOINT, Format, find, suffixes
 from gradscope.plugins import loaded
 
 
@@ -25,7 +27,7 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
         found = sniff(path)
     except InputError as error:
         if error.kind != "unsupported":
-            raise
+            raise _of_a_hub(path) or error from None
         return _third_party(path, error)
     if found == FOLDER:
         return read_folder(path, lambda file: _read_one(file, key))
@@ -35,6 +37,16 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
     if row.kind == "set":
         return _read_set(row, path, key)
     return with_documents(_read_file(row, path, key), os.path.dirname(path))
+
+
+def _of_a_hub(path: str) -> InputError | None:
+    """What to say of ``org/name`` where there is no folder of the first name."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or os.path.exists(path.partition("/")[0]):
+        return None
+    if path.endswith(suffixes(*CHECKPOINT)):
+        return None
+    message = "no such folder; if it is a model of the Hugging Face Hub, first"
+    return InputError(path, "missing", f"{message} {hub_download(path)}")
 
 
 def _read_one(path: str, key: str | None) -> Checkpoint:

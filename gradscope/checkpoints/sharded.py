@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from gradscope.checkpoints.choice import Choice, Part, is_index_name, names_in, training_state
 from gradscope.checkpoints.comparison import (
     copy_problems,
     holders_in,
@@ -15,22 +16,18 @@ from gradscope.checkpoints.comparison import (
     without_wrappers,
 )
 from gradscope.checkpoints.documents import with_documents
-from gradscope.checkpoints.folder import (
-    CheckpointFiles,
-    beside,
-    choose,
-    names_in,
-    with_notes,
-)
-from gradscope.checkpoints.index import INDEX_SUFFIX, Index, placed, read_index_file
+from gradscope.checkpoints.folder import beside, choose, with_notes
+from gradscope.checkpoints.index import Index, placed, read_index_file
 from gradscope.checkpoints.numbering import NUMBERED, numbering_problems
 from gradscope.checkpoints.shards import (
     ReadOne,
     Shard,
+    prefixed,
     read_shard,
     shard_failures,
     shard_problems,
 )
+from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.tensors import Checkpoint, Failure, Problem, Skipped, TensorRef
 
 
@@ -44,28 +41,61 @@ def read_index(path: str, read_one: ReadOne) -> Checkpoint:
     index = read_index_file(path)
     shards = [read_shard(folder, name, read_one) for name in index.shards]
     checkpoint = _join(path, shards, without_wrappers(index, shards))
-    stale = beside(names_in(folder or "."), index.shards)
-    return with_documents(with_notes(checkpoint, stale), folder)
+    names = names_in(folder or ".")
+    notes = (*beside(names, index.shards), *training_state(folder, names))
+    return with_documents(with_notes(checkpoint, notes), folder)
 
 
 def read_folder(path: str, read_one: ReadOne) -> Checkpoint:
-    """The one checkpoint in a folder: by an index, by a well-known name, or the only one there.
+    """The one checkpoint in a folder, of as many files and folders as belong to it.
 
     Raises UsageError when several files could be meant, InputError when none could.
     """
     choice = choose(path)
     checkpoint = _read_choice(path, choice, read_one)
-    return replace(checkpoint, path=path, notes=(*checkpoint.notes, *choice.notes))
+    return replace(
+        checkpoint,
+        path=path,
+        notes=(*checkpoint.notes, *choice.notes),
+        failures=(*checkpoint.failures, *choice.failures),
+    )
 
 
-def _read_choice(path: str, choice: CheckpointFiles, read_one: ReadOne) -> Checkpoint:
-    first = os.path.join(path, choice.files[0])
-    if first.endswith(INDEX_SUFFIX):
-        return read_index(first, read_one)
-    if len(choice.files) == 1 and not NUMBERED.fullmatch(choice.files[0]):
-        return with_documents(read_one(first), path)
-    shards = [read_shard(path, name, read_one) for name in choice.files]
-    return with_documents(_join(path, shards, None), path)
+def _read_choice(path: str, choice: Choice, read_one: ReadOne) -> Checkpoint:
+    if len(choice.parts) == 1 and not NUMBERED.fullmatch(choice.parts[0].name):
+        return with_documents(_read_part(path, choice.parts[0], read_one), path)
+    shards = [
+        read_shard(path, part.name, lambda _, part=part: _read_part(path, part, read_one))  # type: ignore[misc]
+        for part in choice.parts
+    ]
+    told_apart = choice.prefixed or _share_names(shards)
+    if told_apart:
+        pairs = zip(choice.parts, shards, strict=True)
+        shards = [prefixed(shard, part.prefix) for part, shard in pairs]
+    joined = _join(path, shards, None)
+    if told_apart and len(shards) > 1 and not choice.prefixed:
+        note = "the files share names of tensors: each name begins with that of its file"
+        joined = with_notes(joined, [note])
+    return with_documents(joined, path)
+
+
+def _read_part(path: str, part: Part, read_one: ReadOne) -> Checkpoint:
+    inside = os.path.join(path, part.name)
+    if os.path.isdir(inside):
+        sniff(inside)  # what is refused as a folder is refused as a part of one
+        return read_folder(inside, read_one)
+    return read_index(inside, read_one) if is_index_name(part.name) else read_one(inside)
+
+
+def _share_names(shards: Sequence[Shard]) -> bool:
+    """Whether parts hold tensors of one name, as ranks and models beside each other do.
+
+    Shards of one numbering do not: there a name that occurs twice is a finding.
+    """
+    if any(NUMBERED.fullmatch(shard.name) for shard in shards):
+        return False
+    holders = holders_in(shards)
+    return any(len(found) > 1 for found in holders.values())
 
 
 def _join(path: str, shards: Sequence[Shard], index: Index | None) -> Checkpoint:
@@ -97,10 +127,13 @@ def _join(path: str, shards: Sequence[Shard], index: Index | None) -> Checkpoint
 
 def _format(shards: Sequence[Shard]) -> str:
     formats = {shard.checkpoint.format for shard in shards if shard.checkpoint is not None}
-    if formats:
-        return "safetensors-sharded" if formats == {"safetensors"} else "torch-sharded"
-    by_name = all(shard.name.endswith(".safetensors") for shard in shards)
-    return "safetensors-sharded" if by_name else "torch-sharded"
+    if not formats:
+        by_name = all(shard.name.endswith(".safetensors") for shard in shards)
+        return "safetensors-sharded" if by_name else "torch-sharded"
+    for family in ("safetensors", "np"):
+        if all(name.startswith(family) for name in formats):
+            return f"{'npz' if family == 'np' else family}-sharded"
+    return "torch-sharded"
 
 
 def _tensors(shards: Sequence[Shard], copies: Mapping[str, list[str]]) -> Iterator[TensorRef]:

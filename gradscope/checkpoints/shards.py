@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradscope.checkpoints.tensors import Checkpoint, Failure, Problem, TensorRef
 from gradscope.errors import InputError
@@ -47,6 +47,24 @@ def read_shard(folder: str, name: str, read_one: ReadOne) -> Shard:
         return Shard(name, checkpoint=read_one(os.path.join(folder, name)))
     except InputError as error:
         return Shard(name, error=error)
+
+
+def prefixed(shard: Shard, prefix: str) -> Shard:
+    """The shard with a prefix before the names of all its tensors."""
+    if shard.checkpoint is None or not prefix:
+        return shard
+    whole = shard.checkpoint
+    tied = whole.metadata.get("tied")
+    metadata = dict(whole.metadata)
+    if isinstance(tied, Mapping):
+        metadata["tied"] = {f"{prefix}.{a}": f"{prefix}.{b}" for a, b in tied.items()}
+    renamed = replace(
+        whole,
+        tensors=tuple(replace(ref, name=f"{prefix}.{ref.name}") for ref in whole.tensors),
+        skipped=tuple(replace(s, subject=f"{prefix}.{s.subject}") for s in whole.skipped),
+        metadata=metadata,
+    )
+    return replace(shard, checkpoint=renamed)
 
 
 def shard_failures(shards: Sequence[Shard]) -> Iterator[Failure]:

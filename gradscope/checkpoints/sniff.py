@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+from gradscope.checkpoints.choice import holds_checkpoints, names_in
 from gradscope.checkpoints.dcp import is_dcp
-from gradscope.checkpoints.folder import holds_checkpoints, names_in
 from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder, refuse_part
+from gradscope.checkpoints.foreign_folders import refuse_parts
 from gradscope.containers.beginning import Beginning
 from gradscope.formats import CHECKPOINT, recognised
 
@@ -37,6 +38,7 @@ def _sniff_folder(path: str) -> str:
     names = names_in(path, folders=True)
     if is_dcp(names):
         return DCP
+    refuse_parts(path, names)
     if not holds_checkpoints(names):
         refuse_folder(path, names)
     return FOLDER

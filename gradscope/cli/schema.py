@@ -30,11 +30,18 @@ def schema(subject: Annotated[Subject, typer.Argument(help="Whose schema.")]) ->
 def report_schema() -> dict[str, Any]:
     """The schema of the JSON report of any command, draft 2020-12."""
     from pydantic import TypeAdapter
+    from pydantic.json_schema import GenerateJsonSchema
 
     from gradscope.attribution.result import ExplainReport, VisualizeReport
     from gradscope.flow.result import FlowReport
-    from gradscope.report.model import SCHEMA_VERSION
+    from gradscope.report.model import NUMBER_SCHEMA, SCHEMA_VERSION
     from gradscope.weights.result import WeightsReport
+
+    class AnyFloat(GenerateJsonSchema):
+        """Any float may be beyond the numbers that JSON has: float64 weights have such norms."""
+
+        def float_schema(self, schema: Any) -> dict[str, Any]:  # noqa: ARG002
+            return dict(NUMBER_SCHEMA)
 
     reports: TypeAdapter[Any] = TypeAdapter(
         WeightsReport | FlowReport | ExplainReport | VisualizeReport
@@ -43,7 +50,7 @@ def report_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:gradscope:report:{SCHEMA_VERSION}",
         "title": "gradscope report",
-    } | reports.json_schema(mode="serialization")
+    } | reports.json_schema(mode="serialization", schema_generator=AnyFloat)
 
 
 def _history() -> dict[str, Any]:

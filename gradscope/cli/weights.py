@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated
 
 import typer
@@ -61,6 +62,7 @@ def weights(
         load_compiler()
     from gradscope.weights.analysis import analyze_weights
 
+    gc.disable()  # a report of a million tensors is ten million objects, none of them garbage
     with progress_bar("reading", wanted=output.progress) as tick:
         return analyze_weights(
             *checkpoints,

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from gradscope.containers.absent import absent
 from gradscope.errors import InputError
 
 Stamp = tuple[int, int, int]
@@ -21,7 +22,7 @@ def stamp(path: str | Path) -> Stamp:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise InputError(path, "missing", "file not found") from None
+        raise InputError(path, "missing", absent(str(path))) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(path, "missing", f"cannot be opened: {reason}") from None

@@ -23,9 +23,10 @@ def _number(value: object) -> object:
     return float(value) if isinstance(value, str) and value in _NON_FINITE else value
 
 
-_NUMBER_SCHEMA = {"anyOf": [{"type": "number"}, {"type": "string", "enum": list(_NON_FINITE)}]}
+#: How the JSON report spells a float, wherever it stands.
+NUMBER_SCHEMA = {"anyOf": [{"type": "number"}, {"type": "string", "enum": list(_NON_FINITE)}]}
 #: A float that may be non-finite: in JSON then the string "NaN", "Infinity" or "-Infinity".
-Number = Annotated[float, BeforeValidator(_number), WithJsonSchema(_NUMBER_SCHEMA)]
+Number = Annotated[float, BeforeValidator(_number), WithJsonSchema(NUMBER_SCHEMA)]
 #: What a finding's evidence holds.
 Fact = int | Number | str
 

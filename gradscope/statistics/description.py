@@ -135,10 +135,8 @@ def _numerics(whole: Tally, statistics: Statistics) -> Numerics:
     headroom = math.log2(greatest) - math.log2(peak) if peak else None
     if whole.kind not in codings.CODED or whole.table is None:
         return Numerics(headroom, None, whole.payload(), None)
-    at_limit = whole.table[np.abs(codings.code_values(whole.kind)) == greatest].sum()
-    return Numerics(
-        headroom, int(at_limit) / statistics.count, None, int(np.count_nonzero(whole.table))
-    )
+    at_limit = whole.table.total(np.abs(codings.code_values(whole.kind)) == greatest)
+    return Numerics(headroom, at_limit / statistics.count, None, len(whole.table.codes))
 
 
 def _outliers(whole: Tally, distribution: Distribution) -> Outliers:
@@ -216,7 +214,12 @@ def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64
 
 
 def _index(ref: TensorRef, flat: int) -> tuple[int, ...]:
-    return tuple(map(int, np.unravel_index(int(flat), ref.shape))) if ref.shape else ()
+    index: list[int] = []
+    rest = int(flat)
+    for length in reversed(ref.shape):
+        rest, at = divmod(rest, length)
+        index.append(at)
+    return tuple(reversed(index))
 
 
 def _coarse(

@@ -17,10 +17,19 @@ from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import Tile
 from gradscope.statistics import codings
 from gradscope.statistics.distribution import QUANTILES, Distribution
+from gradscope.statistics.histogram import Histogram
 from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.moments import Moments
 from gradscope.statistics.scan import scan
-from gradscope.statistics.tally import SHIFT, Piece, Tally, bucket_values, combined, tally
+from gradscope.statistics.tally import (
+    SHIFT,
+    Piece,
+    Tally,
+    bucket_values,
+    combined,
+    table_size,
+    tally,
+)
 
 Values = npt.NDArray[np.float64]
 
@@ -68,8 +77,8 @@ def unit_norms(whole: Tally) -> Values | None:
 def _vanished(whole: Tally, norms: Values) -> npt.NDArray[np.bool_]:
     """Units whose squares may have vanished: of small norm, where there are elements so small."""
     assert whole.table is not None
-    half = len(whole.table) // 2
-    buckets = np.flatnonzero(whole.table[:half] + whole.table[half:])
+    half = (table_size("F64") or 0) // 2
+    buckets = np.unique(whole.table.codes % half)
     smallest = bucket_values("F64")[buckets[buckets > 0][:1]]
     tiny = whole.subnormals() > 0 or bool((smallest < _LEAST_NORM).any())
     return (norms < _LEAST_NORM) & tiny
@@ -126,11 +135,11 @@ def among_subnormals(whole: Tally, found: Distribution) -> bool:
 def with_subnormals(whole: Tally) -> Distribution:
     """The distribution with buckets for subnormals that are as narrow as those of other values."""
     assert whole.table is not None
-    table = whole.table.copy()
+    table = whole.table.dense(table_size(whole.kind) or 0)
     half = len(table) // 2
     table[:_SUBNORMAL_BUCKETS] = table[half : half + _SUBNORMAL_BUCKETS] = 0
     table[0] = whole.counts()[0]
-    rest = replace(whole, table=table).distribution()
+    rest = replace(whole, table=Histogram.of(table)).distribution()
     assert rest is not None
     tiny = _subnormal_buckets(whole)
     present = np.flatnonzero(tiny)

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE, Tile
 from gradscope.statistics import codings, kernels
 from gradscope.statistics.distribution import Distribution
+from gradscope.statistics.histogram import Histogram, cleared_after
 from gradscope.statistics.layout import UnitLayout
 from gradscope.statistics.moments import Moments
 from gradscope.statistics.unit_sums import UnitSums, UnitTree
@@ -69,7 +70,7 @@ class Tally:
     """
 
     ref: TensorRef
-    table: npt.NDArray[np.int64] | None
+    table: Histogram | None
     pieces: list[Piece] = field(default_factory=list)
     layout: UnitLayout | None = None
     units: UnitTree = field(default_factory=UnitTree)
@@ -84,7 +85,7 @@ class Tally:
     def merge(self, other: Tally) -> None:
         """Take in another tally of the same tensor, of other pieces."""
         if self.table is not None and other.table is not None:
-            self.table += other.table
+            self.table = self.table.merge(other.table)
         self.pieces += other.pieces
         self.units.merge(other.units)
 
@@ -105,7 +106,7 @@ class Tally:
             values = codings.code_values(self.kind)
             assert self.table is not None
             tests = (values == 0, np.isnan(values), values == np.inf, values == -np.inf)
-            zero, nan, posinf, neginf = (int(self.table[test].sum()) for test in tests)
+            zero, nan, posinf, neginf = map(self.table.total, tests)
         else:
             zero, nan, posinf, neginf = (
                 sum(c) for c in zip(*(p.counts for p in self.pieces), strict=True)
@@ -114,6 +115,10 @@ class Tally:
 
     def extremes(self) -> tuple[float | int | None, float | int | None]:
         """Exact least and greatest finite element."""
+        return self._extremes
+
+    @cached_property
+    def _extremes(self) -> tuple[float | int | None, float | int | None]:
         lows = [p.least for p in self.pieces if p.least is not None]
         if lows:
             return min(lows), max(p.greatest for p in self.pieces if p.greatest is not None)
@@ -135,6 +140,10 @@ class Tally:
 
     def block_extremes(self) -> tuple[Array, Array]:
         """Least and greatest finite value of each block; +inf, -inf where it has none."""
+        return self._block_extremes
+
+    @cached_property
+    def _block_extremes(self) -> tuple[Array, Array]:
         pieces = self.in_order()
         lows = _from_ordered(np.concatenate([p.lows for p in pieces if p.lows is not None]))
         highs = _from_ordered(np.concatenate([p.highs for p in pieces if p.highs is not None]))
@@ -162,13 +171,12 @@ class Tally:
             return 0  # E8M0 is normal throughout
         if self.kind in codings.CODED:
             values = np.abs(codings.code_values(self.kind))
-            return int(
-                self.table[
-                    (values > 0) & (values < codings.FORMATS[self.kind].smallest_normal)
-                ].sum()
+            return self.table.total(
+                (values > 0) & (values < codings.FORMATS[self.kind].smallest_normal)
             )
-        half = len(self.table) // 2  # an exponent of zero: the first 256 buckets of either sign
-        return int(self.table[:256].sum() + self.table[half : half + 256].sum()) - self.counts()[0]
+        half = (table_size(self.kind) or 0) // 2
+        lowest = self.table.codes % half < 256  # an exponent of zero, of either sign
+        return int(self.table.counts[lowest].sum()) - self.counts()[0]
 
     def moments(self) -> Moments:
         """Moments of the finite elements."""
@@ -183,9 +191,9 @@ class Tally:
 
     def code_entropy(self) -> float | None:
         """Shannon entropy of the stored codes; None for types with too many codes to count."""
-        if self.table is None or self.kind not in codings.CODED or not self.table.any():
+        if self.table is None or self.kind not in codings.CODED or not len(self.table.codes):
             return None
-        counts = self.table[self.table > 0]
+        counts = self.table.counts
         return Distribution(np.arange(len(counts), dtype=np.float64), counts).entropy_bits()
 
     def payload(self) -> str | None:
@@ -209,7 +217,7 @@ class Tally:
         low, high = self.extremes()
         assert low is not None
         assert high is not None
-        steps = bucket_values("F32", exact=True)[self.table > 0] * 2.0**24
+        steps = bucket_values("F32", exact=True)[self.table.codes] * 2.0**24
         in_steps = bool((steps == np.floor(steps)).all()) and self.subnormals() == 0
         return in_steps and max(-low, high) <= codings.greatest_finite("F16")
 
@@ -268,23 +276,17 @@ class Tally:
     @cached_property
     def _coded_values(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
         assert self.table is not None
-        order = _ascending(self.kind)
-        counts = self.table[order]
-        present = counts > 0
-        return combined(codings.code_values(self.kind)[order[present]], counts[present])
+        found = self.table.ordered(_ranks(self.kind))
+        return combined(codings.code_values(self.kind)[found.codes], found.counts)
 
     def _bucketed(self) -> Distribution:
         assert self.table is not None
         low, high = self.extremes()
         if low is None:
             return Distribution(np.empty(0), np.empty(0, np.int64))
-        order = _ascending(self.kind)
-        counts = self.table[order]
-        present = counts > 0
-        values = bucket_values(self.kind)[order[present]]
-        if self.payload() == "BF16":
-            values = bucket_values(self.kind, exact=True)[order[present]]
-        return Distribution(*combined(np.clip(values, low, high), counts[present]))
+        found = self.table.ordered(_ranks(self.kind))
+        values = bucket_values(self.kind, exact=self.payload() == "BF16")[found.codes]
+        return Distribution(*combined(np.clip(values, low, high), found.counts))
 
 
 def tally(tile: Tile, scan: Scan, layout: UnitLayout | None = None) -> Tally:
@@ -292,13 +294,30 @@ def tally(tile: Tile, scan: Scan, layout: UnitLayout | None = None) -> Tally:
     ref = tile.ref
     kind = codings.MAGNITUDE.get(ref.dtype, ref.dtype)
     size = table_size(kind)
-    table = None if size is None else np.zeros(size, np.uint32)
     found = Tally(ref, None, layout=layout)
     apart = None if layout is None or layout.is_rows else layout
+    if size is not None and tile.stop - tile.start <= _SMALL and kind == ref.dtype:
+        ((first, stored),) = tile.pieces()
+        codes = np.unique(_codes(kind, stored))
+        with cleared_after(size, codes) as small:
+            found.take(scan(ref, first, stored, small, apart))
+            found.table = Histogram.among(small, codes)
+        return found
+    table = None if size is None else np.zeros(size, np.uint32)
     for first, stored in tile.pieces():
         found.take(scan(ref, first, stored, table, apart))
-    found.table = None if table is None else table.astype(np.int64)
+    found.table = None if table is None else Histogram.of(table)
     return found
+
+
+#: Elements up to which sorting them costs less than clearing and searching a table of all codes.
+_SMALL = 4096
+
+
+def _codes(kind: str, stored: Array) -> Array:
+    """The codes of stored elements, or their buckets: what kernels count of the finite ones."""
+    bits = stored.view(f"u{stored.itemsize}")
+    return bits if kind in codings.CODED else bits >> bits.dtype.type(SHIFT[kind])
 
 
 def row_numel(ref: TensorRef, layout: UnitLayout | None = None) -> int:
@@ -315,16 +334,17 @@ def table_size(kind: str) -> int | None:
     return {"F32": 1 << 17, "F64": 1 << 20}.get(kind)
 
 
-def _ascending(kind: str) -> npt.NDArray[np.intp]:
-    """The codes (or buckets) with finite values, in ascending order of value."""
-    if kind not in _ASCENDING:
-        values = codings.code_values(kind) if kind in codings.CODED else bucket_values(kind)
-        order = np.argsort(values, kind="stable")
-        _ASCENDING[kind] = order[np.isfinite(values[order])]
-    return _ASCENDING[kind]
+@cache
+def _ranks(kind: str) -> npt.NDArray[np.intp]:
+    """The place of each code (or bucket) in ascending order of value; negative of no finite one."""
+    values = codings.code_values(kind) if kind in codings.CODED else bucket_values(kind)
+    order = np.argsort(values, kind="stable")
+    order = order[np.isfinite(values[order])]
+    ranks = np.full(len(values), -1, np.intp)
+    ranks[order] = np.arange(len(order))
+    return ranks
 
 
-_ASCENDING: dict[str, npt.NDArray[np.intp]] = {}
 _BUCKETS: dict[tuple[str, bool], npt.NDArray[np.float64]] = {}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,11 +18,11 @@ from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
-from gradscope.statistics.records import Statistics, TensorProfile
 from gradscope.text import listed, plural, quoted
 from gradscope.weights.adapter_config import described
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
+from gradscope.weights.patterns import filtered
 from gradscope.weights.result import (
     Examined,
     Need,
@@ -32,7 +31,7 @@ from gradscope.weights.result import (
     TensorResult,
     WeightsReport,
     WeightsResult,
-    tensor_result,
+    header_result,
 )
 from gradscope.weights.roles import AUXILIARY, Role, roles
 from gradscope.weights.tables import codebooks, table_rows
@@ -79,7 +78,7 @@ def analyze_weights(
     failures = Failures()
     for path in checkpoints:
         with failures.caught():
-            opened.append(_filtered(open_checkpoint(str(path), key), include, exclude))
+            opened.append(filtered(open_checkpoint(str(path), key), include, exclude))
     if headers_only:
         examinations = [_headers(c) for c in opened]
     else:
@@ -111,33 +110,12 @@ class _Examination:
     judged: Judged = field(default_factory=Judged)
 
 
-def _filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]) -> Checkpoint:
-    def wanted(ref: TensorRef) -> bool:
-        included = not include or any(fnmatchcase(ref.name, glob) for glob in include)
-        return included and not any(fnmatchcase(ref.name, glob) for glob in exclude)
-
-    kept = tuple(ref for ref in checkpoint.tensors if wanted(ref))
-    left_out = (
-        Skipped(ref.name, "left out by --include or --exclude", deliberate=True)
-        for ref in checkpoint.tensors
-        if not wanted(ref)
-    )
-    return replace(
-        checkpoint,
-        tensors=kept,
-        skipped=(*checkpoint.skipped, *left_out),
-        left_out=tuple(ref for ref in checkpoint.tensors if not wanted(ref)),
-    )
-
-
 def _headers(checkpoint: Checkpoint) -> _Examination:
     names = roles(checkpoint.tensors)
-    tensors = (
-        tensor_result(TensorProfile(ref, Statistics()), names[ref.name], checkpoint.path)
-        for ref in checkpoint.tensors
+    tensors = tuple(
+        header_result(ref, names[ref.name], checkpoint.path) for ref in checkpoint.tensors
     )
-    bare = tuple(t.model_copy(update={"statistics": None}) for t in tensors)
-    examined = Examined(checkpoint, bare, frozenset({Need.HEADERS}))
+    examined = Examined(checkpoint, tensors, frozenset({Need.HEADERS}))
     examined = replace(examined, adapters=described(examined))
     return _Examination(examined, {}, _part_failures(checkpoint))
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Number, Record, Report
 from gradscope.statistics.records import (
@@ -224,6 +224,19 @@ class Examined:
         """One of ``documents.DOCUMENTS`` beside the checkpoint, empty where there is none."""
         found = self.checkpoint.metadata.get(name)
         return found if isinstance(found, Mapping) else {}
+
+
+def header_result(ref: TensorRef, role: Role, input_: str) -> TensorResult:
+    """A tensor of which only the header was read."""
+    return TensorResult(
+        name=ref.name,
+        input=input_,
+        file=ref.file,
+        dtype=ref.dtype,
+        shape=ref.shape,
+        numel=ref.numel,
+        role=role,
+    )
 
 
 def tensor_result(measured: TensorProfile, role: Role, input_: str) -> TensorResult:

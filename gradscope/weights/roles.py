@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
+from functools import lru_cache
 
 from gradscope.checkpoints.tensors import Part, TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
@@ -123,12 +124,13 @@ _RECURRENT = re.compile(r"^(weight|bias)_(ih|hh)(_l\d+)?(_reverse)?$")
 
 def roles(refs: Iterable[TensorRef]) -> dict[str, Role]:
     """The role of every tensor of one checkpoint, by name."""
-    listed = list(refs)
     siblings: dict[str, dict[str, TensorRef]] = defaultdict(dict)
-    for ref in listed:
+    places = []
+    for ref in refs:
         module, leaf = split(ref.name)
         siblings[module][leaf] = ref
-    return {ref.name: _role(ref, siblings[split(ref.name)[0]]) for ref in listed}
+        places.append((ref, siblings[module]))
+    return {ref.name: _role(ref, beside) for ref, beside in places}
 
 
 def split(name: str) -> tuple[str, str]:
@@ -154,8 +156,8 @@ def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
     if adapter := part(ref.name):
         return _OF_FACTOR.get(adapter.factor, Role.ADAPTER)
     module, leaf = split(ref.name)
-    for role, pattern in _BY_LEAF:
-        if re.fullmatch(pattern, leaf) and _fits(role, ref, siblings):
+    for role in _called(leaf):
+        if _fits(role, ref, siblings):
             return role
     if re.search(r"(^|\.)(attn|attention)\.bias$", ref.name) and len(ref.shape) == 4:
         return Role.BUFFER
@@ -168,6 +170,12 @@ def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
     if _is_vector(ref, leaf):
         return _vector(module, leaf, siblings)
     return _matrix(ref, module, leaf, siblings)
+
+
+@lru_cache(4096)
+def _called(leaf: str) -> tuple[Role, ...]:
+    """The roles that a leaf's name can mean by itself; a large model has few leaf names."""
+    return tuple(role for role, pattern in _BY_LEAF if re.fullmatch(pattern, leaf))
 
 
 def _fits(role: Role, ref: TensorRef, siblings: Mapping[str, TensorRef]) -> bool:

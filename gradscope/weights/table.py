@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from gradscope.report.formats import Display
-from gradscope.report.formats.cells import health_text, number, sparkline, table
+from gradscope.report.formats.cells import Grid, health_text, number, sparkline, table
 from gradscope.text import escaped, shortened
 from gradscope.weights.names import pattern
 from gradscope.weights.result import TensorResult, WeightsResult
@@ -19,7 +19,7 @@ _SHOWN = 24
 _NARROW_NAME = 32
 
 
-def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType]:
+def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType | Grid]:
     """Notes, the model's health, elements by role, then tensors."""
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), escaped(note))
@@ -49,26 +49,44 @@ def _by_role(result: WeightsResult) -> RenderableType:
     return made
 
 
-def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[RenderableType]:
+def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[RenderableType | Grid]:
     """Every tensor off a terminal or when asked; else what multiplies, and what is unhealthy."""
     brief = display.width is not None and display.detail < 2
     groups = _brief(tensors) if brief else [[t] for t in tensors]
     shown = groups[:_SHOWN] if brief else groups
     wide = display.width is None or display.width >= 130
     room = display.width is None or display.width >= 110
-    made = table(
+    columns = (
         ("tensor", "left"), ("shape", "left"), ("dtype", "left"), *(("mean",) if wide else ()),
         "std", "abs max", "peak", "zeros", "health", *((("distribution", "left"),) if room else ()),
     )  # fmt: skip
-    made.columns[0].min_width = min(_NARROW_NAME, max((len(g[0].name) for g in shown), default=0))
-    for group in shown:
-        made.add_row(*_row(group, display, wide)[: len(made.columns)])
+    rows = [_row(group, display, wide) for group in shown]
     if shown:
         yield Text("")
-        yield made
+        yield _grid(columns, rows) if _in_file(display) else _table(columns, rows, shown)
     rest = len(tensors) - sum(map(len, shown))
     if rest:
         yield Text(f"… {rest:,} more tensors; -v shows every one", style="dim")
+
+
+def _in_file(display: Display) -> bool:
+    return display.width is None and not display.colour
+
+
+def _grid(columns: Sequence[str | tuple[str, str]], rows: Sequence[list[str | Text]]) -> Grid:
+    return Grid([(c, "right") if isinstance(c, str) else c for c in columns], rows)
+
+
+def _table(
+    columns: Sequence[str | tuple[str, str]],
+    rows: Sequence[list[str | Text]],
+    shown: Sequence[Sequence[TensorResult]],
+) -> RenderableType:
+    made = table(*columns)
+    made.columns[0].min_width = min(_NARROW_NAME, max((len(g[0].name) for g in shown), default=0))
+    for row in rows:
+        made.add_row(*row[: len(made.columns)])
+    return made
 
 
 def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[str | Text]:

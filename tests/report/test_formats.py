@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from gradscope import analyze_flow, analyze_weights
 from gradscope.errors import UsageError
 from gradscope.report.formats import Display, format_names, renderer
-from gradscope.report.formats.cells import sparkline
+from gradscope.report.formats.cells import Grid, sparkline, table
 from gradscope.weights.result import WeightsReport
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
@@ -160,3 +161,15 @@ def test_from_python_a_renderer_alone_gives_the_whole_table(report: WeightsRepor
     assert "Widest paths from the loss" in flow
     assert renderer("table")(report) == renderer("table")(report, Display())
     assert "Health" in renderer("table")(report)
+
+
+def test_a_grid_is_laid_out_as_rich_would() -> None:
+    headings = [("tensor", "left"), ("std", "right"), ("distribution", "left")]
+    rows = [["a.weight", "1", "▁█"], ["层.0", "–", ""], ["b", "12,345", "x"]]
+    made = table(*headings)
+    for row in rows:
+        made.add_row(*row)
+    console = Console(file=io.StringIO(), width=10_000, no_color=True, _environ={})
+    console.print(made)
+    drawn = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert list(Grid(headings, rows).lines()) == drawn

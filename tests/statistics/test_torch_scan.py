@@ -187,7 +187,8 @@ def test_pieces_and_histograms_agree(dtype: str, tmp_path: Path) -> None:
         ours, theirs = tallies(stored_tensor(tmp_path, dtype, shape))
         assert (ours.table is None) == (theirs.table is None)
         if ours.table is not None:
-            np.testing.assert_array_equal(ours.table, theirs.table)
+            np.testing.assert_array_equal(ours.table.codes, theirs.table.codes)
+            np.testing.assert_array_equal(ours.table.counts, theirs.table.counts)
         for a, b in zip(ours.pieces, theirs.pieces, strict=True):
             assert_pieces_agree(a, b)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +26,39 @@ def table(*columns: str | tuple[str, str]) -> Table:
         wraps = heading in ("tensor", "layer")
         made.add_column(heading, justify=justify, no_wrap=not wraps, overflow="fold")  # type: ignore[arg-type]
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as lines of plain text, for a file: laid out at once, however many rows it has.
+
+    Rich measures and wraps every cell, which takes a millisecond a row.
+    """
+
+    headings: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[str | Text]]
+
+    def lines(self) -> Iterator[str]:
+        """The heading and the rows, as Rich would draw them where nothing wraps."""
+        columns = len(self.headings)
+        rows = [[str(cell) for cell in row[:columns]] for row in self.rows]
+        titles = [heading for heading, _ in self.headings]
+        widths = [max(map(_width, column)) for column in zip(titles, *rows, strict=True)]
+        left = [justify == "left" for _, justify in self.headings]
+        for row in (titles, *rows):
+            cells = zip(row, widths, left, strict=True)
+            yield "  ".join(_padded(cell, width, at) for cell, width, at in cells).rstrip()
+
+
+def _width(cell: str) -> int:
+    return len(cell) if cell.isascii() else cell_len(cell)
+
+
+def _padded(cell: str, width: int, left: bool) -> str:
+    if cell.isascii():
+        return cell.ljust(width) if left else cell.rjust(width)
+    space = " " * (width - cell_len(cell))
+    return cell + space if left else space + cell
 
 
 def number(value: float | int | None) -> str:

@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradscope.report.formats import FILE, Display
+from gradscope.report.formats.cells import Grid
 from gradscope.report.model import AnyReport, Finding, Record
 from gradscope.report.severity import Severity
 from gradscope.text import escaped, listed, plural, shortened, size
@@ -46,11 +47,16 @@ def render(report: AnyReport, display: Display = FILE) -> str:
         _environ={},
     )
     for part in _parts(report, display):
+        if isinstance(part, Grid):
+            out.writelines(f"{line}\n" for line in part.lines())
+            continue
         console.print(part, soft_wrap=display.width is None and isinstance(part, Text))
     return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
 
 
-Section = Callable[[Any, Display], Iterator[RenderableType]]
+#: What a section is made of.
+Part = RenderableType | Grid
+Section = Callable[[Any, Display], Iterator[Part]]
 
 
 def _section(report: AnyReport) -> Section | None:
@@ -72,7 +78,7 @@ def _section(report: AnyReport) -> Section | None:
     return section
 
 
-def _parts(report: AnyReport, display: Display) -> Iterator[RenderableType]:
+def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
     for given in report.inputs:
         yield Text.assemble(
             (shortened(given.path), "bold"), f"  {given.format} · {size(given.bytes)}"

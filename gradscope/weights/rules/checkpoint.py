@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -113,9 +114,8 @@ def _missing(
 
 def _uniform(members: Mapping[int, frozenset[str]]) -> bool:
     """Whether most members hold the same tensors, at least four each."""
-    kinds = list(members.values())
-    commonest = max(set(kinds), key=kinds.count)
-    return len(commonest) >= 4 and kinds.count(commonest) >= 0.5 * len(kinds)
+    ((commonest, count),) = Counter(members.values()).most_common(1)
+    return len(commonest) >= 4 and count >= 0.5 * len(members)
 
 
 def _configured_layers(examined: Examined) -> int:

@@ -24,9 +24,10 @@ def empty_tensor(examined: Examined, *, everywhere: float = 0.5) -> Iterator[Obs
     (transformers #20082, DeepSpeed #2413): more than half of all matrices, in one finding. A
     single one is out of place where the same tensor of another layer has elements, or the rest of
     its own layer. Other empty tensors are meant, as in equivariant layers without weights (e3nn)
-    and in layers of zero inputs: info.
+    and in layers of zero inputs: info. Modules that AdaLoRA took all rank from are left out.
     """
-    empty = [t for t in examined.tensors if t.numel == 0]
+    pruned = {name for a in examined.adapted if a.pruned for name in a.names.values()}
+    empty = [t for t in examined.tensors if t.numel == 0 and t.name not in pruned]
     if not empty:
         return
     counts = {"empty_tensors": len(empty), "tensors": len(examined.tensors)}
