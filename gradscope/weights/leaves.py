@@ -22,7 +22,7 @@ class Leaf(Enum):
 
 
 _LAYER = re.compile(
-    r"\w*weight|weights|kernel|w\d*|w[qkvogudixhrc]{1,4}|original\d*|proj|projection|linear|lin|"
+    r"\w*weight\d*|weights|kernel|w\d*|w[qkvogudixhrc]{1,4}|original\d*|proj|projection|linear|lin|"
     r"fc\d*|dense|conv\d*d?|mlp|head|classifier|qkv|emb|embed(ding)?s?|codebooks?|gamma|beta|"
     r"lora|hada|lokr|oft|[gw]\d+a?"
 )

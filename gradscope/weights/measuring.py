@@ -135,7 +135,9 @@ def _merged(first: Mapping[str, Pool], second: Mapping[str, Pool]) -> dict[str, 
 def _stand_ins(quantization: Quantization) -> dict[str, TensorRef]:
     """By the name of the codes, the tensors that they stand for, as if stored in full."""
     weights = {
-        w.codes.name: replace(w.codes, name=w.name, dtype="F32", shape=w.shape, strides=None)
+        w.codes.name: replace(
+            w.codes, name=w.name.removesuffix("._data"), dtype="F32", shape=w.shape, strides=None
+        )
         for w in quantization.weights
         if w.values is not None
     }

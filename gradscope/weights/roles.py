@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from gradscope.checkpoints.tensors import Part, TensorRef
 from gradscope.statistics.dtypes import INTEGERS, is_narrow
+from gradscope.weights.adapters import Part as Factor
 from gradscope.weights.adapters import part
 from gradscope.weights.leaves import Leaf, in_fixed_layer, is_average, is_offset, leaf_of
 
@@ -59,7 +60,6 @@ MATRICES = frozenset(
     }
 )  # fmt: skip
 TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING, Role.CODEBOOK})
-TABLES = frozenset({Role.EMBEDDING, Role.UNEMBEDDING})
 #: Factors of a product, each of which may be zero at the start of training; `idle-adapter` judges.
 ADAPTERS = frozenset({Role.LORA_A, Role.LORA_B, Role.ADAPTER})
 GAINS = frozenset({Role.NORM_GAIN, Role.BATCH_NORM_GAIN})
@@ -94,8 +94,6 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
         r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
     ),
     (Role.BUFFER, _CODE_STATE),
-    (Role.LORA_A, r"lora_(A|a|down|embedding_A)(\..*)?"),
-    (Role.LORA_B, r"lora_(B|b|up|embedding_B)(\..*)?"),
     (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
     (Role.SCALAR, r"logit_scale|logit_bias|temperature"),
     (Role.OTHER, r"A_log"),  # a state-space model's, initialised with equal rows
@@ -127,16 +125,25 @@ def roles(refs: Iterable[TensorRef]) -> dict[str, Role]:
     siblings: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     places = []
     for ref in refs:
-        module, leaf = split(ref.name)
+        factor = part(ref.name)
+        module, leaf = _placed(ref.name, factor)
         siblings[module][leaf] = ref
-        places.append((ref, siblings[module]))
-    return {ref.name: _role(ref, beside) for ref, beside in places}
+        role = None if factor is None else _OF_FACTOR.get(factor.factor, Role.ADAPTER)
+        places.append((ref, module, leaf, role))
+    return {
+        ref.name: _of_training(ref) or role or _role(ref, module, leaf, siblings[module])
+        for ref, module, leaf, role in places
+    }
 
 
 def split(name: str) -> tuple[str, str]:
     """A tensor's module path and leaf name; an adapter's part is one leaf, however deep."""
-    if adapter := part(name):
-        return adapter.module, name[len(adapter.module) :].strip(".")
+    return _placed(name, part(name))
+
+
+def _placed(name: str, factor: Factor | None) -> tuple[str, str]:
+    if factor is not None:
+        return factor.module, name[len(factor.module) :].strip(".")
     module, _, leaf = name.rpartition(".")
     return module, leaf
 
@@ -150,16 +157,18 @@ _BY_PART: Mapping[Part, Role] = {
 }
 
 
-def _role(ref: TensorRef, siblings: Mapping[str, TensorRef]) -> Role:
-    if ref.part in _BY_PART:
-        return _BY_PART[ref.part] if ref.numel > 1 else Role.COUNTER
-    if adapter := part(ref.name):
-        return _OF_FACTOR.get(adapter.factor, Role.ADAPTER)
-    module, leaf = split(ref.name)
+def _of_training(ref: TensorRef) -> Role | None:
+    """The role of what training keeps; None for a part of the model."""
+    if ref.part not in _BY_PART:
+        return None
+    return _BY_PART[ref.part] if ref.numel > 1 else Role.COUNTER
+
+
+def _role(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     for role in _called(leaf):
         if _fits(role, ref, siblings):
             return role
-    if re.search(r"(^|\.)(attn|attention)\.bias$", ref.name) and len(ref.shape) == 4:
+    if len(ref.shape) == 4 and re.search(r"(^|\.)(attn|attention)\.bias$", ref.name):
         return Role.BUFFER
     if ref.dtype in INTEGERS:
         return Role.PACKED if len(ref.shape) >= 2 and ref.numel > 4096 else Role.BUFFER

@@ -296,6 +296,7 @@ def test_a_folder_of_fsdp_is_named_with_the_command(tmp_path: Path) -> None:
     inside = tmp_path / "pytorch_model_fsdp_0"
     inside.mkdir()
     (inside / "__0_0.distcp").write_bytes(b"x")
+    (inside / ".metadata").write_bytes(b"x")
     put_torch(tmp_path / "scheduler.bin")
     refused(tmp_path, "'pytorch_model_fsdp_0'", str(inside))
 

@@ -581,7 +581,10 @@ def examined(path: Path) -> Examined:
         a.model_copy(update={"effective_rank": None, "norm": None}) for a in report.result.adapters
     )
     return Examined(
-        open_checkpoint(str(path)), report.result.tensors, frozenset(Need), tuple(unmeasured)
+        open_checkpoint(str(path)),
+        report.result.tensors,
+        frozenset(Need),
+        adapters=tuple(unmeasured),
     )
 
 

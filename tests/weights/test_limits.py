@@ -268,7 +268,9 @@ def bare(*tensors: TensorResult) -> list[Observation]:
     refs = tuple(TensorRef(t.name, t.dtype, t.shape, t.file, 0) for t in tensors)
     checkpoint = Checkpoint("model.safetensors", "safetensors", 0, refs)
     return list(
-        scale_missing(Examined(checkpoint, tensors, frozenset(Need), Quantization(bare=refs)))
+        scale_missing(
+            Examined(checkpoint, tensors, frozenset(Need), quantization=Quantization(bare=refs))
+        )
     )
 
 

@@ -88,14 +88,14 @@ def test_names_of_strangers_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told_by", ["tokenizer", "config"])
 def test_rows_beyond_the_vocabulary_are_padding(told_by: str, tmp_path: Path) -> None:
     if told_by == "tokenizer":
-        vocabulary(tmp_path, 700)
+        vocabulary(tmp_path, 970)
     else:
-        (tmp_path / "config.json").write_text('{"vocab_size": 700}')
-    (seen,) = findings(write(tmp_path / "model.safetensors", with_rows(zeros(700, 1024))))
+        (tmp_path / "config.json").write_text('{"vocab_size": 970}')
+    (seen,) = findings(write(tmp_path / "model.safetensors", with_rows(zeros(970, 1024))))
 
     assert seen.severity.value == "info"
-    assert seen.evidence["padding_rows"] == 324
-    assert "324 rows from 700 on are padding" in seen.message
+    assert seen.evidence["padding_rows"] == 54
+    assert "54 rows from 970 on are padding" in seen.message
     assert seen.recommendation.startswith("nothing to do")
 
 

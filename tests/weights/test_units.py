@@ -85,7 +85,7 @@ def test_far_elements_of_a_living_matrix_are_still_outliers(tmp_path: Path) -> N
     x[:100] *= 5e-4  # 26 %
     x[300, 5] = 60.0
     findings, _ = examined(tmp_path, {"l.weight": x})
-    expected = [("medium", "outliers", "l.weight"), ("medium", "dead-units", "l.weight")]
+    expected = [("low", "outliers", "l.weight"), ("medium", "dead-units", "l.weight")]
     assert sorted(told(findings, "outliers", "dead-units")) == sorted(expected)
 
 
