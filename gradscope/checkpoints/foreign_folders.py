@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from gradscope.checkpoints.bundles import zero_to_fp32
 from gradscope.checkpoints.choice import candidates, is_index_name, names_in
+from gradscope.checkpoints.dcp import is_dcp
 from gradscope.checkpoints.foreign import is_stable_baselines, refuse_folder, unzip_policy
 from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError
@@ -55,8 +56,10 @@ def _sharded_beside(path: str, names: Sequence[str]) -> None:
         inside = os.path.join(path, name)
         if re.fullmatch(r"(pytorch_model|model)_fsdp(_\d+)?|sharded_model|dist_ckpt", name):
             where = f"the model lies in {quoted(name)}"
+            held = names_in(inside, folders=True)
             try:
-                refuse_folder(inside, names_in(inside, folders=True))
+                if not is_dcp(held):
+                    refuse_folder(inside, held)
             except InputError as error:
                 raise InputError(path, error.kind, f"{where}, {error.message}") from None
             message = f"{where}; give that folder: `gradscope weights {inside}`"
