@@ -169,7 +169,7 @@ def test_a_grid_is_laid_out_as_rich_would() -> None:
     made = table(*headings)
     for row in rows:
         made.add_row(*row)
-    console = Console(file=io.StringIO(), width=10_000, no_color=True, _environ={})
-    console.print(made)
-    drawn = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    out = io.StringIO()
+    Console(file=out, width=10_000, no_color=True, _environ={}).print(made)
+    drawn = [line.rstrip() for line in out.getvalue().splitlines()]
     assert list(Grid(headings, rows).lines()) == drawn

@@ -61,7 +61,7 @@ def assert_described(s: Statistics, x: Array) -> None:
 )
 def test_float64_of_any_size_is_described(scale: float, by: object, tmp_path: Path) -> None:
     x = (rng().normal(0.3, 1, size=(40, 75)) ** 3) * scale
-    found = profile([tensor(tmp_path, "F64", x)], scan=by).tensors[0]  # type: ignore[arg-type]
+    found = profile([tensor(tmp_path, "F64", x)], scan=by).tensors[0]
     assert_described(found.statistics, x.ravel())
     s = found.statistics
     assert s.median == pytest.approx(lower_median(x.ravel()), rel=0.01, abs=0)
@@ -83,7 +83,7 @@ def test_units_of_any_size_have_norms(
     stored = np.ascontiguousarray(x.T) if columns else x
     layout = UnitLayout.along(stored.shape, int(columns))
     ref = tensor(tmp_path, "F64", stored)
-    found = profile([ref], scan=by, layout=lambda _: layout).tensors[0].units  # type: ignore[arg-type]
+    found = profile([ref], scan=by, layout=lambda _: layout).tensors[0].units
     assert found is not None
     norms = np.array([exact_l2(row) for row in x])
     assert found.dead == (7,)
@@ -201,7 +201,7 @@ def test_quantiles_of_subnormals_are_not_zero(
     dtype: str, n: int, by: object, tmp_path: Path
 ) -> None:
     x = subnormals(dtype, n)
-    s = profile([tensor(tmp_path, dtype, x)], scan=by).tensors[0].statistics  # type: ignore[arg-type]
+    s = profile([tensor(tmp_path, dtype, x)], scan=by).tensors[0].statistics
     assert_ranked(s, x, float(LEAST[dtype]) if dtype == "F64" else 0.0)
     assert s.mad
 

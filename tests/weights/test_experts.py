@@ -133,7 +133,7 @@ def collapse(model: Model, *experts: int) -> None:
         model[1][kind][list(experts)] *= 5e-4
 
 
-def copy(model: Model, target: int, source: int, layer: int = 1) -> None:
+def copy(model: Model, target: int | list[int], source: int, layer: int = 1) -> None:
     for kind in ("w1", "w2", "w3"):
         model[1][kind][target] = model[layer][kind][source]
 
@@ -172,7 +172,7 @@ FAULTS: dict[str, tuple[Fault, list[Said]]] = {
     "twice as small": (lambda m: [m[1][k].__imul__(0.5) for k in ("w1", "w2", "w3")], []),
     "a copy": (lambda m: copy(m, 5, 2), [("dead-expert", "medium", f"{PATH}.5", "5")]),
     "two copies": (
-        lambda m: [copy(m, 5, 2), copy(m, 6, 2)],
+        lambda m: copy(m, [5, 6], 2),
         [("dead-expert", "medium", f"{PATH}.5", "5, 6")],
     ),
     "a copy from another layer": (
