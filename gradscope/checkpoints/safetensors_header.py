@@ -8,6 +8,7 @@ tensors with the same name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -49,6 +50,28 @@ class Entry:
 
 
 def _entry(name: str, value: object) -> Entry:
+    """What the header says of a tensor: at once where all is well, or with what is wrong of it."""
+    return _plain(name, value) or _checked(name, value)
+
+
+def _plain(name: str, value: object) -> Entry | None:
+    """The entry where a few comparisons show that it is sound; a header may have millions."""
+    if type(value) is not dict or len(value) != len(_FIELDS) or not name.isascii():
+        return None
+    dtype, shape, offsets = map(value.get, _FIELDS)
+    if type(shape) is not list or len(shape) > 64 or type(offsets) is not list or len(offsets) != 2:
+        return None
+    if {int} != {*map(type, shape), *map(type, offsets)} or type(dtype) is not str:
+        return None
+    begin, end = offsets
+    bits, numel = DTYPES.get(dtype), math.prod(shape)
+    positive = min(shape, default=1) > 0 and 0 <= begin <= end and numel < _MAX_COUNT
+    if bits is None or not positive or numel * bits != 8 * (end - begin) or end >= _MAX_COUNT:
+        return None
+    return Entry(name, dtype, tuple(shape), begin, end)
+
+
+def _checked(name: str, value: object) -> Entry:
     fields = _fields(name, value)
     entry = Entry(
         name,

@@ -40,6 +40,10 @@ def parse(data: bytes, what: str, *, non_finite: bool = False) -> object:
     refuse = None if non_finite else _refuse_constant
     text = _decoded(data, what)
     try:
+        value = json.loads(text, parse_constant=refuse)
+        # Every key has a colon, so as many colons as keys that are left leave no room for repeats.
+        if text.count(":") == _keys(value):
+            return value
         return json.loads(text, object_pairs_hook=_object, parse_constant=refuse)
     except json.JSONDecodeError as error:
         at = len(text[: error.pos].encode())
@@ -107,6 +111,17 @@ def _children(value: object) -> Iterable[object]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def _keys(value: object) -> int:
+    """The keys of all objects, those of objects in arrays aside."""
+    count, waiting = 0, [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            count += len(found)
+            waiting += [child for child in found.values() if type(child) is dict]
+    return count
 
 
 def _decoded(data: bytes, what: str) -> str:
