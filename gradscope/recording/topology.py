@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 Node = Any
 
@@ -62,6 +62,59 @@ def topology(output: Any, owner: Mapping[int, str]) -> Topology | None:
     return Topology(order, tuple(full))
 
 
+def merged(first: Topology | None, second: Topology | None) -> Topology | None:
+    """What two graphs of one model show together; the input feeds only what nothing else does."""
+    if first is None or second is None:
+        return first or second
+    edges = dict.fromkeys((*first.edges, *second.edges))
+    fed = {v for u, v in edges if u is not None}
+    kept = [(u, v) for u, v in edges if u is not None or v not in fed]
+    return Topology(tuple(dict.fromkeys((*first.order, *second.order))), tuple(kept))
+
+
+def compiled_topology(
+    model: torch.nn.Module, output: Any, inputs: Any, named: Any
+) -> Topology | None:
+    """The topology of a compiled model, whose graph hides its inside; None of any other.
+
+    Its forward pass is run once more, uncompiled, on tensors without values: nothing is computed,
+    no random number is drawn, and attributes that the pass sets are set back.
+    """
+    roots = [t.grad_fn for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.grad_fn]
+    if not any(type(n).__name__.startswith("CompiledFunction") for n in _topological(roots)):
+        return None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept = {module: dict(module.__dict__) for module in model.modules()}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with mode, torch.compiler.set_stance("force_eager"), torch.enable_grad():
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            state = {name: _fake(mode, tensor) for name, tensor in tensors}
+            names = (name for name, _ in model.named_parameters())
+            owner = {
+                id(state[name]): module
+                for name, (_, module, _) in zip(names, modules_of(model), strict=True)
+            }
+            given = tree_map(
+                lambda v: _fake(mode, v) if isinstance(v, torch.Tensor) else v,
+                (tuple(inputs), dict(named)),
+            )
+            return topology(torch.func.functional_call(model, state, *given), owner)
+    except Exception:  # what cannot run without values keeps its secret
+        return None
+    finally:
+        for module, attributes in kept.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _fake(mode: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A leaf like ``tensor``, without values."""
+    fake: torch.Tensor = mode.from_tensor(tensor.detach())
+    return fake.requires_grad_(tensor.requires_grad)
+
+
 def _inputs(node: Node) -> list[Node]:
     return [following for following, _ in node.next_functions if following is not None]
 
@@ -112,6 +165,10 @@ def _is_view(node: Node) -> bool:
 
 
 def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-    """(parameter's name, its module's name, the parameter), tied ones once."""
+    """(parameter's name, its module's name, the parameter), tied ones once.
+
+    The names are those of the model that was not compiled.
+    """
     for name, parameter in model.named_parameters():
+        name = name.replace("_orig_mod.", "")
         yield name, name.rpartition(".")[0], parameter

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradscope.recording import measure
-from gradscope.recording.measure import Sketcher, dots, norms
+from gradscope.recording.measure import Sketcher, dots, norms, subset
 
 
 def test_sketches_of_a_subset_estimate_the_cosine_of_all_elements(
@@ -23,7 +23,7 @@ def test_sketches_of_a_subset_estimate_the_cosine_of_all_elements(
     sketcher = Sketcher([f"layers.{i}.weight" for i in range(rows)], [size] * rows, "cpu")
 
     one, other = (
-        sketcher([torch.tensor(g) for g in x], torch.tensor(np.linalg.norm(x, axis=1))).numpy()
+        sketcher(list(torch.tensor(x)), torch.tensor(x).norm(dim=1), range(rows)).numpy()
         for x in (first, second)
     )
 
@@ -32,17 +32,41 @@ def test_sketches_of_a_subset_estimate_the_cosine_of_all_elements(
     assert (one * other).sum(axis=1).mean() == pytest.approx(0.6, abs=0.05)
 
 
-def test_only_parameters_of_more_elements_than_that_lose_some(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("share", [1.001, 1.3, 2.5])
+def test_the_cosine_of_a_parameter_little_larger_than_the_subset_is_not_underestimated(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn with replacement, a subset's squares add up to more than the whole's."""
+    monkeypatch.setattr(measure, "MOST_SKETCHED", 2000)
+    size, rows = int(2000 * share), 80
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(rows, size))
+    second = 0.6 * first + 0.8 * rng.normal(size=(rows, size))
+    sketcher = Sketcher([f"layers.{i}.weight" for i in range(rows)], [size] * rows, "cpu")
+
+    one, other = (
+        sketcher(list(torch.tensor(x)), torch.tensor(x).norm(dim=1), range(rows)).numpy()
+        for x in (first, second)
+    )
+
+    assert (one * one).sum(axis=1).mean() == pytest.approx(1.0, abs=0.05)
+    assert (one * other).sum(axis=1).mean() == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("size", [1001, 1500, 2000, 100_000])
+def test_a_subset_holds_different_elements_that_the_name_alone_decides(
+    size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "MOST_SKETCHED", 1000)
 
-    chosen = Sketcher(["small", "large"], [1000, 1001], "cpu").chosen
+    chosen = subset("weight", size)
 
-    assert chosen[0] is None
-    assert chosen[1] is not None
-    assert len(chosen[1]) == 1000
-    assert 0 <= int(chosen[1].min()) <= int(chosen[1].max()) <= 1000
+    assert subset("weight", 1000) is None
+    assert chosen is not None
+    assert len(chosen.unique()) == len(chosen) == 1000
+    assert 0 <= int(chosen.min()) <= int(chosen.max()) < size
+    assert torch.equal(chosen, subset("weight", size))
+    assert not torch.equal(chosen, subset("bias", size))
 
 
 @pytest.mark.parametrize("order", [2, math.inf, 0])

@@ -16,6 +16,8 @@ from torch import nn
 from gradscope import GradientRecorder
 from gradscope.errors import UsageError
 from gradscope.histories.open import open_history
+from gradscope.recording import lots
+from gradscope.recording import recorder as recorder_module
 
 from .training import mlp, norm, run, transformer
 
@@ -38,6 +40,8 @@ def test_training_is_the_same_to_the_bit_with_and_without(tmp_path: Path) -> Non
 def test_nothing_waits_for_the_device_before_a_shard_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lots, "fits", lambda _: False)  # as on any other device
+    monkeypatch.setattr(recorder_module, "FIRST_SHARD", 1000)
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     recorder = GradientRecorder(model, optimizer, tmp_path / "a", every=1, capacity=1000)
@@ -58,7 +62,7 @@ def test_nothing_waits_for_the_device_before_a_shard_is_written(
         taken = list(waits)
         # Hashing the names' buckets reads host memory once, whatever the device.
         assert [w for w in taken if step > 0 or w != "numpy"] == []
-        recorder._after_step()
+        recorder._after_step(0)
         optimizer.zero_grad()
     monkeypatch.undo()
     recorder.close()
@@ -97,6 +101,32 @@ def test_without_a_call_gradients_are_taken_before_the_optimizer_and_marked(tmp_
 
     assert history.meta["stage"] == "pre_step"
     np.testing.assert_allclose(np.sqrt((history.l2**2).sum(axis=1)), 1.0, rtol=1e-4)
+
+
+def test_a_capture_inside_a_closure_is_the_only_record_of_its_step(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lengths = []
+    with GradientRecorder(model, optimizer, tmp_path / "a", every=1) as recorder:
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.randn(4, 6)).square().sum()
+            loss.backward()
+            lengths.append(norm(model[0].weight.grad))
+            recorder.capture(loss=loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert history.meta["stage"] == "pre_clip"
+    assert history.steps.tolist() == [0, 1, 2]
+    assert history.meta["captures"] == history.meta["optimizer_steps"] == 3
+    np.testing.assert_allclose(history.l2[:, 0], lengths, rtol=1e-5)
+    assert np.isfinite(history.update_l2).all()
 
 
 def test_a_step_that_the_scaler_skips_is_marked(tmp_path: Path) -> None:
@@ -196,7 +226,14 @@ CRASH = """
 
 @pytest.mark.parametrize(
     ("end", "records"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", 16), ("raise SystemError", 20), ("sys.exit(3)", 20)],
+    [
+        # Shards of four and of eight, the next was not full.
+        ("os.kill(os.getpid(), signal.SIGKILL)", 12),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 20),
+        ("raise SystemError", 20),
+        ("sys.exit(3)", 20),
+        ("del recorder; os._exit(0)", 20),
+    ],
 )
 def test_a_run_that_dies_leaves_what_was_recorded(end: str, records: int, tmp_path: Path) -> None:
     code = textwrap.dedent(CRASH).format(end=end)

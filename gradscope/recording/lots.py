@@ -1,0 +1,157 @@
+"""Parameters that are measured together: of one optimizer, on one device, sharded alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from gradscope.recording.flat import FlatLot, fits
+from gradscope.recording.measure import Sketcher, dots, elements, local, magnitudes, norms
+from gradscope.recording.shards import Part, status_of
+
+Tensor = torch.Tensor
+
+
+class Lot(Protocol):
+    """What is measured in one go."""
+
+    owner: int
+    rows: np.ndarray[Any, Any]
+    sharded: bool
+
+    def take(self, *, whole: bool, counted: bool, updates: bool) -> Part | None:
+        """The statistics of the gradients as they are now; None when they no longer fit."""
+
+    def after(self, part: Part) -> None:
+        """Add what the step changed."""
+
+
+def lots(
+    rows: Sequence[int], names: Sequence[str], parameters: Sequence[Tensor],
+    owners: Sequence[int], directions: bool,
+) -> Iterator[Lot]:  # fmt: skip
+    """The lots of some rows. Sharded gradients have no sketches: each rank has a part of them."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        parameter = parameters[row]
+        if parameter.device.type != "meta":  # there are no values
+            flat, shards = fits(parameter), _shards(parameter)
+            found.setdefault((owners[row], parameter.device, flat, shards), []).append(row)
+    for (owner, device, flat, shards), members in found.items():
+        labels, chosen = [names[row] for row in members], [parameters[row] for row in members]
+        if flat:
+            yield FlatLot(owner, members, labels, chosen, directions)
+        else:
+            yield DeviceLot(
+                owner, members, labels, chosen, device, shards, directions and not shards
+            )
+
+
+class DeviceLot:
+    """Some parameters of one optimizer, measured by torch where they are; nothing is waited for."""
+
+    def __init__(
+        self, owner: int, rows: Sequence[int], names: Sequence[str], parameters: Sequence[Tensor],
+        device: torch.device, shards: Sequence[Any], directions: bool,
+    ) -> None:  # fmt: skip
+        self.owner, self.rows = owner, np.array(rows, dtype=np.int64)
+        self._parameters, self._shards = list(parameters), tuple(shards)
+        self.sharded = bool(shards)
+        sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+        self._sketcher = Sketcher(names, sizes, device) if directions else None
+        self._copies: list[Tensor] = []
+
+    def take(self, *, whole: bool, counted: bool, updates: bool) -> Part:
+        """The gradients' statistics as they are now.
+
+        Only norms and directions unless ``whole``; the weights are kept for ``after`` when
+        ``updates``. With ``counted`` NaN and infinite elements are counted, which costs a pass.
+        """
+        found = {i: _whole(p.grad) for i, p in enumerate(self._parameters) if p.grad is not None}
+        part = Part(self.owner, self.rows, status_of(self._parameters))
+        if not found:
+            return part
+        part.place = present = list(found)
+        values = [elements(g) for g in found.values()]
+        lengths = self._joined(norms(values, 2), "square")
+        part.cells["grad/l2"] = lengths
+        if whole:
+            self._measure(part, list(found.values()), counted)
+            if updates:
+                part.measured, part.gradients = self, list(found.values())
+        if self._sketcher is not None:
+            part.sketch = self._sketcher(list(found.values()), lengths, present).half()
+        return part
+
+    def _measure(self, part: Part, gradients: Sequence[Tensor], counted: bool) -> None:
+        sizes = [magnitudes(g) for g in gradients]
+        part.cells["grad/max_abs"] = self._joined(norms(sizes, math.inf), "max")
+        part.cells["nonzero"] = self._joined(norms(sizes, 0), "sum")
+        # Ranks must agree on what they reduce, and only one of them sees the file.
+        if counted or self.sharded:
+            nans = torch.stack([torch.isnan(g).sum() for g in sizes])
+            infinite = torch.stack([torch.isinf(g).sum() for g in sizes])
+            part.cells["grad/n_nan"] = self._joined(nans.float(), "sum")
+            part.cells["grad/n_inf"] = self._joined(infinite.float(), "sum")
+        now = self._weights(part)
+        part.cells["param/l2"] = self._joined(norms(now, 2), "square")
+        if [(c.shape, c.dtype) for c in self._copies] != [(n.shape, n.dtype) for n in now]:
+            self._copies = [torch.empty_like(n) for n in now]
+        torch._foreach_copy_(self._copies, now)
+
+    def _weights(self, part: Part) -> list[Tensor]:
+        found = [local(self._parameters[i]) for i in part.place or ()]
+        return [torch.view_as_real(w) if w.is_complex() else w for w in found]
+
+    def after(self, part: Part) -> None:
+        """Add what the step changed; the gradients may have been clipped since."""
+        torch._foreach_sub_(self._copies, self._weights(part))
+        size = self._joined(norms(self._copies, 2), "square")
+        values = [elements(g) for g in part.gradients]
+        own = self._joined(norms(values, 2), "square")
+        turned = [
+            _at(c, g) if g.is_sparse else c
+            for c, g in zip(self._copies, part.gradients, strict=True)
+        ]
+        inner = self._joined(dots(turned, values), "sum")
+        part.cells["update/l2"] = size
+        part.cells["update/grad_cos"] = inner / (size * own)
+
+    def _joined(self, values: Tensor, how: str) -> Tensor:
+        """Values of sharded rows joined over their shards: [rows] in, the same out."""
+        if not self._shards:
+            return values
+        part = values**2 if how == "square" else values.clone()
+        reduce = torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM
+        for group in self._shards:
+            torch.distributed.all_reduce(part, reduce, group=group)
+        return part.sqrt() if how == "square" else part
+
+
+def _at(dense: Tensor, gradient: Tensor) -> Tensor:
+    """The elements of a dense tensor where a sparse gradient has its own."""
+    index = gradient.coalesce().indices()
+    return dense[tuple(index)]
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    """This rank's part of a gradient; what is still to be summed over ranks is summed first."""
+    placements = getattr(gradient, "placements", ())
+    if any(p.is_partial() for p in placements):
+        from torch.distributed.tensor import Replicate
+
+        wanted = [Replicate() if p.is_partial() else p for p in placements]
+        gradient = gradient.redistribute(placements=wanted)  # type: ignore[attr-defined]
+    gradient = local(gradient)
+    return gradient.coalesce() if gradient.is_sparse else gradient
+
+
+def _shards(parameter: Tensor) -> tuple[Any, ...]:
+    """The process groups over which a parameter is sharded; none when every rank has it whole."""
+    placements = getattr(parameter, "placements", ())
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    return tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_shard())

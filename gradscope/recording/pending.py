@@ -1,0 +1,91 @@
+"""What the recorder holds between a capture and its step, and what it asks of torch's objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gradscope.recording.optimizers import Optimizers
+from gradscope.recording.shards import Number, Part
+
+Tensor = torch.Tensor
+
+
+class CompiledCall:
+    """A forward hook, for one call, of a module that ``nn.Module.compile`` has compiled.
+
+    It would compile the hook with it; this one is called outside.
+    """
+
+    def __init__(self, model: torch.nn.Module, seen: Callable[..., None]) -> None:
+        call: Any = model._compiled_call_impl
+        self._model, self._call = model, call
+
+        def first(*inputs: Any, **named: Any) -> Any:
+            output = call(*inputs, **named)
+            seen(model, inputs, named, output)
+            return output
+
+        self._ours = model._compiled_call_impl = first
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        if self._model._compiled_call_impl is self._ours:
+            self._model._compiled_call_impl = self._call
+
+
+@dataclass(slots=True)
+class Pending:
+    """A capture whose step has not been seen yet."""
+
+    step: int | None
+    owner: int | None
+    may_skip: bool
+    parts: list[Part] = field(default_factory=list)
+    scalars: dict[str, Number] = field(default_factory=dict)
+    loss: Number | None = None
+    #: The optimizers that have stepped since.
+    stepped: list[int] = field(default_factory=list)
+
+
+def known(value: Any) -> Number:
+    """What was given, tensors left where they are."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.detach().clone() if value.numel() == 1 else value.detach().float().mean()
+
+
+def carried(scaler: Any, optimizers: Optimizers, owner: int) -> Tensor | None:
+    """The loss scale that gradients still carry; None once ``unscale_`` has taken it out.
+
+    Told by the scaler's own state, which is private to torch; unknown is taken for unscaled.
+    """
+    if scaler is None:
+        return None
+    states = getattr(scaler, "_per_optimizer_states", None)
+    scale = getattr(scaler, "_scale", None)
+    if not isinstance(scale, Tensor) or states is None or not len(optimizers):
+        return None
+    state = states.get(id(optimizers.all[owner]))
+    ready = state is None or getattr(state.get("stage"), "name", "") == "READY"
+    return scale.detach().clone() if ready else None
+
+
+def inner(model: torch.nn.Module) -> torch.nn.Module:
+    """The module itself inside torch.compile's and data parallel wrappers."""
+    while True:
+        found = getattr(model, "_orig_mod", None)
+        if found is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            found = getattr(model, "module", None)
+        if not isinstance(found, torch.nn.Module):
+            return model
+        model = found
+
+
+def rank() -> int:
+    """This process's among those that train together."""
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if available else 0

@@ -1,0 +1,322 @@
+"""Whatever happens to the recorder, training goes on, and what was written stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradscope import GradientRecorder
+from gradscope.errors import UsageError
+from gradscope.histories import format as history_format
+from gradscope.histories.open import open_history
+from gradscope.recording import recorder as recorder_module
+from gradscope.recording import rows, shards
+
+from .training import mlp
+
+
+def train(recorder: GradientRecorder, model: Any, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 6)).sum()
+        loss.backward()
+        recorder.capture(step, loss=loss)
+        optimizer.step()
+
+
+def finish(recorder: GradientRecorder, model: Any, optimizer: Any, steps: range) -> None:
+    train(recorder, model, optimizer, steps)
+    recorder.close()
+
+
+def begun(folder: Path, **options: Any) -> tuple[GradientRecorder, Any, Any]:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    return GradientRecorder(model, optimizer, folder, every=1, **options), model, optimizer
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_stops_the_recording_once_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    train(recorder, model, optimizer, range(9))
+    monkeypatch.setattr(history_format, "_write_zip", full)
+    before = model[0].weight.detach().clone()
+
+    with pytest.warns(RuntimeWarning, match=r"stopped \(OSError.*No space left.*2 shards") as said:
+        finish(recorder, model, optimizer, range(9, 40))
+
+    assert len(said) == 1
+    assert not torch.equal(model[0].weight, before)
+    assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(8))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["00000.npz", "00001.npz"]
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_turns_read_only_stops_the_recording(tmp_path: Path) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    (tmp_path / "a").chmod(0o500)
+
+    with pytest.warns(RuntimeWarning, match="nothing can be read"):
+        train(recorder, model, optimizer, range(12))
+
+
+def test_a_folder_that_is_gone_stops_the_recording(tmp_path: Path) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    (tmp_path / "a").rmdir()
+
+    with pytest.warns(RuntimeWarning, match="FileNotFoundError"):
+        train(recorder, model, optimizer, range(12))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("out of memory"), KeyError("x")])
+@pytest.mark.parametrize("where", ["take", "same", "arrays"])
+def test_a_failure_of_the_measurement_leaves_what_came_before(
+    where: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a")
+    train(recorder, model, optimizer, range(7))
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(rows.Rows, where, fails)
+    with pytest.warns(RuntimeWarning, match=f"stopped .{type(error).__name__}") as said:
+        finish(recorder, model, optimizer, range(7, 30))
+
+    assert len(said) == 1
+    wanted = 4 if where == "arrays" else 7
+    assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(wanted))
+
+
+def test_a_failure_after_the_step_or_in_the_forward_hook_stops_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, name in enumerate(["topology", "drained"]):
+        recorder, model, optimizer = begun(tmp_path / str(i))
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder_module, name, None)
+            with pytest.warns(RuntimeWarning, match="TypeError"):
+                finish(recorder, model, optimizer, range(12))
+        assert not model._forward_hooks
+        assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_loss_that_is_no_number_stops_no_training(tmp_path: Path) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a")
+    train(recorder, model, optimizer, range(3))
+    with pytest.warns(RuntimeWarning, match="ValueError"):
+        recorder.capture(3, loss="low")
+
+    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2]
+
+
+def test_what_the_caller_asks_wrongly_is_said_at_once(tmp_path: Path) -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match="at least 1"):
+        GradientRecorder(model, None, tmp_path / "a", every=0)
+    with pytest.raises(UsageError, match="not an optimizer"):
+        GradientRecorder(model, model, tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        GradientRecorder(model, None, tmp_path / "file" / "a")
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def test_two_recorders_in_one_folder_write_over_nothing_and_the_later_is_read(
+    tmp_path: Path,
+) -> None:
+    first, model, optimizer = begun(tmp_path / "a")
+    second, other, others = begun(tmp_path / "a")  # the cell was run again
+    train(first, model, optimizer, range(10))
+    train(second, other, others, range(20))
+    second.close()
+    first.close()  # a late one, as of an object that is collected
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert len(list((tmp_path / "a").iterdir())) == 4
+    assert history.steps.tolist() == list(range(20))
+    assert history.meta["run_id"] == second._facts["run_id"]
+    assert any("restarts at 0" in note for note in history.notes)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_that_is_taken_in_between_is_not_taken_again(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: full())
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    (tmp_path / "a" / "00000.npz").write_text("another's")
+    train(recorder, model, optimizer, range(8))
+    recorder.close()
+
+    assert (tmp_path / "a" / "00000.npz").read_text() == "another's"
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "00000.npz", "00001.npz", "00002.npz",
+    ]  # fmt: skip
+
+
+def test_the_first_shard_is_early_and_later_ones_come_by_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a")
+    train(recorder, model, optimizer, range(5))
+    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2, 3]
+
+    monkeypatch.setattr(recorder_module, "SECONDS", 0.0)
+    train(recorder, model, optimizer, range(5, 7))
+    assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(6))
+    recorder.close()
+
+
+def test_a_recorder_that_nobody_holds_any_more_writes_what_it_has(tmp_path: Path) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a")
+    train(recorder, model, optimizer, range(3))
+    del recorder
+
+    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2]
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+RUN = """
+    import os, signal, sys, time, torch
+    from gradscope import GradientRecorder
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    {before}
+    recorder = GradientRecorder(model, optimizer, sys.argv[1], every=10)
+    for step in range(300):
+        optimizer.zero_grad(); model(torch.ones(1, 3)).sum().backward()
+        recorder.capture(step); optimizer.step()
+    print("ready", flush=True)
+    time.sleep(60)
+    {after}
+"""
+
+
+def killed(folder: Path, number: int, before: str = "", after: str = "") -> tuple[int, str]:
+    code = textwrap.dedent(RUN).format(before=before, after=after)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    return process.returncode, said
+
+
+def test_a_run_that_is_terminated_leaves_every_record_and_ends_as_it_would_have(
+    tmp_path: Path,
+) -> None:
+    code, _ = killed(tmp_path / "a", signal.SIGTERM)
+
+    assert code == -signal.SIGTERM
+    assert len(open_history(str(tmp_path / "a")).steps) == 60
+
+
+def test_a_run_that_is_killed_leaves_what_was_written(tmp_path: Path) -> None:
+    killed(tmp_path / "a", signal.SIGKILL)
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert len(history.steps) >= 20
+    assert history.failures == ()
+
+
+def test_whoever_handled_the_signal_before_still_does(tmp_path: Path) -> None:
+    handler = "signal.signal(signal.SIGTERM, lambda *_: (print('mine', flush=True), os._exit(7)))"
+
+    code, said = killed(tmp_path / "a", signal.SIGTERM, before=handler)
+
+    assert (code, said) == (7, "mine\n")
+    assert len(open_history(str(tmp_path / "a")).steps) == 60
+
+
+def test_a_forked_child_writes_nothing_of_its_parents(tmp_path: Path) -> None:
+    fork = "pid = os.fork()\n    if pid == 0: sys.exit(0)\n    os.waitpid(pid, 0)"
+    code = textwrap.dedent(RUN).replace("time.sleep(60)", textwrap.dedent(fork))
+    code = (
+        code.format(before="", after="os._exit(0)")
+        .replace("\n    if", "\nif")
+        .replace("\n    os.waitpid", "\nos.waitpid")
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)
+
+    assert len(open_history(str(tmp_path / "a")).steps) < 60
+
+
+def test_the_handler_is_there_while_a_recorder_is_open_and_then_no_more(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    first, _, _ = begun(tmp_path / "a")
+    second, _, _ = begun(tmp_path / "b")
+    ours = signal.getsignal(signal.SIGTERM)
+    first.close()
+    still = signal.getsignal(signal.SIGTERM)
+    second.close()
+
+    assert ours is still is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_recorder_of_another_thread_leaves_the_signals_alone(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[Any] = []
+
+    def work() -> None:
+        recorder, model, optimizer = begun(tmp_path / "a")
+        found.append(signal.getsignal(signal.SIGTERM))
+        train(recorder, model, optimizer, range(3))
+        recorder.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+    assert found == [before]
+    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2]
+
+
+def test_a_signal_while_a_shard_is_written_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        recorder, model, optimizer = begun(tmp_path / "a")
+        write = shards.save
+
+        def interrupted(*given: Any) -> int:
+            monkeypatch.setattr(recorder_module, "save", write)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert came == []
+            return write(*given)
+
+        monkeypatch.setattr(recorder_module, "save", interrupted)
+        train(recorder, model, optimizer, range(5))
+        assert came == [signal.SIGTERM]
+        assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(5))
+        recorder.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
