@@ -158,6 +158,14 @@ _HISTORIES = (
         reader="gradscope.histories.events:read_event_file",
     ),
     Format(
+        name="log",
+        family="training logs",
+        suffixes=(".log", ".txt", ".out"),
+        kind="history",
+        recognises="gradscope.histories.logs:recognises",
+        reader="gradscope.histories.logs:read_log",
+    ),
+    Format(
         name="json",
         family="JSON",
         suffixes=(".json", ".jsonl", "trainer_state.json"),

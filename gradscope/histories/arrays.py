@@ -25,7 +25,7 @@ from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
 from gradscope.formats import find
 from gradscope.histories.history import History, Layer, Status
-from gradscope.histories.names import guessed_kind
+from gradscope.histories.names import Role, guessed_kind, in_depth, likeliest, role_of
 from gradscope.histories.steps import ordered
 from gradscope.histories.vectors import Keyed, Slice, measure, values_of
 from gradscope.histories.vectors import measured as measured
@@ -37,12 +37,13 @@ _Refs = Mapping[str, TensorRef]
 
 _STEPS = ("steps", "step", "iterations", "global_step")
 _STEP = re.compile(r"^(?:\[)?(?:(?:global_)?(?:step|iter|iteration|it|t)s?[_=-]?)?(\d+)\]?$", re.I)
-_BY_RECORD = {
+#: The fields that arrays of one value a record become, by what their names say they are.
+_FIELDS: Mapping[Role, str] = {
     "loss": "loss",
-    "lr": "lr",
-    "learning_rate": "lr",
-    "total_l2": "total_l2",
-    "grad_norm": "total_l2",
+    "rate": "lr",
+    "total": "total_l2",
+    "scale": "loss_scale",
+    "skipped": "skipped",
 }
 _MARKS = ("/", ":")
 
@@ -62,7 +63,7 @@ def read_arrays(path: str, as_: As | None = None) -> History:
     torch_file = find(sniff(path)).takes == "key"
     checkpoint = verified(open_checkpoint(path, WHOLE if torch_file else None))
     refs = {ref.name: ref for ref in checkpoint.tensors}
-    rest = {n: r for n, r in refs.items() if n not in _STEPS and n not in _BY_RECORD}
+    rest = _of_layers(refs)
     if not rest:
         raise InputError(path, "malformed", "holds no array of gradients or norms")
     keyed = (_nested(path, rest) if torch_file else {}) or _keyed(rest, _split)
@@ -87,6 +88,10 @@ def _seen(refs: _Refs, rest: _Refs, keyed: Keyed, single: bool) -> As | None:
         return "vectors"
     # layer/0, layer/1, … beside steps: names that only look like records, unless as many.
     return None if next(iter(rest.values())).numel == len(keyed) else "norms"
+
+
+def _of_layers(refs: _Refs) -> dict[str, TensorRef]:
+    return {n: r for n, r in refs.items() if n not in _STEPS and role_of(n) is None}
 
 
 def are_records(files: Sequence[str]) -> bool:
@@ -243,7 +248,7 @@ def _of_gradients(
     else:
         notes.extend(checkpoint.notes)
     named = [name for step in records.tolist() for name in table[step]]
-    names = list(dict.fromkeys(named if table else stacked))
+    names = in_depth(list(dict.fromkeys(named if table else stacked)))
     return History(
         path=checkpoint.path,
         format=f"{checkpoint.format} of gradients",
@@ -263,7 +268,8 @@ def _of_norms(
     single: tuple[NDArray[np.int64], dict[str, Values]] | None,
 ) -> History:
     steps, series, notes = _series(checkpoint.path, refs) if single is None else (*single, [])
-    names, norms = list(series), np.stack(list(series.values()), axis=1)
+    names = in_depth(list(series))
+    norms = np.stack([series[name] for name in names], axis=1)
     if (low := np.argwhere(norms < 0)).size:
         at, row = low[0].tolist()
         message = f"{names[row]} is {norms[at, row]} in record {at}: norms are not below zero"
@@ -287,7 +293,7 @@ def _of_norms(
 
 def _series(path: str, refs: _Refs) -> tuple[NDArray[np.int64], dict[str, Values], list[str]]:
     """The steps, and an array of norms for each name."""
-    rest = {n: r for n, r in refs.items() if n not in _STEPS and n not in _BY_RECORD}
+    rest = _of_layers(refs)
     counts = {ref.numel for ref in rest.values()}
     wrong = next((r for r in rest.values() if len([n for n in r.shape if n != 1]) > 1), None)
     if len(counts) > 1 or wrong is not None:
@@ -320,8 +326,11 @@ def _steps(path: str, refs: _Refs, count: int) -> tuple[NDArray[np.int64], list[
 def _by_record(refs: _Refs, count: int, chosen: NDArray[np.integer[Any]]) -> dict[str, Any]:
     """The arrays of one value a record that are known by their names."""
     found: dict[str, Any] = {}
-    for name, target in _BY_RECORD.items():
-        if name in refs and refs[name].numel == count:
-            values = values_of(Slice.whole(refs[name]))[chosen]
+    for role, target in _FIELDS.items():
+        known = [(n, r) for n, r in refs.items() if role_of(n) == role and r.numel == count]
+        if (ref := likeliest(known)) is not None:
+            values = values_of(Slice.whole(ref))[chosen]
             found[target] = values[:, None] if target == "lr" else values
+    if "skipped" in found:
+        found["skipped"] = (found["skipped"] > 0).astype(np.uint8)
     return found

@@ -15,14 +15,16 @@ from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Layer, Status
 from gradscope.histories.names import (
+    ONLY_LOSS,
     ONLY_TOTAL,
+    Role,
     clean,
     gradient_of,
     guessed_kind,
-    is_loss,
-    is_rate,
-    is_total,
+    likeliest,
+    role_of,
 )
+from gradscope.histories.steps import carried, chosen_records
 from gradscope.histories.tfrecords import Histogram, is_events, logged_values
 from gradscope.text import quoted
 
@@ -69,7 +71,7 @@ def read_events(path: str, files: Sequence[str]) -> History:
             if len(files) == 1:
                 raise
             failures.append(error)
-    if failures and not (found.norms or found.total.values):
+    if failures and not (found.norms or found.line("total").values):
         raise failures[0]
     found.refuse_several_runs(path)
     return found.history(path, files, failures)
@@ -94,21 +96,15 @@ class _Logged:
     """What the event files say of gradients, tag by tag."""
 
     norms: dict[str, _Tag] = field(default_factory=dict)
-    rates: dict[str, _Tag] = field(default_factory=dict)
-    loss: _Tag = field(default_factory=_Tag)
-    total: _Tag = field(default_factory=_Tag)
+    whole: dict[Role, dict[str, _Tag]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     binned: bool = False
 
     def add(self, folder: str, step: int, tag: str, value: float | Histogram) -> None:
         if isinstance(value, Histogram):
             self._add_histogram(folder, step, tag, value)
-        elif is_total(tag):
-            self.total.add(folder, step, value)
-        elif is_rate(tag):
-            self.rates.setdefault(tag, _Tag()).add(folder, step, value)
-        elif is_loss(tag):
-            self.loss.add(folder, step, value)
+        elif role := role_of(tag):
+            self.whole.setdefault(role, {}).setdefault(tag, _Tag()).add(folder, step, value)
         elif (name := gradient_of(tag)) is not None:
             self.norms.setdefault(name, _Tag()).add(folder, step, value)
 
@@ -120,15 +116,21 @@ class _Logged:
             norms.tops[step], norms.numel = value.max_abs, value.numel
             self.binned |= not value.exact
 
+    def line(self, role: Role) -> _Tag:
+        """The values of what has a role, by the plainest name."""
+        return likeliest(self.whole.get(role, {}).items()) or _Tag()
+
     def refuse_several_runs(self, path: str) -> None:
         """Restarts share a folder; one series in two folders is of two runs."""
-        if len(self.loss.folders) > 1:  # add_scalars writes loss_train/ and loss_val/
-            self.loss = _Tag()
+        losses = self.whole.get("loss", {})
+        if any(len(tag.folders) > 1 for tag in losses.values()):
+            # add_scalars writes loss_train/ and loss_val/
+            losses.clear()
             self.notes.append(
                 "the loss is in several folders, not all of training perhaps, and was left out"
             )
         named = ((quoted(name), tag) for name, tag in self.norms.items())
-        for called, tag in (*named, ("the total norm", self.total)):
+        for called, tag in (*named, ("the total norm", self.line("total"))):
             if len(tag.folders) > 1:
                 first, second = sorted(os.path.relpath(f, path) for f in tag.folders)[:2]
                 raise UsageError(
@@ -137,11 +139,11 @@ class _Logged:
                 )
 
     def history(self, path: str, files: Sequence[str], failures: Sequence[InputError]) -> History:
-        if not self.norms and not self.total.values:
+        steps = self.steps()
+        if not len(steps):
             message = "has no tag of a gradient norm, such as grad/NAME or NAME/grad_norm"
             raise InputError(path, "malformed", message)
-        about = list(self.norms.values()) or [self.total]
-        steps = np.array(sorted({step for tag in about for step in tag.values}), np.int64)
+        skipped = _line(self.line("skipped"), steps)
         place = {int(step): i for i, step in enumerate(steps)}
         l2, status = _table([tag.values for tag in self.norms.values()], place)
         tops = [tag.tops for tag in self.norms.values()]
@@ -159,9 +161,11 @@ class _Logged:
             l2=l2,
             status=status,
             max_abs=_table(tops, place)[0] if tops and all(tops) else None,
-            loss=_line(self.loss, place),
-            total_l2=_line(self.total, place),
-            lr=self._rates(place),
+            loss=_line(self.line("loss"), steps),
+            total_l2=_line(self.line("total"), steps),
+            loss_scale=_line(self.line("scale"), steps),
+            skipped=None if skipped is None else (np.nan_to_num(skipped) > 0).astype(np.uint8),
+            lr=self._rates(steps),
             notes=(*self.notes, *self._said()),
             failures=tuple(
                 Failure(e.kind, f"{os.path.relpath(e.path, path)}: {e.message}") for e in failures
@@ -173,10 +177,18 @@ class _Logged:
         if self.binned:
             yield "norms are computed from the middles of histogram bins and are approximate"
         if not self.norms:
-            yield ONLY_TOTAL
+            yield ONLY_TOTAL if self.line("total").values else ONLY_LOSS
 
-    def _rates(self, place: dict[int, int]) -> NDArray[np.float64] | None:
-        lines = [_line(tag, place) for tag in self.rates.values()]
+    def steps(self) -> NDArray[np.int64]:
+        """The steps that have a gradient; where few have, also those of the loss."""
+        about = list(self.norms.values()) or [self.line("total")]
+        with_norm = {step for tag in about for step in tag.values}
+        every = np.array(sorted(with_norm | self.line("loss").values.keys()), np.int64)
+        known = np.isin(every, np.fromiter(with_norm, np.int64, len(with_norm)))
+        return every[chosen_records(known)]
+
+    def _rates(self, steps: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        lines = [_line(tag, steps) for tag in self.whole.get("rate", {}).values()]
         known = [line for line in lines if line is not None]
         return np.stack(known, axis=1) if known else None
 
@@ -192,7 +204,9 @@ def _table(
     return values, status
 
 
-def _line(found: _Tag, place: dict[int, int]) -> NDArray[np.float64] | None:
+def _line(found: _Tag, steps: NDArray[np.int64]) -> NDArray[np.float64] | None:
     if not found.values:
         return None
-    return _table([{s: v for s, v in found.values.items() if s in place}], place)[0][:, 0]
+    own = sorted(found.values)
+    values = np.array([found.values[step] for step in own])
+    return carried(np.array(own, np.int64), values, steps)

@@ -7,7 +7,8 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ VERSION = (1, 0)
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One array of the file. Dimensions: T records, L layers, E edges, S sketched records, k."""
+    """One array of the file, of T records, L layers, E edges, O optimizers, S sketches of k."""
 
     kinds: str
     shape: tuple[str, ...]
@@ -47,6 +48,9 @@ KEYS: Mapping[str, Key] = {
     "layer/kind": Key("U", ("L",), "matrix, conv, bias, norm, embedding or other"),
     "layer/numel": Key("iu", ("L",), "elements; below 0 unknown"),
     "layer/group": Key("iu", ("L",), "column of lr; below 0 unknown"),
+    "layer/optimizer": Key("iu", ("L",), "which of several optimizers has it; -1 none"),
+    "optimizer/loss": Key("f", ("T", "O"), "of the step that each of several optimizers took",
+                          field="optimizer_loss"),
     "layer/order": Key("iu", ("L",), "place in the forward pass; below 0 unknown"),
     "layer/tied_to": Key("iu", ("L",), "row that shares the storage; -1 none"),
     "grad/status": Key("ui", ("T", "L"), "0 not recorded, 1 recorded, 2 None, 3 frozen"),
@@ -95,6 +99,14 @@ class Meta(BaseModel):
     world_size: int | None = None
     sketch: dict[str, Any] | None = Field(None, description="k, hash, seed, subset")
     optimizer: dict[str, Any] | None = Field(None, description="class, eps, betas, momentum")
+    optimizers: dict[str, Any] | None = Field(
+        None, description="the same of each of several, by name, in the order of layer/optimizer"
+    )
+    captures: int | None = Field(None, description="calls of the recorder so far")
+    optimizer_steps: int | None = Field(
+        None, description="steps that followed a call; fewer when gradients were unfinished"
+    )
+    started: str | None = Field(None, description="when the run began, ISO 8601")
     precision: dict[str, Any] | None = Field(None, description="param, grad, amp")
     batch_size: float | None = None
     accumulation: int | None = None
@@ -111,8 +123,11 @@ def meta_schema() -> dict[str, Any]:
     } | Meta.model_json_schema()
 
 
-def fault(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
-    """What is wrong with the arrays of a file, by kind, shape and order; None when nothing is."""
+def fault(arrays: Mapping[str, np.ndarray[Any, Any]], *, sorted_: bool = True) -> str | None:
+    """What is wrong with the arrays of a file, by kind, shape and order; None when nothing is.
+
+    Not ``sorted_``: steps may come in any order, though each once; they are sorted when read.
+    """
     for name, key in KEYS.items():
         if key.required and name not in arrays:
             return f"has no {name}, which every {FORMAT} file must have"
@@ -120,7 +135,7 @@ def fault(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
     for name, array in arrays.items():
         if name in KEYS and (reason := _misfit(KEYS[name], array, sizes)):
             return f"{name} {reason}"
-    return _disorder(arrays) or _broken_reference(arrays, sizes) or _impossible(arrays)
+    return _disorder(arrays, sorted_) or _broken_reference(arrays, sizes) or _impossible(arrays)
 
 
 def _misfit(key: Key, array: np.ndarray[Any, Any], sizes: dict[str, int]) -> str | None:
@@ -163,17 +178,21 @@ def _broken_reference(
 _RISING = {"steps": 1, "grad/sketch_index": 1, "unit/offset": 0}
 
 
-def _disorder(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str | None:
+def _disorder(arrays: Mapping[str, np.ndarray[Any, Any]], sorted_: bool) -> str | None:
     for name, least in _RISING.items():
         found = arrays.get(name, np.empty(0, np.int64))
         if found.size and int(found.max()) > np.iinfo(np.int64).max:
             return f"{name} has {found.max()}, which is beyond 64-bit integers"
         found = found.astype(np.int64)
+        any_order = name == "steps" and not sorted_
+        order = np.argsort(found, kind="stable") if any_order else np.arange(len(found))
+        found = found[order]
         falls = np.flatnonzero(found[1:] < found[:-1] + least)
         if len(falls):
             at = int(falls[0]) + 1
             place = "record" if name == "steps" else "entry"
-            return f"{name} must increase, but {place} {at} has {found[at]} after {found[at - 1]}"
+            fall = f"{place} {order[at]} has {found[at]} after {found[at - 1]}"
+            return f"{name} must increase, but {fall}"
     return None
 
 
@@ -203,23 +222,62 @@ def write(
     ``format`` and ``version`` of the meta are added. Raises ValueError for arrays that break the
     format.
     """
+    with _staged(os.path.dirname(os.path.abspath(path)), arrays, meta) as temporary:
+        os.replace(temporary, path)
+
+
+def write_next(
+    folder: str | os.PathLike[str],
+    number: int,
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    meta: Mapping[str, Any],
+) -> int:
+    """As ``write``, to the first of ``number``.npz and those after it that nobody has.
+
+    Never over another file, whoever writes to the folder at the same time. Returns the number.
+    """
+    with _staged(os.fspath(folder), arrays, meta) as temporary:
+        while not _claimed(temporary, os.path.join(folder, f"{number:05d}.npz")):
+            number += 1
+    return number
+
+
+def _claimed(temporary: str, path: str) -> bool:
+    """Whether a file could be moved to a name that was free; its content is there at once."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: the name first, then what is in it
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        os.replace(temporary, path)
+    return True
+
+
+@contextmanager
+def _staged(
+    folder: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, Any]
+) -> Iterator[str]:
+    """A whole file beside its place, under a name that readers pass over; gone afterwards."""
     if reason := fault(arrays):
         raise ValueError(reason)
     whole = {"format": FORMAT, "version": list(VERSION)} | dict(meta)
     Meta.model_validate(whole)
     text = json.dumps(whole, allow_nan=False).encode()
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}-", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=".shard-", suffix=".npz", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             _write_zip(file, {"meta": np.frombuffer(text, np.uint8), **arrays})
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        yield temporary
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def _write_zip(file: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

@@ -47,6 +47,8 @@ class Layer:
     tied_to: int | None = None
     #: Index of the optimizer's parameter group, a column of ``History.lr``.
     group: int | None = None
+    #: Which of several optimizers has it; None when there is one, or it is in none.
+    optimizer: int | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -109,6 +111,9 @@ class History:
     update_cosine: Reals | None = None
     #: [T] each.
     loss: Reals | None = None
+    #: Of several optimizers the loss of each one's step [T, optimizers]; ``loss`` is then only that
+    #: of records in which one backward pass served all.
+    optimizer_loss: Reals | None = None
     total_l2: Reals | None = None
     clip_coefficient: Reals | None = None
     loss_scale: Reals | None = None

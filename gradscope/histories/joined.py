@@ -39,7 +39,20 @@ def read_shards(folder: str, files: Sequence[str]) -> History:
             failures.append(error)
     if not shards:
         raise failures[0]
-    return _history(folder, shards, failures)
+    return _history(folder, _by_run(shards), failures)
+
+
+def _by_run(shards: Sequence[Shard]) -> list[Shard]:
+    """Runs in the order in which they began, each with its shards as they are.
+
+    Two recorders in one folder write shards in turn; the run that began later supersedes the other
+    as a restart does, not record by record.
+    """
+    runs = [shard.meta.get("run_id") for shard in shards]
+    began = {run: str(s.meta.get("started") or "") for run, s in zip(runs, shards, strict=True)}
+    known = all(began.values())
+    order = sorted(began, key=lambda run: began[run] if known else "")
+    return [s for run in order for s, of in zip(shards, runs, strict=True) if of == run]
 
 
 def _history(path: str, shards: Sequence[Shard], failures: Sequence[InputError]) -> History:
@@ -117,12 +130,15 @@ class _Joined:
 
     @property
     def _plain(self) -> bool:
-        """One shard, all records, rows in its own order: nothing needs copying."""
+        """One shard, all records and rows in its own order: nothing needs copying."""
         return (
-            len(self.shards) == 1
-            and len(self.chosen) == len(self.steps)
-            and bool(np.all(np.diff(self.places[0]) > 0))
+            len(self.shards) == 1 and self._in_order and bool(np.all(np.diff(self.places[0]) > 0))
         )
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether every record was kept where it was."""
+        return np.array_equal(self.chosen, np.arange(len(self.steps)))
 
     @property
     def _last_is_whole(self) -> bool:
@@ -140,7 +156,7 @@ class _Joined:
     def layers(self) -> tuple[Layer, ...]:
         kinds, modules = self._row("layer/kind", "other"), self._row("layer/module", "")
         sizes, groups = self._row("layer/numel", -1), self._row("layer/group", -1)
-        tied = self._tied()
+        owners, tied = self._row("layer/optimizer", -1), self._tied()
         return tuple(
             Layer(
                 name=name,
@@ -149,9 +165,10 @@ class _Joined:
                 module=module,
                 tied_to=tie,
                 group=group if group >= 0 else None,
+                optimizer=owner if owner >= 0 else None,
             )
-            for name, kind, module, size, group, tie in zip(
-                self.names, kinds, modules, sizes, groups, tied, strict=True
+            for name, kind, module, size, group, owner, tie in zip(
+                self.names, kinds, modules, sizes, groups, owners, tied, strict=True
             )
         )
 
@@ -273,7 +290,20 @@ class _Joined:
             "grad/prev_cos" in s.arrays and "grad/prev_lag" in s.arrays for s in self.shards
         ):
             return None
-        return Exact(self.cells("grad/prev_cos", np.nan), self.cells("grad/prev_lag", 0))
+        lag = self.cells("grad/prev_lag", 0)
+        return Exact(self.cells("grad/prev_cos", np.nan), self._moved(lag))
+
+    def _moved(self, lag: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """How many records before, now that some were sorted or dropped; 0 where it is gone."""
+        if self._in_order:
+            return lag
+        kept = self.chosen.astype(np.int64)
+        now = np.full(len(self.steps), -1)
+        now[kept] = np.arange(len(kept))
+        other = kept[:, None] - lag.astype(np.int64)
+        place = np.where((lag > 0) & (other >= 0), now[np.maximum(other, 0)], -1)
+        moved = np.arange(len(kept))[:, None] - place
+        return np.where((place >= 0) & (moved > 0), moved, 0)
 
     def edges(self) -> np.ndarray[Any, Any] | None:
         """The edges of the last shard that has any."""

@@ -64,7 +64,7 @@ def read_shard(path: str) -> Shard:
             raise
         raise InputError(path, "truncated", f"{error.message}; {_FETCH_AGAIN}") from None
     meta = _meta(path, arrays.pop("meta", None))
-    if reason := fault(arrays):
+    if reason := fault(arrays, sorted_=False):
         raise InputError(path, "malformed", reason)
     return Shard(path, arrays, meta, unknown)
 

@@ -14,6 +14,7 @@ from gradscope.histories.history import History
 from gradscope.histories.joined import by_number, read_shards
 from gradscope.histories.native import is_native
 from gradscope.plugins import loaded
+from gradscope.text import quoted
 
 
 def open_history(path: str, *, as_: As | None = None) -> History:
@@ -55,20 +56,47 @@ def _folder(path: str) -> History:
 
     if events := event_files(path):
         return read_events(path, events)
-    from gradscope.histories.tables import read_any_json
-
-    state = os.path.join(path, "trainer_state.json")
-    if os.path.isfile(state):
-        return read_any_json(state)
+    if logged := _logged(path):
+        return open_history(logged)
     records = [f for f in files if f.endswith((".pt", ".pth", ".safetensors"))]
     if records and are_records(records):
         return read_records(path, records)
     raise InputError(
         path,
         "missing",
-        "has no shards (00000.npz, …), event files, trainer_state.json or files of gradients "
-        "named by step (step_10.pt, …)",
+        "has no shards (00000.npz, …), event files, trainer_state.json, metrics.csv or files of "
+        "gradients named by step (step_10.pt, …)",
     )
+
+
+#: What trainers leave in the folder of a run, and in one of each checkpoint or version below it.
+_LOGGED = ("trainer_state.json", "metrics.csv", "metrics.jsonl")
+_BELOW = ("checkpoint-*", "version_*", os.path.join("lightning_logs", "version_*"))
+
+
+def _logged(path: str) -> str | None:
+    """The log of the run in a folder: its own, or that of the last checkpoint.
+
+    Raises UsageError where there are logs of several runs.
+    """
+    for name in _LOGGED:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    for below in _BELOW:
+        found = [
+            file
+            for name in _LOGGED
+            for file in glob.glob(os.path.join(glob.escape(path), below, name))
+        ]
+        found.sort(key=lambda file: (len(os.path.dirname(file)), file))
+        if found and (below == "checkpoint-*" or len(found) == 1):
+            return found[-1]
+        if found:
+            first, second = (quoted(os.path.relpath(os.path.dirname(f), path)) for f in found[:2])
+            raise UsageError(
+                f"{path} holds several runs: {first} and {second}; give the folder of one run"
+            )
+    return None
 
 
 def _several(path: str, files: list[str]) -> History:
@@ -102,8 +130,18 @@ def _third_party(path: str) -> History:
     raise InputError(path, "unsupported", _what(path))
 
 
+#: The beginning of the file that Weights & Biases writes beside its logs.
+_WANDB = b":W&B"
+_EXPORT = (
+    "is a run of Weights & Biases as it is stored, not as it is exported: upload it (wandb sync "
+    "FOLDER), then write run.scan_history() of wandb.Api() to a file of JSON lines"
+)
+
+
 def _what(path: str) -> str:
     """What a file is that is not a history (a web page, a pointer, an archive), and a remedy."""
+    if Beginning(path).start.startswith(_WANDB):
+        return _EXPORT
     try:
         found = sniff(path)
     except InputError as error:

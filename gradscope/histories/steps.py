@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.histories.history import Integers
 from gradscope.text import plural
@@ -13,6 +15,32 @@ from gradscope.text import plural
 #: A counter that falls back and then climbs for this many records was restarted; one that jumps
 #: about was not recorded in order.
 _RUN = 8
+#: With fewer records of gradients, those that have another value are records too.
+_LEAST = 8
+
+
+def chosen_records(known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which steps are records of a run that logs gradients at some steps only.
+
+    Those with a gradient, given as ``known``: between them nothing could be compared. All steps
+    where too few have one to say anything.
+    """
+    return known if known.sum() >= _LEAST else np.ones_like(known)
+
+
+def carried(
+    steps: Integers, values: NDArray[np.floating[Any]], records: Integers
+) -> NDArray[np.float64]:
+    """At each record the latest value of the steps since the record before; NaN without one.
+
+    What is logged more often than the gradients (loss, rate) belongs to the record that follows.
+    ``steps`` and ``records`` increase strictly.
+    """
+    at = np.searchsorted(records, steps)
+    inside = at < len(records)
+    out = np.full(len(records), np.nan)
+    out[at[inside]] = values[inside]
+    return out
 
 
 def ordered(steps: Integers, *, note_repeats: bool = True) -> tuple[Integers, list[str]]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from gradscope.checkpoints.tensors import Failure
 from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError, UsageError
-from gradscope.histories.columns import STEP, Row, Table, is_known, named
+from gradscope.histories.columns import Row, Table, is_long
 from gradscope.histories.history import History
+from gradscope.histories.names import is_known, step_column
 
 #: A greater file is read line by line without asking whether it is one value.
 _JSON_CAP = 1 << 30
 
+#: Objects inside objects that are followed.
+_DEEPEST = 16
 #: Rows of a Parquet file that are Python objects at one time.
 _BATCH = 4096
 
@@ -42,8 +47,11 @@ def read_csv(path: str) -> History:
     try:
         with open(path, encoding="utf-8-sig", errors="strict", newline="") as file:
             header = file.readline()
-            file.seek(0)
             delimiter = max(",;\t", key=header.count)
+            if tuple(header.strip().lower().split(delimiter)) == _DOWNLOAD:
+                rows = csv.reader(file, delimiter=delimiter)
+                return _read_download(path, "csv", ((n, r[1:]) for n, r in enumerate(rows, 2) if r))
+            file.seek(0)
             return table.history("csv", _cells(table, csv.reader(file, delimiter=delimiter)))
     except UnicodeDecodeError as error:
         raise InputError(path, "malformed", f"is not UTF-8 text: {error.reason}") from None
@@ -67,7 +75,10 @@ def read_any_json(path: str) -> History:
         return read_json(path, rows, "trainer_state")
     if is_columns(whole):
         return read_columns(path, whole)
-    return read_json(path, whole) if isinstance(whole, list) else read_jsonl(path)
+    if is_download(whole):
+        return _read_download(path, "json", ((n, row[1:]) for n, row in enumerate(whole, 1)))
+    found = rows_in(whole)
+    return read_jsonl(path) if found is None else read_json(path, found)
 
 
 def read_jsonl(path: str) -> History:
@@ -95,18 +106,68 @@ def is_columns(whole: object) -> bool:
     )
 
 
+def rows_in(whole: object) -> list[Any] | None:
+    """The rows of a JSON value: a list, the one in an object, or objects by step; else None."""
+    if isinstance(whole, list):
+        return whole
+    if not isinstance(whole, dict) or not whole:
+        return None
+    if all(key.isdecimal() and isinstance(row, dict) for key, row in whole.items()):
+        return [{"step": int(key[:19]), **row} for key, row in whole.items()]
+    lists = [
+        value
+        for value in whole.values()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    ]
+    steps = any(step_column(lists[0][0]) is not None for _ in lists[:1])
+    return lists[0] if len(lists) == 1 and steps and step_column(whole) is None else None
+
+
+def is_download(whole: object) -> bool:
+    """Whether a JSON value is what TensorBoard lets download: [wall time, step, value] each."""
+    return (
+        isinstance(whole, list)
+        and bool(whole)
+        and all(isinstance(row, list) and len(row) == len(_DOWNLOAD) for row in whole)
+    )
+
+
+#: The header of a tag's values as TensorBoard lets download them.
+_DOWNLOAD = ("wall time", "step", "value")
+
+
+def _read_download(path: str, form: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> History:
+    """The history of one tag's steps and values. Raises InputError when none knows which tag."""
+    columns = ("step", _tag_of(path))
+    return Table(path).history(form, ((number, columns, row) for number, row in rows))
+
+
+#: What stands before a parameter's name in a tag whose slashes are gone.
+_PREFIX = re.compile(
+    r"^(?:(?:train|training|optim|metrics?|debug|norms?)_)*"
+    r"(grad_2\.0_norm|(?:grad|gradient)_norms?|gnorm|gradients?|grads?)_(?!norm|2\.0)",
+    re.IGNORECASE,
+)
+
+
+def _tag_of(path: str) -> str:
+    """What a downloaded file holds by its name, in which slashes became underscores."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    tag = stem.rpartition("-tag-")[2]
+    if is_known(name := _PREFIX.sub(r"\1/", tag)):
+        return name
+    message = (
+        "holds the values of one tag, and its name does not say of which: name it grad_norm.csv or "
+        "loss.csv, or as TensorBoard does, run-RUN-tag-TAG.csv"
+    )
+    raise InputError(path, "malformed", message)
+
+
 def read_columns(path: str, whole: Mapping[str, list[Any]]) -> History:
     """The history in lists by name: norms, perhaps steps, losses, rates. Raises InputError."""
-    table = Table(path)
-    columns = {
-        name if is_known(name) else f"grad_norm/{name}": column for name, column in whole.items()
-    }
-    if named(columns, STEP) is None:
-        columns = {"step": list(range(len(next(iter(columns.values()))))), **columns}
-        table.notes.append("no steps in the file: records are numbered from 0")
-    names = tuple(columns)
-    rows = ((n, names, row) for n, row in enumerate(zip(*columns.values(), strict=True), 1))
-    return table.history("json", rows)
+    names = tuple(whole)
+    rows = ((n, names, row) for n, row in enumerate(zip(*whole.values(), strict=True), 1))
+    return Table(path).history("json", rows)
 
 
 def read_parquet(path: str) -> History:
@@ -140,9 +201,14 @@ def _cells(table: Table, rows: Iterator[list[str]]) -> Iterator[Row]:
             yield held
         held = number, header, row
     if held is not None and table.rows and len(held[2]) < len(header):
-        table.notes.append(f"row {held[0]}, the last, is cut off and was left out")
+        table.failures.append(_cut_off(f"row {held[0]}"))
     elif held is not None:
         yield held
+
+
+def _cut_off(place: str) -> Failure:
+    message = f"{place}, the last, is cut off and was left out: the run died, or still writes"
+    return Failure("truncated", message)
 
 
 def _objects(table: Table, lines: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -153,7 +219,7 @@ def _objects(table: Table, lines: TextIO) -> Iterator[tuple[int, Mapping[str, An
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if table.rows and not line.endswith("\n"):
-                table.notes.append(f"line {number}, the last, is cut off and was left out")
+                table.failures.append(_cut_off(f"line {number}"))
                 return
             message = f"line {number} is not JSON: {error}"
             raise InputError(table.path, "malformed", message) from None
@@ -163,16 +229,46 @@ def _objects(table: Table, lines: TextIO) -> Iterator[tuple[int, Mapping[str, An
 
 
 def _members(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[Row]:
-    """Objects as rows; the entries of objects inside them are columns ``outer/inner``."""
+    """Objects as rows; the entries of objects inside them are columns ``outer/inner``.
+
+    A list of objects, one for each layer, becomes a row for each.
+    """
     for number, row in rows:
-        if any(isinstance(value, dict) for value in row.values()):
-            row = dict(_flat(row))
-        yield number, tuple(row), tuple(row.values())
-
-
-def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in row.items():
-        if isinstance(value, dict) and not {"bins", "packedBins"} & value.keys():
-            yield from ((f"{name}/{inner}", found) for inner, found in value.items())
+        layers = _layers_of(row)
+        whole = {name: value for name, value in row.items() if name != layers}
+        if any(isinstance(value, dict) for value in whole.values()):
+            whole = dict(_flat(whole))
+        if layers is None:
+            yield number, tuple(whole), tuple(whole.values())
         else:
-            yield name, value
+            for layer in row[layers]:
+                one = {**whole, **layer}
+                yield number, tuple(one), tuple(one.values())
+
+
+def _layers_of(row: Mapping[str, Any]) -> str | None:
+    """The entry that is a list of objects with names."""
+    return next(
+        (
+            name
+            for name, value in row.items()
+            if isinstance(value, list)
+            and value
+            and all(isinstance(layer, dict) and is_long(layer) for layer in value)
+        ),
+        None,
+    )
+
+
+#: Objects that only hold layers, and whose name is no part of theirs.
+_HOLDERS = frozenset(("layers", "per_layer", "modules", "params", "parameters", "by_layer"))
+
+
+def _flat(row: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if not isinstance(value, dict) or {"bins", "packedBins"} & value.keys() or depth > _DEEPEST:
+            yield above + name, value
+        elif name.lower() in _HOLDERS:
+            yield from _flat(value, above, depth + 1)
+        else:
+            yield from _flat(value, f"{above}{name}/", depth + 1)

@@ -87,6 +87,7 @@ SIZES = {
     "S": 3,
     "k": 5,
     "G": 2,
+    "O": 2,
     "N": 6,
 }
 GIVEN: dict[str, np.ndarray[Any, Any]] = {

@@ -15,7 +15,7 @@ from gradscope.errors import InputError
 from gradscope.histories.format import KEYS, write
 from gradscope.histories.open import open_history
 
-from .files import every_key, fields, native
+from .files import LAYERS, RECORDS, every_key, fields, native
 
 
 def changed(path: Path, change: dict[str, Any], **more: Any) -> str:
@@ -126,3 +126,39 @@ def test_every_key_that_is_written_is_read_back_to_the_bit(tmp_path: Path) -> No
     assert [(x.kind, x.module, x.tied_to) for x in history.layers] == [
         ("conv", "m", None), ("norm", "m", None), ("other", "m", 0)]  # fmt: skip
     assert history.notes == ()
+
+
+def test_steps_in_any_order_are_sorted_with_all_that_belongs_to_them(tmp_path: Path) -> None:
+    arrays = every_key()
+    arrays["grad/prev_lag"] = np.minimum(1, np.arange(RECORDS))[:, None].repeat(LAYERS, 1)
+    write(tmp_path / "sorted.npz", arrays, {})
+    whole = open_history(str(tmp_path / "sorted.npz"))
+    order = np.array([0, 3, 4, 1, 2, 5, 8, 6, 7])
+    by_record = {
+        name: array[order]
+        for name, array in arrays.items()
+        if KEYS[name].shape[0] == "T"
+    }  # fmt: skip
+    # A lag counts records of the file: after the move only neighbours that stayed so are known.
+    stayed = np.append(False, np.diff(order) == 1)
+    by_record["grad/prev_lag"] *= stayed[:, None]
+    place = np.argsort(order)[arrays["grad/sketch_index"]]
+    by_record["grad/sketch_index"] = np.sort(place)
+    by_record["grad/sketch"] = arrays["grad/sketch"][np.argsort(place)]
+    np.savez(
+        tmp_path / "moved.npz",
+        meta=np.load(tmp_path / "sorted.npz")["meta"],
+        **{**arrays, **by_record},
+    )
+
+    moved = open_history(str(tmp_path / "moved.npz"))
+
+    assert any("out of order" in note for note in moved.notes)
+    assert moved.exact is not None
+    known = moved.exact.lag > 0
+    assert known[:, 0].tolist() == [t > 0 and stayed[list(order).index(t)] for t in range(RECORDS)]
+    one, two = fields(whole), fields(moved)
+    np.testing.assert_array_equal(one.pop("cosine")[known], two.pop("cosine")[known])
+    np.testing.assert_array_equal(one.pop("lag")[known], two.pop("lag")[known])
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, two[name], err_msg=name)

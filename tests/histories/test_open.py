@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -124,3 +125,50 @@ def test_readers_of_others_are_asked_last(
     else:
         with pytest.raises(UsageError, match=said):
             open_history(str(tmp_path / "x.mine"))
+
+
+METRICS = (
+    "epoch,step,train_loss_step,grad_2.0_norm_total,lr-Adam\n0,9,2.0,1.5,0.1\n0,19,1.0,1.25,0.1\n"
+)
+
+
+@pytest.mark.parametrize("inside", ["", "version_0", "lightning_logs/version_0"])
+def test_the_folder_of_a_csv_logger_is_the_table_in_it(inside: str, tmp_path: Path) -> None:
+    folder = tmp_path / inside
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.csv").write_text(METRICS)
+    (folder / "hparams.yaml").write_text("a: 1\n")
+
+    history = open_history(str(tmp_path))
+
+    assert history.steps.tolist() == [9, 19]
+    assert history.loss is not None
+    assert history.total_l2 is not None
+    assert history.lr is not None
+    assert (history.loss[1], history.total_l2[1], history.lr[1, 0]) == (1.0, 1.25, 0.1)
+
+
+def test_a_folder_of_several_versions_is_of_several_runs(tmp_path: Path) -> None:
+    for version in ("version_2", "version_10"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "metrics.csv").write_text(METRICS)
+
+    with pytest.raises(UsageError, match="several runs: 'version_2' and 'version_10'"):
+        open_history(str(tmp_path))
+
+
+def test_the_last_checkpoint_of_a_trainers_folder_knows_the_run(tmp_path: Path) -> None:
+    for steps in (500, 1000):
+        folder = tmp_path / f"checkpoint-{steps}"
+        folder.mkdir()
+        log = [{"step": step, "loss": 1.0, "grad_norm": 2.0} for step in range(100, steps + 1, 100)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+
+    assert open_history(str(tmp_path)).steps[-1] == 1000
+
+
+def test_a_stored_run_of_wandb_says_how_to_export_it(tmp_path: Path) -> None:
+    (tmp_path / "run-abc.wandb").write_bytes(b":W&B\xe1\xbe\x00" + bytes(200))
+
+    with pytest.raises(InputError, match=r"wandb sync FOLDER.*scan_history"):
+        open_history(str(tmp_path / "run-abc.wandb"))

@@ -283,7 +283,7 @@ def test_the_same_data_are_the_same_bytes(tmp_path: Path) -> None:
 
 FAULTS = {
     "no steps": ({"steps": None}, "has no steps"),
-    "steps that fall": ({"steps": np.array([0, 1, 2, 2, 3, 4])}, "record 3 has 2 after 2"),
+    "a step twice": ({"steps": np.array([0, 1, 2, 2, 3, 4])}, "record 3 has 2 after 2"),
     "norms of the wrong shape": ({"grad/l2": np.zeros((6, 4), np.float32)}, "elsewhere L is 3"),
     "norms of the wrong type": ({"grad/l2": np.zeros((6, 3), int)}, "dtype"),
     "an edge to nowhere": ({"graph/edges": np.array([[0, 9]])}, "outside -1 to 3"),
@@ -392,7 +392,7 @@ def test_a_damaged_file_gives_a_history_or_an_error_a_person_can_read(
     ("text", "said"),
     [
         ("layer,norm\na,1\n", "no step"),
-        ("step,loss\n1,2\n", "no column of gradient norms"),
+        ("step,accuracy\n1,2\n", "no column of gradient norms"),
         ("step,layer,value\n1,a,fast\n", "row 2, column 'value': 'fast' is not a number"),
         ("step,layer,value\nnan,a,1\n", "row 2: step is 'nan'"),
         ("step,layer,value\n", "no rows"),

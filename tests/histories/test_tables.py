@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Status
-from gradscope.histories.names import gradient_of, is_loss, is_rate, is_total
+from gradscope.histories.names import gradient_of, in_depth, is_loss, is_rate, is_total, step_column
 from gradscope.histories.open import open_history
 
 
@@ -35,6 +35,10 @@ def lines(path: Path, rows: list[dict[str, Any]], end: str = "\n") -> History:
         ("l2_norm/grad/fc.weight", "fc.weight"), ("grad/fc.weight.norm", "fc.weight"),
         ("gradients/fc.weight", "fc.weight"), ("train/grad_norm/fc.weight", "fc.weight"),
         ("fc.weight.grad", "fc.weight"), ("fc.weight/grad_norm", "fc.weight"),
+        ("norms/grad_norm/fc.weight", "fc.weight"), ("gnorm/fc.weight", "fc.weight"),
+        ("fc.weight/gnorm", "fc.weight"), ("debug/gradients/fc.weight", "fc.weight"),
+        ("gradients/fc/norm", "fc"), ("fc/grad/norm", "fc"), ("fc/grad/max", None),
+        ("gnorm", None), ("norms/grad_norm", None), ("weights/fc.weight", None),
         ("grad/fc.weight.max", None), ("grad_2.0_norm_total", None), ("l2_norm/grad/global", None),
         ("optim/total_grad_norm", None), ("train/grad_norm", None), ("optim/grad_clip", None),
         ("grad_scale", None), ("grad_inf_norm/fc.weight", None), ("gradient_penalty", None),
@@ -45,9 +49,12 @@ def test_columns_are_known_by_the_names_that_loggers_give(column: str, name: str
 
 
 def test_totals_losses_and_rates_are_told_from_their_neighbours() -> None:
-    assert all(map(is_total, ["grad_norm", "optim/total_grad_norm", "l2_norm/grad/global"]))
-    assert all(map(is_loss, ["loss", "train_loss", "train/loss", "train_loss_step"]))
-    assert not any(map(is_loss, ["val_loss", "eval/loss", "loss_scale"]))
+    totals = ["grad_norm", "optim/total_grad_norm", "l2_norm/grad/global", "gnorm", "train_gnorm"]
+    totals += ["grad norm", "train/grad_norm_step", "gradient_norm", "total_grad_norm"]
+    assert all(map(is_total, totals))
+    losses = ["loss", "train_loss", "train/loss", "train_loss_step", "lm loss"]
+    assert all(map(is_loss, [*losses, "reduced_train_loss", "loss_metrics/global_avg_loss"]))
+    assert not any(map(is_loss, ["val_loss", "eval/loss", "loss_scale", "aux_loss", "loss_cls"]))
     assert all(map(is_rate, ["lr", "lr-AdamW/pg1", "train/learning_rate"]))
     assert not is_rate("lr_scheduler_steps")
 
@@ -143,12 +150,12 @@ def test_empty_cells_are_not_recorded_and_no_numbers_are_data(text: str, tmp_pat
 def test_the_cut_off_end_of_a_run_that_died_is_left_out(tmp_path: Path) -> None:
     history = table(tmp_path, "step,grad/a.norm,grad/b.norm\n1,2,3\n2,0.")
     assert history.steps.tolist() == [1]
-    assert any("cut off" in note for note in history.notes)
+    assert [f.kind for f in history.failures] == ["truncated"]
 
     (tmp_path / "t.jsonl").write_text('{"step": 1, "grad_norm/a": 2}\n{"step": 2, "grad_no')
     history = open_history(str(tmp_path / "t.jsonl"))
     assert history.steps.tolist() == [1]
-    assert any("cut off" in note for note in history.notes)
+    assert [f.kind for f in history.failures] == ["truncated"]
 
 
 @pytest.mark.parametrize(
@@ -228,3 +235,189 @@ def test_a_damaged_parquet_file_is_an_error_a_person_can_read(tmp_path: Path) ->
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
         with suppress(InputError, UsageError):
             open_history(str(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step", "Step", "_step", "global_step", "train/global_step", "num_updates", "iteration",
+        "train_num_updates", "episode", "update", "optimizer_step", "time/total_timesteps", "iter",
+    ],
+)  # fmt: skip
+def test_steps_are_counted_under_many_names(name: str, tmp_path: Path) -> None:
+    history = table(tmp_path, f"epoch,{name},gnorm,loss\n0,7,1.5,2.0\n0,9,1.25,1.0\n")
+
+    assert history.steps.tolist() == [7, 9]
+    assert history.total_l2 is not None
+    assert history.total_l2.tolist() == [1.5, 1.25]
+
+
+def test_the_likeliest_column_counts_the_steps() -> None:
+    assert step_column(["update", "num_updates", "epoch"]) == "num_updates"
+    assert step_column(["train/step", "step"]) == "step"
+    others = [
+        "train_loss_step",
+        "sec_per_step",
+        "max_steps",
+        "time_step",
+        "grad_norm_step",
+        "epoch",
+    ]
+    assert step_column(others) is None
+
+
+def test_rows_without_steps_are_numbered_and_that_is_said(tmp_path: Path) -> None:
+    history = lines(tmp_path, [{"epoch": t / 8, "loss": 2.0, "grad_norm": 1.0} for t in range(3)])
+
+    assert history.steps.tolist() == [0, 1, 2]
+    assert any("numbered from 0" in note for note in history.notes)
+
+
+CHART = """"Step","run - 1 - train/grad_norm","run - 1 - train/grad_norm__MIN",\
+"run - 1 - train/grad_norm__MAX"
+"1","1.5","0.5","9"
+"2","1.25","0.5","9"
+"""
+
+
+def test_a_chart_of_wandb_is_the_total_norm_of_one_run(tmp_path: Path) -> None:
+    history = table(tmp_path, CHART)
+
+    assert history.layers == ()
+    assert history.total_l2 is not None
+    assert history.total_l2.tolist() == [1.5, 1.25]
+
+    with pytest.raises(UsageError, match="several runs: 'a', 'b'"):
+        table(tmp_path, "Step,a - loss,b - loss\n1,2,3\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "layers", "field"),
+    [
+        ("run-v1-tag-train_grad_norm.csv", [], "total_l2"),
+        ("run-.-tag-grad_norm_fc1.weight.csv", ["fc1.weight"], None),
+        ("run-.-tag-train_loss.csv", [], "loss"), ("gnorm.csv", [], "total_l2"),
+        ("run-.-tag-train_grad_norm.json", [], "total_l2"),
+    ],
+)  # fmt: skip
+def test_what_tensorboard_lets_download_is_named_by_its_file(
+    file: str, layers: list[str], field: str | None, tmp_path: Path
+) -> None:
+    rows = [[1700000000.5, 10, 1.5], [1700000001.5, 20, 1.25]]
+    text = "Wall time,Step,Value\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+    (tmp_path / file).write_text(json.dumps(rows) if file.endswith("json") else text)
+
+    history = open_history(str(tmp_path / file))
+
+    assert history.steps.tolist() == [10, 20]
+    assert [layer.name for layer in history.layers] == layers
+    values = history.l2[:, 0] if field is None else getattr(history, field)
+    assert values.tolist() == [1.5, 1.25]
+
+
+def test_a_download_that_does_not_say_of_which_tag_it_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name it grad_norm"):
+        table(tmp_path, "Wall time,Step,Value\n1,2,3\n")
+
+
+@pytest.mark.parametrize(
+    ("columns", "layers"),
+    [
+        ("step,fc1.weight,fc1.bias", ["fc1.weight", "fc1.bias"]),
+        ("step,loss,fc1,fc2", ["fc1", "fc2"]), ("step,a,b", ["a", "b"]),
+        ("step,loss,lr,epoch,a,b", ["a", "b"]),
+        ("step,loss,val_loss,accuracy,conv1,fc2", ["conv1", "fc2"]),
+        ("step,loss,grad_norm,fc1.weight,beta", ["fc1.weight"]),
+        ("step,loss,accuracy,beta", []), ("step,loss,perplexity,time", []),
+        ("step,loss,weights/fc1.weight,val/fc1", []),
+        ("step,grad_norm/a,b,fc1.weight", ["a"]), ("step,loss,fc1.weight.max", []),
+    ],
+)  # fmt: skip
+def test_columns_that_are_called_as_layers_are_layers_where_nothing_else_is(
+    columns: str, layers: list[str], tmp_path: Path
+) -> None:
+    count = columns.count(",")
+    for delimiter in ",\t":
+        text = columns.replace(",", delimiter) + "\n"
+        history = table(tmp_path, text + delimiter.join(["1"] * (count + 1)) + "\n")
+        assert [layer.name for layer in history.layers] == layers
+    names = columns.split(",")
+    history = lines(tmp_path, [dict.fromkeys(names, t) for t in (1, 2)])
+    assert [layer.name for layer in history.layers] == layers
+
+
+def test_what_is_negative_or_a_word_is_no_norm_of_a_layer(tmp_path: Path) -> None:
+    history = table(tmp_path, "step,loss,fc1,fc2,fc3\n1,2,3,-1,yes\n2,2,3,1,yes\n")
+
+    assert [layer.name for layer in history.layers] == ["fc1"]
+    assert any("taken as gradient norms" in note for note in history.notes)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"layers": {"fc": {"weight": {"grad_norm": 1.5, "weight_norm": 9}}}},
+        {"grad_norm": {"fc": {"weight": 1.5}}}, {"grads": {"fc/weight": {"norm": 1.5, "max": 9}}},
+        {"train": {"norms": {"grad_norm": {"fc/weight": 1.5}}}},
+        {"layers": [{"name": "fc/weight", "grad_norm": 1.5}]}, {"layers": {"fc": {"weight": 1.5}}},
+    ],
+)  # fmt: skip
+def test_layers_are_found_inside_the_objects_of_a_row(row: dict[str, Any], tmp_path: Path) -> None:
+    history = lines(tmp_path, [{"step": t, "loss": 2.0, **row} for t in (1, 2)])
+
+    assert [layer.name for layer in history.layers] == ["fc/weight"]
+    assert history.l2[:, 0].tolist() == [1.5, 1.5]
+    assert history.loss is not None
+    assert history.loss.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {"run": "a", "history": [{"step": t, "grad_norm": {"a": t}} for t in (3, 4)]},
+        {str(t): {"grad_norm/a": t} for t in (3, 4)},
+    ],
+)
+def test_rows_are_found_inside_one_object(whole: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(whole, indent=1))
+    history = open_history(str(tmp_path / "t.json"))
+
+    assert history.steps.tolist() == history.l2[:, 0].tolist() == [3, 4]
+
+
+def test_tags_in_rows_are_what_they_are_called(tmp_path: Path) -> None:
+    values = {"loss": 2.0, "grad_norm/a.weight": 1.5, "lr": 0.1, "val/acc": 0.5, "grad_norm": 3.0}
+    rows = [f"{t},{tag},{value}\n" for tag, value in values.items() for t in range(10)]
+
+    history = table(tmp_path, "step,tag,value\n" + "".join(rows))
+
+    assert [layer.name for layer in history.layers] == ["a.weight"]
+    assert history.loss is not None
+    assert history.total_l2 is not None
+    assert (history.loss[3], history.total_l2[3]) == (2.0, 3.0)
+
+
+def test_what_is_logged_more_often_than_gradients_belongs_to_the_record_that_follows(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"step": t, "loss": float(t)} | ({"grad_norm/a": 1.0} if t % 10 == 0 else {})
+        for t in range(1, 104)
+    ]
+
+    history = lines(tmp_path, rows)
+
+    assert history.steps.tolist() == list(range(10, 101, 10))
+    assert history.loss is not None
+    assert history.loss.tolist() == list(range(10, 101, 10))
+    assert any("after it, up to step 103" in note for note in history.notes)
+
+
+def test_names_that_the_alphabet_sorted_come_in_the_order_of_the_network() -> None:
+    named = ["embed", *(f"layers.{i}.weight" for i in range(12)), "head.weight"]
+
+    assert in_depth(sorted(named)) == named
+    assert in_depth(sorted(["encoder.0", "encoder.10", "encoder.2", "decoder.0"])) == [
+        "encoder.0", "encoder.2", "encoder.10", "decoder.0",
+    ]  # fmt: skip
+    assert in_depth(["z", "layers.10", "layers.2"]) == ["z", "layers.10", "layers.2"]

@@ -1,0 +1,202 @@
+"""Training logs as people have them: what loops print, among what else they print."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradscope import analyze_flow
+from gradscope.errors import InputError, UsageError
+from gradscope.histories.history import History
+from gradscope.histories.logs import values_of
+from gradscope.histories.open import open_history
+
+HUGGING_FACE = """\
+  1%|          | 10/1000 [00:05<08:15,  2.00it/s]
+{'loss': 2.5, 'grad_norm': 1.25, 'learning_rate': 0.0001, 'epoch': 0.1}
+Saving model checkpoint to out/checkpoint-10
+{'eval_loss': 9.0, 'eval_runtime': 1.2, 'epoch': 0.1}
+{'loss': '2.0', 'grad_norm': '1.5', 'learning_rate': '5e-05', 'epoch': '0.2'}
+{'train_runtime': 100.1, 'train_loss': 7.0, 'epoch': 3.0}
+"""
+MEGATRON = """\
+time to initialize megatron (seconds): 5.1
+ [2024-01-01 10:00:00] iteration      100/    5000 | consumed samples:        25600 | elapsed time \
+per iteration (ms): 612.3 | learning rate: 1.000E-04 | global batch size:   256 | lm loss: \
+2.500000E+00 | load_balancing_loss: 9.0E+00 | loss scale: 4096.0 | grad norm: 1.250 | number of \
+skipped iterations:   0 | number of nan iterations:   0 |
+ validation loss at iteration 100 | lm loss value: 9.3E+00 | lm loss PPL: 1.0E+01 |
+ [2024-01-01 10:10:00] iteration      200/    5000 | learning rate: 5.000E-05 | lm loss: \
+2.000000E+00 | loss scale: 4096.0 | grad norm: 1.500 | number of skipped iterations:   0 |
+"""
+TORCHTITAN = """\
+[rank0]:[titan] 2024-10-01 12:00:00,000 - root - INFO - \x1b[31mstep: 100  \x1b[32mloss:  2.5000  \
+\x1b[38;2;180;60;0mgrad_norm:  1.2500  \x1b[34mmemory: 10.00GiB(12%)  \x1b[36mtps: 1,234\x1b[39m
+[rank1]:[titan] 2024-10-01 12:00:00,000 - root - INFO - step: 100  loss:  7.0  grad_norm:  7.0
+[rank0]:[titan] 2024-10-01 12:00:01,000 - root - INFO - validate step: 100  loss:  9.1  memory: 1GiB
+[rank0]:[titan] 2024-10-01 12:00:02,000 - root - INFO - step: 200  loss:  2.0  grad_norm:  1.5
+"""
+FAIRSEQ = """\
+2021-01-01 12:00:00 | INFO | train_inner | epoch 001:    100 / 1000 loss=2.5, nll_loss=9.1, \
+ppl=9000.1, wps=1000, num_updates=100, lr=0.0001, gnorm=1.25, clip=100, loss_scale=128, wall=12
+2021-01-01 12:00:00 | INFO | valid | epoch 001 | valid on 'valid' subset | loss 9.5 | num_updates 1
+2021-01-01 12:00:00 | INFO | train_inner | {"epoch": 1, "update": 0.05, "loss": "2.0", "nll_loss": \
+"9.1", "num_updates": "200", "lr": "5e-05", "gnorm": "1.5", "loss_scale": "128"}
+"""
+PLAIN = """\
+number of parameters: 124.34M
+step   100/19560 | loss 2.5 (+nanz)| norm 1.25 (+nanz)| lr 1e-04 | 3368.71 ms | 43.7% bf16 MFU
+step 100: train loss 9.4, val loss 9.5
+step   200 | loss: 2.0 | lr 5.0e-05 | norm: 1.5 | dt: 30.1ms | tok/sec: 1740.1
+"""
+OPENMMLAB = """\
+2024/01/01 12:00:00 - mmengine - INFO - Iter(train) [  100/1000]  lr: 1.0e-04  eta: 0:10:00  \
+time: 0.5  grad_norm: 1.25  loss: 2.5  loss_cls: 9.0
+2024/01/01 12:00:00 - mmengine - INFO - Iter(val) [  100/1000]  loss: 9.1
+2024/01/01 12:00:00 - mmengine - INFO - Iter(train) [ 200/1000]  lr: 5.0e-05  \
+grad_norm: 1.5  loss: 2.0
+"""
+LOGS = {
+    "Hugging Face": (HUGGING_FACE, [0, 1]),
+    "Megatron": (MEGATRON, [100, 200]),
+    "torchtitan": (TORCHTITAN, [100, 200]),
+    "fairseq": (FAIRSEQ, [100, 200]),
+    "plain": (PLAIN, [100, 200]),
+    "OpenMMLab": (OPENMMLAB, [100, 200]),
+}
+
+
+def read(folder: Path, text: str) -> History:
+    (folder / "train.log").write_text(text)
+    return open_history(str(folder / "train.log"))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", LOGS)
+def test_the_loss_the_norm_and_the_rate_are_found_in_what_loops_print(
+    name: str, end: str, tmp_path: Path
+) -> None:
+    text, steps = LOGS[name]
+
+    history = read(tmp_path, text.replace("\n", end))
+
+    assert history.format == "log"
+    assert history.steps.tolist() == steps
+    assert history.layers == ()
+    assert history.loss is not None
+    assert history.total_l2 is not None
+    assert history.loss.tolist() == [2.5, 2.0]
+    assert history.total_l2.tolist() == [1.25, 1.5]
+    if name != "torchtitan":
+        assert history.lr is not None
+        np.testing.assert_allclose(history.lr[:, 0], [1e-4, 5e-5])
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("iter 100: loss 2.5, time 123.45ms", {"step": 100, "loss": 2.5}),
+        ("INFO:root:step=10 loss=2.5 grad_norm=0.5", {"step": 10, "loss": 2.5, "grad_norm": 0.5}),
+        ("Step 5: train/loss = 2.5, train/grad_norm = 2", {"step": 5, "loss": 2.5, "grad_norm": 2}),
+        ("step: 1,000 loss: 2.5", {"step": 1000, "loss": 2.5}),
+        ("{'loss': 2.5, 'grad_norm': np.float64(0.5)}", {"loss": 2.5, "grad_norm": 0.5}),
+        ("{'loss': tensor(2.5, device='cuda:0')}", {"loss": 2.5}),
+        ('[r0] {"step": 10, "loss": 2.5}', {"step": 10, "loss": 2.5}),
+        ("step 5 loss inf norm -inf", {"step": 5, "loss": np.inf, "grad_norm": -np.inf}),
+        ("step 5 loss infinity lr 1e-4", {"step": 5, "loss": np.inf, "lr": 1e-4}),
+        ("loss 2.5", {}), ("epoch 3 done, loss 2.5", {}), ("test step 10: loss 2.5", {}),
+        ("sec_per_step: 0.5 loss: 2.5", {}), ("step 10: aux loss 2.5", {"step": 10}),
+        ("step 10: val_loss=2.5", {"step": 10}), ("at 12:30:11 the loss 12:30", {}),
+    ],
+)  # fmt: skip
+def test_a_line_says_what_a_person_would_read_in_it(line: str, values: dict[str, float]) -> None:
+    assert values_of(line) == values
+
+
+def test_what_is_not_finite_is_data_unless_the_step_was_skipped(tmp_path: Path) -> None:
+    line = "iteration {0}/ 50 | lm loss: 2.0 | loss scale: 1.0 | grad norm: {1} | number of skipped iterations: {2} |\n"  # noqa: E501
+    rows = [(1, "1.0", 0), (2, "inf", 1), (3, "1.0", 1), (4, "nan", 0)]
+
+    history = read(tmp_path, "".join(line.format(*row) for row in rows))
+
+    assert history.skipped is not None
+    assert history.skipped.tolist() == [0, 1, 0, 0]
+    assert history.total_l2 is not None
+    assert np.isnan(history.total_l2[3])
+
+
+@pytest.mark.parametrize("total", [True, False])
+def test_a_run_known_by_its_log_alone_is_judged_by_its_loss(total: bool, tmp_path: Path) -> None:
+    def log(after: float) -> str:
+        norm = "'grad_norm': 1.0, " if total else ""
+        losses = [2 / (1 + t / 10) if t < 60 else after for t in range(100)]
+        return "".join(f"{{'loss': {x}, {norm}'epoch': {t}}}\n" for t, x in enumerate(losses))
+
+    for after, code, severity in (
+        (0.2, 0, []),
+        (20.0, 1, ["high"]),
+        (float("nan"), 1, ["critical"]),
+    ):
+        (tmp_path / "train.log").write_text("starting\n" + log(after))
+        report = analyze_flow(tmp_path / "train.log")
+        assert report.gate.exit_code == code
+        assert [f.severity for f in report.findings if f.name == "diverged"] == severity
+
+
+@pytest.mark.parametrize("mark", [": ", "=", " "])
+def test_nan_is_found_whatever_stands_before_it(mark: str, tmp_path: Path) -> None:
+    values = [2.0, float("nan"), float("inf")]
+    rows = [f"step {t} loss{mark}{x} grad_norm{mark}{x}\n" for t, x in enumerate(values)]
+
+    history = read(tmp_path, "".join(rows))
+
+    assert history.loss is not None
+    assert history.total_l2 is not None
+    np.testing.assert_array_equal(history.loss, values)
+    np.testing.assert_array_equal(history.total_l2, values)
+    assert "F101" in {f.rule for f in analyze_flow(tmp_path / "train.log").findings}
+
+
+def test_tables_and_json_are_not_taken_for_logs(tmp_path: Path) -> None:
+    rows = [{"step": t, "loss": 1.0, "grad_norm": 2.0} for t in (1, 2)]
+    (tmp_path / "a").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b").write_text(json.dumps({"log_history": rows}, indent=1))
+    (tmp_path / "c").write_text("step\tloss\tgrad_norm\n1\t1.0\t2.0\n")
+    (tmp_path / "d").write_text("step,layer,value\n1,loss 3,2.0\n")
+
+    formats = [open_history(str(tmp_path / name)).format for name in "abcd"]
+
+    assert formats == ["jsonl", "trainer_state", "csv", "csv"]
+
+
+def test_prose_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("At step 10 we saw a loss and the norm was high.\n" * 9)
+
+    with pytest.raises(InputError, match="is not a known history"):
+        open_history(str(tmp_path / "notes.txt"))
+
+
+def test_a_long_line_takes_no_long_time(tmp_path: Path) -> None:
+    hostile = "loss " + "a " * 400_000 + "." * 400_000 + "step " * 100_000 + "\n"
+
+    history = read(tmp_path, hostile * 2 + "step 1 loss 2.0\n")
+
+    assert history.steps.tolist() == [1]
+
+
+@given(text=st.text(alphabet="step los:=,|[]{}'\"0123456789.-enaif\t\n\r\x1b[m", max_size=200))
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_text_is_a_log_or_an_error_a_person_can_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.log").write_text("step 1 loss 2.0\n" + text)
+    with suppress(InputError, UsageError):
+        history = open_history(str(tmp_path / "t.log"))
+        assert history.l2.shape == history.status.shape == history.shape
+        assert np.all(np.diff(history.steps) > 0)
