@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradscope.cli.command import Reported, analysis
+from gradscope.cli.following import followed, shown_on_stdout
 from gradscope.cli.options import Gate, Output
 from gradscope.formats import supported
+
+if TYPE_CHECKING:
+    from gradscope.flow.result import FlowReport
 
 
 class By(StrEnum):
@@ -67,6 +71,13 @@ def flow(
     series: Annotated[
         Rows, typer.Option(help="Every record in the report, or the last 100,000 rows.")
     ] = Rows.RECENT,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="HISTORY", help="Another run: also tell what differs from it."),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on as the run is recorded, until Ctrl-C.")
+    ] = False,
     output: Output,
     gate: Gate,
 ) -> Reported:
@@ -76,7 +87,7 @@ def flow(
     load_compiler()
     from gradscope.flow.analysis import analyze_flow
 
-    with working("analysing", wanted=output.progress):
+    def analysed() -> FlowReport:
         return analyze_flow(
             history,
             as_=as_.value if as_ is not None else None,
@@ -86,5 +97,11 @@ def flow(
             to_step=to_step,
             all_series=series is Rows.ALL,
             threshold=threshold,
+            against=against,
             **gate.wanted,
         )
+
+    if follow:
+        return followed(history, analysed, shown_on_stdout(output))
+    with working("analysing", wanted=output.progress):
+        return analysed()

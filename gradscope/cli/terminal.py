@@ -91,10 +91,11 @@ def say(message: str) -> None:
         sys.stderr.flush()
 
 
-def emit(text: str) -> None:
+def emit(text: str) -> bool:
     """The report, on stdout and nowhere else; whatever the stream's encoding can show of it.
 
-    A reader that has gone away is not an error. Raises OutputError for a full disk.
+    A reader that has gone away is not an error; the result says whether there is one. Raises
+    OutputError for a full disk.
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:
@@ -102,9 +103,11 @@ def emit(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _discard_stdout()
+        return False
     except OSError as error:
         _discard_stdout()
         raise OutputError("stdout", error.strerror or str(error)) from error
+    return True
 
 
 def screen(color: str, detail: int) -> Display:

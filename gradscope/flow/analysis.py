@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from gradscope.errors import InputError, UsageError
 from gradscope.flow import judgement
+from gradscope.flow.against import Run, common_steps
+from gradscope.flow.against import against as compared
 from gradscope.flow.dead_zones import covered, dead, dead_candidates, dead_stretches
 from gradscope.flow.depth import depth_of
 from gradscope.flow.directions import Cosines, cosines
@@ -19,15 +21,17 @@ from gradscope.flow.graph import Graph, graph_of
 from gradscope.flow.joining import By, series
 from gradscope.flow.layers import layer_flows
 from gradscope.flow.levels import levels
-from gradscope.flow.limits import MIN_TREND
-from gradscope.flow.motion import convergence, missing, stagnation, update_ratios
+from gradscope.flow.limits import MIN_TREND, SHORTEST
+from gradscope.flow.loss import loss_level
+from gradscope.flow.motion import convergence, leap, missing, stagnation, update_ratios
 from gradscope.flow.network import flows, network
 from gradscope.flow.nonfinite import nonfinite
 from gradscope.flow.norms import above, explosion
+from gradscope.flow.optimizer import accumulation, clipping, damping, unoptimized
 from gradscope.flow.oscillation import current_rate, oscillations
 from gradscope.flow.paths import critical_paths
 from gradscope.flow.recent import recent
-from gradscope.flow.result import FlowReport, FlowResult, Need
+from gradscope.flow.result import Against, FlowReport, FlowResult, Need
 from gradscope.flow.rules.magnitudes import exploding_gradient, vanishing_gradient
 from gradscope.flow.rules.motion import oscillation as oscillation_rule
 from gradscope.flow.rules.paths import dead_zone
@@ -38,10 +42,13 @@ from gradscope.flow.vanishing import vanishing, vanishing_candidates
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 from gradscope.report.model import Coverage, Input, InputFailure, Skip
-from gradscope.report.request import failure, requested
+from gradscope.report.request import Failures, Request, failure, requested
+from gradscope.text import plural
 
 #: Rows of (layer, record) that the report holds unless all are asked for.
 SERIES_ROWS = 100_000
+#: Direction vectors, of 128 numbers each, that it holds of gradients which the file has whole.
+VECTORS = 4096
 
 
 def analyze_flow(
@@ -54,6 +61,7 @@ def analyze_flow(
     to_step: int | None = None,
     all_series: bool = False,
     threshold: float | None = None,
+    against: str | Path | History | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     fail_on: str = "high",
@@ -64,8 +72,9 @@ def analyze_flow(
     ``as_`` says what ambiguous arrays are, ``by`` whether the parameters of a module are one row,
     ``window`` how many records a windowed statistic rests on (at least 8), ``from_step`` and
     ``to_step`` (both included) which part of the run is looked at. ``threshold`` is an absolute
-    limit on norms, for those who want one beside the scale-free tests. A history that cannot be
-    read is an entry of ``errors``, never an exception.
+    limit on norms, for those who want one beside the scale-free tests. ``against`` is another run:
+    what differs from it, over the steps that both have, is told and never judged. A history
+    that cannot be read is an entry of ``errors``, never an exception.
 
     Raises UsageError for an unknown rule or severity, a window that is too short, and a file that
     does not say what it holds.
@@ -78,24 +87,63 @@ def analyze_flow(
     if by not in ("layer", "param"):
         raise UsageError(f"by is {by!r}; it is layer or param")
     try:
-        read = history if isinstance(history, History) else open_history(str(history), as_=as_)
-        _refuse_negative(read)
+        read = _read(history, as_)
     except InputError as error:
         return request.report(
             FlowReport, None, inputs=(), coverage=_NOTHING, errors=[failure(error)]
         )
     part = between(read, from_step, to_step)
     result = analyze(part, by=by, window=window, all_series=all_series, threshold=threshold)
+    judged, inputs, failures = request.judged(result, read.path), [read], Failures()
+    coverage = _coverage(part, result)
+    if against is not None:
+        with failures.caught():
+            other = _read(against, as_)
+            inputs.append(other)
+            found = _against(request, part, between(other, from_step, to_step), by, window)
+            result = result.model_copy(update={"against": found})
+            if found is None:
+                missing_ = Skip(
+                    subject=other.path, reason=f"has no step in common with {part.path}"
+                )
+                coverage = coverage.model_copy(update={"skipped": (*coverage.skipped, missing_)})
     return request.report(
         FlowReport,
         result,
-        inputs=[Input(path=part.path, format=part.format, bytes=part.nbytes)],
-        coverage=_coverage(part, result),
-        judged=[request.judged(result, read.path)],
-        errors=[
-            InputFailure(input=read.path, kind=f.kind, message=f.message) for f in read.failures
-        ],
+        inputs=[Input(path=h.path, format=h.format, bytes=h.nbytes) for h in inputs],
+        coverage=coverage,
+        judged=[judged],
+        errors=[*_unread(inputs), *failures],
     )
+
+
+def _read(history: str | Path | History, as_: Literal["norms", "vectors"] | None) -> History:
+    read = history if isinstance(history, History) else open_history(str(history), as_=as_)
+    _refuse_negative(read)
+    return read
+
+
+def _unread(histories: Iterable[History]) -> Iterator[InputFailure]:
+    for history in histories:
+        for f in history.failures:
+            yield InputFailure(input=history.path, kind=f.kind, message=f.message)
+
+
+def _against(
+    request: Request, here: History, there: History, by: By, window: int
+) -> Against | None:
+    """What differs between two runs over the steps that both have; None when they share none."""
+    steps = common_steps(here.steps, there.steps)
+    if steps is None:
+        return None
+
+    def run(history: History) -> Run:
+        result = analyze(history, by=by, window=window)
+        findings = request.judged(result, history.path).findings
+        return Run(history.path, series(history, by), result, findings)
+
+    with np.errstate(all="ignore"):
+        return compared(run(between(here, *steps)), run(between(there, *steps)), window)
 
 
 def _refuse_negative(history: History) -> None:
@@ -133,6 +181,7 @@ def _analyzed(
     compared = cosines(s)
     now = recent(s, graph, against, window)
     edges = flows(s, graph, window)
+    alone = unoptimized(s)
     net = network(s, graph, now, edges, depth, window)
     bottlenecks = frozenset(
         row
@@ -152,7 +201,7 @@ def _analyzed(
     fell = convergence(s)
     total = len(s.steps)
     shown = range(total) if all_series else range(*_span(recent_records(s, SERIES_ROWS), total))
-    drawn = shown if all_series else shown[-window:]
+    drawn = shown if all_series else shown[-_drawn(s, window) :]
     turns = directions(s, against, compared, np.array(shown, dtype=np.int64), window)
     return FlowResult(
         layers=tuple(layer_flows(s, now, compared, turns, window, shown, drawn)) if total else (),
@@ -184,12 +233,23 @@ def _analyzed(
             opposed=judgement.limits(oscillation_rule)["opposed"],
         ),
         update_ratios=tuple(update_ratios(s)),
+        leap=leap(s),
         missing=tuple(missing(s)),
         convergence=fell,
+        loss=loss_level(s),
+        unoptimized=alone,
+        damping=damping(s, against, window),
+        clipping=clipping(s),
+        accumulation=accumulation(s, compared, alone),
         measured=tuple(_measured(s, graph, compared)),
         rows_omitted=(total - len(shown)) * len(s.layers),
         notes=tuple(_notes(s)),
     )
+
+
+def _drawn(s: Series, window: int) -> int:
+    """How many of the last records come with direction vectors: a window, more of raw gradients."""
+    return window if s.exact is None else max(window, VECTORS // max(1, len(s.layers)))
 
 
 def _span(recent: Sequence[int], total: int) -> tuple[int, int]:
@@ -198,8 +258,9 @@ def _span(recent: Sequence[int], total: int) -> tuple[int, int]:
 
 def _measured(s: Series, graph: Graph, compared: Cosines | None) -> Iterator[Need]:
     """The kinds of facts that the history has."""
-    yield Need.NORMS
-    if len(s.steps) >= MIN_TREND:
+    if s.layers:
+        yield Need.NORMS
+    if s.layers and len(s.steps) >= MIN_TREND:
         yield Need.RECORDS
     if len([r for r in graph.rows if s.group(r) == "weight"]) >= 2:
         yield Need.COMPARABLE
@@ -211,6 +272,11 @@ def _measured(s: Series, graph: Graph, compared: Cosines | None) -> Iterator[Nee
         yield Need.TOPOLOGY
     if s.zero_fraction is not None:
         yield Need.ZEROS
+    loss = s.history.loss
+    if loss is not None and np.isfinite(loss).sum() >= MIN_TREND:
+        yield Need.LOSS
+    if any(layer.group is not None for layer in s.layers):
+        yield Need.GROUPS
 
 
 def _notes(s: Series) -> list[str]:
@@ -236,7 +302,12 @@ def _coverage(history: History, result: FlowResult) -> Coverage:
     if result.rows_omitted:
         reason = f"only the last {SERIES_ROWS:,} rows are in the report; --series all has every one"
         skipped.append(Skip(subject=f"{result.rows_omitted:,} rows of the series", reason=reason))
-    recorded = any(layer.records for layer in result.layers)
+    if not result.layers and result.loss is not None:
+        # Of such a run the loss is all there is, and it was judged.
+        return Coverage(analyzed=1, total=1, unit="layers", bytes=history.nbytes)
+    if few := _too_few(result):
+        skipped.append(few)
+    recorded = few is None and any(layer.records for layer in result.layers)
     absent = sum(m.state != "partly" for m in result.missing)
     return Coverage(
         analyzed=len(result.layers) - absent if recorded else 0,
@@ -245,6 +316,16 @@ def _coverage(history: History, result: FlowResult) -> Coverage:
         bytes=history.nbytes,
         skipped=tuple(skipped),
     )
+
+
+def _too_few(result: FlowResult) -> Skip | None:
+    """Why a history is too short to pass: no test but that for NaN and Inf can have fired."""
+    counted = result.steps - result.skipped_steps
+    if counted >= SHORTEST or result.nonfinite:
+        return None
+    skipped = f", mixed precision skipped {result.skipped_steps}" if result.skipped_steps else ""
+    reason = f"a run is judged from {SHORTEST} records on{skipped}"
+    return Skip(subject=plural(result.steps, "record"), reason=reason)
 
 
 _MISSING = {

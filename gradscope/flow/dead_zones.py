@@ -11,6 +11,7 @@ from gradscope.flow.graph import Graph
 from gradscope.flow.limits import BRIDGE, SHORTEST_ZONE, ZERO_SHARE
 from gradscope.flow.regions import Stretch, extent, joined, named, rows_of, stretches
 from gradscope.flow.series import Mask, Series
+from gradscope.flow.underflow import underflow
 from gradscope.histories.history import Status
 
 
@@ -52,7 +53,7 @@ def dead_candidates(
             extent=extent(part, series, graph),
             peak=None,
             update_ratio=None,
-            facts=_facts(series, flags, part, rows_of(part, graph)),
+            facts=(_facts(series, flags, part, rows_of(part, graph)),),
         )
         for name, part in named("dead", joined(found, graph), series, graph)
     ]
@@ -68,8 +69,20 @@ def _facts(series: Series, flags: Mask, part: Sequence[Stretch], rows: Sequence[
         partly_alive=any(bool(series.norm[run.end - 1, run.row] > 0) for run in still),
         was_nonfinite=bool(series.nonfinite[:first, list(rows)].any()),
         everything=bool(still) and len(rows) == len(series.layers),
+        underflowed=_underflowed(series, first, rows),
         only_biases=all(series.group(row) == "bias" for row in rows),
     )
+
+
+def _underflowed(series: Series, first: int, rows: Sequence[int]) -> bool:
+    """Whether float16 gradients had come near its smallest numbers before they were zero.
+
+    Zero from the first record on tells nothing by itself: then a neighbour has to underflow.
+    """
+    if not series.half_gradients:
+        return False
+    low = underflow(series)
+    return bool(low[:first, list(rows)].any()) if first else bool(low.any())
 
 
 def past_stretches(flags: Mask, rows: Sequence[int], part: Sequence[Stretch]) -> list[int]:

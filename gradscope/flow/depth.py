@@ -8,7 +8,7 @@ from gradscope.flow.graph import Graph
 from gradscope.flow.levels import DECADE
 from gradscope.flow.limits import DEPTH_DECADES, SYSTEMIC_FIT, SYSTEMIC_NATS
 from gradscope.flow.result import Depth
-from gradscope.flow.robust import nanmedian, r_squared, theil_sen
+from gradscope.flow.robust import Array, nanmedian, r_squared, theil_sen
 from gradscope.flow.series import Series
 
 _LEAST_LAYERS = 4
@@ -26,7 +26,7 @@ def depth_of(series: Series, graph: Graph) -> Depth | None:
     None when there are fewer than four comparable layers.
     """
     rows = [r for r in graph.order if series.group(r) == "weight" and r in graph.connected]
-    level = nanmedian(series.finite_log[:, rows], axis=0) if rows else np.empty(0)
+    level: Array = nanmedian(series.finite_log, axis=0)[rows] if rows else np.empty(0)
     away = np.array([graph.depth[r] for r in rows], dtype=np.float64)
     known = np.flatnonzero(np.isfinite(level))
     if len(known) < _LEAST_LAYERS:

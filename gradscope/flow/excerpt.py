@@ -36,6 +36,7 @@ _BY_RECORD = (
     "update_l2",
     "update_cosine",
     "loss",
+    "optimizer_loss",
     "total_l2",
     "clip_coefficient",
     "loss_scale",

@@ -34,6 +34,7 @@ from gradscope.flow.limits import DEPTH_RATIO, LEVEL_RATIO, SHORTEST, UPDATE_HIG
 from gradscope.flow.norms import usual_norm
 from gradscope.flow.regions import (
     Stretch,
+    carried,
     extent,
     fired,
     held,
@@ -54,6 +55,7 @@ from gradscope.flow.spikes import Jumps, jumps
 _LEAVE_NATS = 1.0
 _LEAVE_LEVEL = 3.0
 _LEVEL_RECORDS = 8
+_GROWING = ("growth", "update", "depth", "level")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,19 +71,17 @@ class Exploding:
 
     @property
     def flags(self) -> Mask:
-        """Any test but the spike, which is a finding of its own while it leaves no trace."""
-        result: Mask = np.logical_or.reduce(
-            [f for name, f in self.tests.items() if name != "spike"]
-        )
+        """What grows: a spike is a finding of its own, and NaN says nothing of what led to it."""
+        result: Mask = np.logical_or.reduce([self.tests[name] for name in _GROWING])
         return result
 
 
 def exploding(series: Series, levels: Levels) -> Exploding:
     """Every cell under every test that the history allows."""
     usable = series.recorded & ~series.skipped[:, None]
-    logs = np.where(usable, series.finite_log, np.nan)
-    own = np.where(usable, np.exp(-levels.below_own), np.nan)
-    above = np.where(usable, -levels.below_loss, np.nan)
+    logs = _only(usable, series.finite_log)
+    own, above = -levels.below_own, _only(usable, -levels.below_loss)
+    own = _only(usable, np.exp(own, out=own))
     top = math.log(DEPTH_RATIO)
     level = hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / _LEAVE_LEVEL)
     found = jumps(logs)
@@ -94,6 +94,11 @@ def exploding(series: Series, levels: Levels) -> Exploding:
         "level": _lasting(level & usable),
     }
     return Exploding(tests, found, own, above)
+
+
+def _only(usable: Mask, values: Array) -> Array:
+    """Some values, NaN elsewhere; not copied where all are usable, for these arrays are large."""
+    return values if usable.all() else np.where(usable, values, np.nan)
 
 
 def _lasting(flags: Mask) -> Mask:
@@ -109,14 +114,16 @@ def _large_updates(series: Series) -> Mask:
         return np.zeros(series.rms.shape, bool)
     flags: Mask = series.update_ratio > UPDATE_HIGH
     flags[: series.warm_up] = False
-    return flags
+    return carried(flags, np.isfinite(series.update_ratio))
 
 
 def exploding_candidates(
     series: Series, graph: Graph, found: Exploding, depth: Depth | None
 ) -> list[Candidate[ExplodingFacts]]:
     """The regions in time and over the graph, not judged yet."""
-    parts = joined(_stretches(found), graph)
+    grown = joined(stretches(found.flags), graph)
+    broken = joined(stretches(found.tests["non-finite"], shortest=1), graph)
+    parts = sorted([*grown, *broken], key=lambda part: min((run.first, run.row) for run in part))
     usual = usual_norm(series) if parts else math.nan
     return [
         Candidate(
@@ -125,38 +132,37 @@ def exploding_candidates(
             extent=extent(part, series, graph),
             peak=_peak(series, part),
             update_ratio=median_update(series, part),
-            facts=_facts(series, found, part, depth, usual),
+            facts=tuple(
+                _facts(series, found, _tests(found, part in grown), run, depth, usual)
+                for run in part
+            ),
         )
         for name, part in named("exploding", parts, series, graph)
     ]
 
 
-def _stretches(found: Exploding) -> list[Stretch]:
-    """By layer, then time. Non-finite gradients do not need three records."""
-    lasting = stretches(found.flags)
-    brief = [
-        run
-        for run in stretches(found.tests["non-finite"], shortest=1)
-        if run.end - run.first < SHORTEST
-        and not any(o.row == run.row and o.first <= run.first < o.end for o in lasting)
-    ]
-    return sorted([*lasting, *brief], key=lambda run: (run.row, run.first))
+def _tests(found: Exploding, grown: bool) -> Mapping[str, Mask]:
+    """The tests that a region is told by: of growth, or of NaN and Inf."""
+    return {name: flags for name, flags in found.tests.items() if (name == "non-finite") != grown}
 
 
 def _facts(
     series: Series,
     found: Exploding,
-    part: Sequence[Stretch],
+    flags: Mapping[str, Mask],
+    run: Stretch,
     depth: Depth | None,
     usual: float,
 ) -> ExplodingFacts:
-    tests, flags = fired(found.tests, part), found.tests
-    grown = part if "growth" in tests else ()
-    rates = [growth_rate(series, run.row, run.first, run.end) for run in grown]
+    part = [run]
+    tests = fired(flags, part)
+    rate = growth_rate(series, run.row, run.first, run.end) if "growth" in tests else None
 
     def reached(values: Array | None, name: str, *other: str) -> float:
-        where = np.logical_or.reduce([flags[test] for test in (name, *other)])
-        return -math.inf if values is None else held(np.where(where, values, -np.inf), part)
+        if name not in flags:
+            return -math.inf
+        masks = [flags[test] for test in (name, *other)]
+        return -math.inf if values is None else held(values, part, masks)
 
     return ExplodingFacts(
         tests=tests,
@@ -166,10 +172,8 @@ def _facts(
         own_ratio=reached(found.own_ratio, "level", "growth"),
         depth_nats=reached(found.above_loss, "depth"),
         update_ratio=reached(series.update_ratio, "update"),
-        growth=max((rate for rate in rates if rate is not None), default=None),
-        loss_rises=loss_rises(
-            series.history.loss, min(run.first for run in part), max(run.end for run in part)
-        ),
+        growth=rate,
+        loss_rises=loss_rises(series.history.loss, run.first, run.end),
         usual_norm=usual,
     )
 

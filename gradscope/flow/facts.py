@@ -17,7 +17,7 @@ F = TypeVar("F")
 
 @dataclass(frozen=True, slots=True)
 class VanishingFacts:
-    """A region of vanishing gradients."""
+    """One layer's part in a region of vanishing gradients."""
 
     tests: tuple[str, ...]
     #: The tests that one layer fails for as long as a value has to be held.
@@ -39,7 +39,7 @@ class VanishingFacts:
 
 @dataclass(frozen=True, slots=True)
 class ExplodingFacts:
-    """A region of exploding gradients."""
+    """One layer's part in a region of exploding gradients."""
 
     tests: tuple[str, ...]
     held_tests: tuple[str, ...]
@@ -74,16 +74,22 @@ class DeadFacts:
     was_nonfinite: bool
     #: At the end every layer of the network is dead.
     everything: bool
+    #: Half-precision gradients that had come near the smallest numbers of their type.
+    underflowed: bool
     only_biases: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate(Generic[F]):
-    """A region as it was measured: adjacent layers over a stretch of time."""
+    """A region as it was measured: adjacent layers over a stretch of time.
+
+    ``facts`` has those of each layer's stretch (of the zone as a whole, where it is dead): what one
+    layer does proves nothing about its neighbour.
+    """
 
     region_id: str
     affected_layers: tuple[str, ...]
     extent: Extent
     peak: Peak | None
     update_ratio: float | None
-    facts: F
+    facts: tuple[F, ...]

@@ -16,17 +16,42 @@ _P = 0.01
 _SPREADS = 3.0
 
 
+#: Slow growth is looked for in medians of four records, in those of four of them, and so on.
+_COARSER = 4
+
+
 def growing(series: Series, logs: Array) -> Mask:
-    """Records of windows in which a layer's ln norm climbs steadily out of its earlier range."""
+    """Records of windows in which a layer's ln norm climbs steadily out of its earlier range.
+
+    Windows of several lengths, so that what is found does not depend on how often was recorded.
+    """
+    steps = series.steps.astype(np.float64)
+    flags, size, warm_up = _growing(steps, logs, series.warm_up), 1, series.warm_up
+    while len(logs) // _COARSER >= _WINDOWS[1]:
+        steps, logs = _blocks(steps[:, None])[:, 0], _blocks(logs)
+        size, warm_up = size * _COARSER, -(-warm_up // _COARSER)
+        coarse = _growing(steps, logs, warm_up).repeat(size, axis=0)
+        flags[len(flags) - len(coarse) :] |= coarse
+    return flags
+
+
+def _blocks(values: Array) -> Array:
+    """Medians of every four records; the first few that fill none are left out."""
+    whole = values[len(values) % _COARSER :].reshape(-1, _COARSER, values.shape[1])
+    medians: Array = nanmedian(whole, axis=1)
+    return medians
+
+
+def _growing(steps: Array, logs: Array, warm_up: int) -> Mask:
     flags = np.zeros(logs.shape, bool)
     total = len(logs)
-    window = next((w for w in _WINDOWS if total >= w + series.warm_up or total == w), None)
+    window = next((w for w in _WINDOWS if total >= w + warm_up or total == w), None)
     if window is None:
         return flags
-    ends = [*range(series.warm_up + window, total, window // 4), total]
+    ends = [*range(warm_up + window, total, window // 4), total]
     for end in ends:
         for row in _climbing(logs[end - window : end]):
-            if _grows(series, logs, row, end - window, end):
+            if _grows(steps, logs[:, row], warm_up, end - window, end):
                 flags[_begun(logs[end - window : end, row]) + end - window : end, row] = True
     return flags
 
@@ -39,15 +64,14 @@ def _climbing(inside: Array) -> Sequence[int]:
     return rows
 
 
-def _grows(series: Series, logs: Array, row: int, first: int, end: int) -> bool:
+def _grows(steps: Array, logs: Array, warm_up: int, first: int, end: int) -> bool:
     """By slope, by significance, and above everything between warm-up and the window."""
-    inside = logs[first:end, row]
-    steps = series.steps[first:end].astype(np.float64)
-    line = theil_sen(steps, inside)
-    if line is None or line[0] * (steps[-1] - steps[0]) <= math.log(GROWTH_FACTOR):
+    inside, during = logs[first:end], steps[first:end]
+    line = theil_sen(during, inside)
+    if line is None or line[0] * (during[-1] - during[0]) <= math.log(GROWTH_FACTOR):
         return False
     p = mann_kendall(inside)
-    earlier = logs[min(series.warm_up, first) : first, row]
+    earlier = logs[min(warm_up, first) : first]
     earlier = earlier[np.isfinite(earlier)]
     escaped = len(earlier) < MIN_TREND or np.nanmax(inside) > earlier.max()
     return p is not None and p < _P and bool(escaped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,8 +62,11 @@ _INDEXED = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def module_of(name: str) -> str:
-    """The module of a parameter by its name: ``conv1.weight`` belongs to ``conv1``."""
-    module, _, last = name.rpartition(".")
+    """The module of a parameter by its name: ``conv1.weight`` belongs to ``conv1``.
+
+    So does ``conv1/kernel``, as JAX and nested objects write it.
+    """
+    module, _, last = name.rpartition("." if name.rfind(".") > name.rfind("/") else "/")
     return module if module and (last in _PARAMETERS or last.startswith(_INDEXED)) else name
 
 
@@ -78,7 +81,8 @@ class _Joined:
     def series(self) -> Series:
         layers = tuple(self._layer(group) for group in self.groups)
         nonfinite = self._any(_nonfinite(self.history))
-        norm = np.where(nonfinite, np.nan, self._norm(_finite_norms(self.history)))
+        norm = self._norm(_finite_norms(self.history))
+        norm[nonfinite] = np.nan
         sizes = [layer.numel for layer in layers]
         per_element = all(sizes)
         roots = np.sqrt(np.array([size or 1 for size in sizes], dtype=np.float64))
@@ -102,6 +106,11 @@ class _Joined:
     def _alone(self) -> bool:
         return all(len(group) == 1 for group in self.groups)
 
+    def _chosen(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The first row of each group; what has only those is not copied."""
+        first = self._first
+        return values if first == list(range(values.shape[1])) else values[:, first]
+
     @property
     def _first(self) -> list[int]:
         return [group[0] for group in self.groups]
@@ -119,7 +128,7 @@ class _Joined:
     def _norm(self, values: Array) -> Array:
         """Root of summed squares over each group; scaled, so that neither end overflows."""
         if self._alone:
-            return values[:, self._first]
+            return self._chosen(values)
         out = np.empty((len(values), len(self.groups)))
         for i, group in enumerate(self.groups):
             part = values[:, group]
@@ -130,6 +139,8 @@ class _Joined:
         return out
 
     def _any(self, flags: Mask) -> Mask:
+        if self._alone:
+            return self._chosen(flags)
         return (
             np.stack([flags[:, g].any(axis=1) for g in self.groups], axis=1).reshape(
                 len(flags), len(self.groups)
@@ -141,6 +152,8 @@ class _Joined:
     def _status(self) -> NDArray[np.uint8]:
         """A module is recorded when any of its parameters is; else the strongest of the rest."""
         status = self.history.status
+        if self._alone:
+            return self._chosen(status).astype(np.uint8, copy=False)
         out = np.zeros((len(status), len(self.groups)), np.uint8)
         for i, group in enumerate(self.groups):
             part = status[:, group]
@@ -156,7 +169,7 @@ class _Joined:
         if fraction is None:
             return None
         if self._alone:
-            return fraction[:, self._first].astype(np.float64)
+            return self._chosen(fraction).astype(np.float64)
         return np.stack([self._mean(fraction[:, g].astype(np.float64), g) for g in self.groups], 1)
 
     def _mean(self, part: Array, group: list[int]) -> Array:
@@ -171,10 +184,12 @@ class _Joined:
         if update is None or weights is None:
             return None
         size = self._norm(weights.astype(np.float64))
-        floor = WEIGHT_FLOOR * roots if per_element else 0.0
+        np.maximum(size, WEIGHT_FLOOR * roots if per_element else 0.0, out=size)
+        ratio: Array = self._norm(update.astype(np.float64))
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio: Array = self._norm(update.astype(np.float64)) / np.maximum(size, floor)
-        return np.where(np.isfinite(ratio), ratio, np.nan)
+            np.divide(ratio, size, out=ratio)
+        ratio[np.isinf(ratio)] = np.nan
+        return ratio
 
     def _edges(self) -> NDArray[np.int64] | None:
         """The edges between joined rows, each once; -1 stays the input, L becomes the new L."""
@@ -227,24 +242,31 @@ class _Joined:
 
 
 def _nonfinite(history: History) -> Mask:
-    """Where a gradient had NaN or Inf elements; a norm that merely overflowed does not count."""
-    recorded = history.status == Status.RECORDED
-    flags = np.isnan(history.l2) | np.isinf(history.l2)
-    if history.max_abs is not None:
-        overflow = np.isinf(history.l2) & np.isfinite(history.max_abs)
-        flags = (flags & ~overflow) | np.isinf(history.max_abs)
-    counts = [count for count in (history.n_nan, history.n_inf) if count is not None]
-    if counts:
-        clean = np.logical_and.reduce([count == 0 for count in counts])
-        flags = (flags & ~clean) | np.logical_or.reduce([count > 0 for count in counts])
-    result: Mask = flags & recorded
+    """Where a gradient had NaN or Inf elements, by any sign of it.
+
+    A norm of NaN has no other cause, whatever a count of zero says. A norm of Inf has one where no
+    element is: it overflowed, which the greatest element or a count of Inf tells.
+    """
+    top, norm = history.max_abs, history.l2
+    overflowed = np.zeros(norm.shape, bool)
+    flags = np.isnan(norm)
+    if history.n_inf is not None:
+        overflowed |= history.n_inf == 0
+    if top is not None:
+        overflowed = (overflowed | np.isfinite(top)) & ~np.isinf(top)
+        flags = flags | np.isinf(top)
+    flags = flags | (np.isinf(norm) & ~overflowed)
+    for count in (history.n_nan, history.n_inf):
+        if count is not None:
+            flags = flags | (count > 0)
+    result: Mask = flags & (history.status == Status.RECORDED)
     return result
 
 
 def _finite_norms(history: History) -> Array:
     """Norms, NaN where there is none; one that overflowed is at least the greatest element."""
     norms = history.l2.astype(np.float64)
-    if history.max_abs is not None:
-        norms = np.where(np.isinf(norms), history.max_abs.astype(np.float64), norms)
-    usable = (history.status == Status.RECORDED) & np.isfinite(norms)
-    return np.where(usable, norms, np.nan)
+    if history.max_abs is not None and (overflowed := np.isinf(norms)).any():
+        norms[overflowed] = history.max_abs[overflowed]
+    norms[(history.status != Status.RECORDED) | ~np.isfinite(norms)] = np.nan
+    return norms

@@ -8,16 +8,18 @@ result is judged by, and a rule called with others judges the same facts anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 from gradscope.flow.facts import Candidate, DeadFacts, ExplodingFacts, VanishingFacts
-from gradscope.flow.limits import LEAVE_DECADES
+from gradscope.flow.limits import CLIMBING, LEAVE_DECADES
 from gradscope.flow.result import (
     LEVELS,
+    Accumulation,
     DeadZone,
+    Divergence,
     LearningRateAdvice,
     Level,
     Oscillation,
@@ -25,7 +27,7 @@ from gradscope.flow.result import (
     Region,
 )
 
-Advice = tuple[str, ...]
+Words = tuple[str, ...]
 F = TypeVar("F", VanishingFacts, ExplodingFacts)
 _MILD, _MODERATE, _SEVERE, _CRITICAL = 1, 2, 3, 4
 
@@ -47,29 +49,34 @@ def _rank(value: float, *bounds: float) -> int:
 
 
 def _region(
-    found: Candidate[F], level: Level, explain: Callable[[F], tuple[str, Advice]]
+    found: Candidate[F], level: Callable[[F], Level], explain: Callable[[F], tuple[Words, Words]]
 ) -> Region:
-    facts, (cause, advice) = found.facts, explain(found.facts)
+    """A region is as bad as its worst layer, and for that layer's reasons."""
+    levels = [level(facts) for facts in found.facts]
+    most = worst(levels)
+    said = [explain(f) for f, reached in zip(found.facts, levels, strict=True) if reached == most]
+    causes = dict.fromkeys(part for cause, _ in said for part in cause)
     return Region(
         region_id=found.region_id,
         affected_layers=found.affected_layers,
-        severity_level=level,
+        severity_level=most,
         extent=found.extent,
-        tests=facts.tests,
-        systemic=facts.systemic,
+        tests=tuple(dict.fromkeys(test for facts in found.facts for test in facts.tests)),
+        systemic=any(facts.systemic for facts in found.facts),
         peak=found.peak,
         update_ratio=found.update_ratio,
-        cause=cause,
-        mitigation_suggestions=advice,
-        facts=facts,
+        cause="; ".join(causes),
+        mitigation_suggestions=tuple(dict.fromkeys(part for _, advice in said for part in advice)),
+        facts=found.facts,
     )
 
 
-def _again(region: Region, kind: type[F], level: Callable[..., Level], limits: Any) -> Region:
+def _again(region: Region, level: Callable[..., Level], limits: Any) -> Region:
     """The same facts under other limits; a region read back from a report keeps its level."""
-    if not isinstance(region.facts, kind):
+    if not region.facts:
         return region
-    return region.model_copy(update={"severity_level": level(region.facts, **limits)})
+    levels = (level(facts, **limits) for facts in region.facts)
+    return region.model_copy(update={"severity_level": worst(levels)})
 
 
 # --- vanishing ------------------------------------------------------------------------------------
@@ -80,9 +87,9 @@ def vanishing(
 ) -> tuple[Region, ...]:
     """Regions of vanishing gradients, judged by the limits of F102."""
     return tuple(
-        _again(region, VanishingFacts, vanishing_level, limits)
+        _again(region, vanishing_level, limits)
         if isinstance(region, Region)
-        else _region(region, vanishing_level(region.facts, **limits), _vanishing_cause)
+        else _region(region, lambda facts: vanishing_level(facts, **limits), _vanishing_cause)
         for region in found
     )
 
@@ -122,7 +129,7 @@ def still_learns(facts: VanishingFacts, learning: float, attenuated: float) -> b
     return facts.attenuation is not None and facts.attenuation > attenuated
 
 
-def _vanishing_cause(facts: VanishingFacts) -> tuple[str, Advice]:
+def _vanishing_cause(facts: VanishingFacts) -> tuple[Words, Words]:
     """What the evidence points at, and what to do about that; never clipping."""
     causes, advice = [], []
     if facts.systemic and facts.nats_per_layer is not None:
@@ -157,7 +164,7 @@ def _vanishing_cause(facts: VanishingFacts) -> tuple[str, Advice]:
         advice.append(
             "a bias before a normalisation layer has no effect: leave it out (bias=False)"
         )
-    return "; ".join(causes), tuple(dict.fromkeys(advice))
+    return tuple(causes), tuple(dict.fromkeys(advice))
 
 
 def _standstill_cause(facts: VanishingFacts) -> str:
@@ -180,9 +187,9 @@ def exploding(
 ) -> tuple[Region, ...]:
     """Regions of exploding gradients, judged by the limits of F103; harmless ones are left out."""
     judged = (
-        _again(region, ExplodingFacts, exploding_level, limits)
+        _again(region, exploding_level, limits)
         if isinstance(region, Region)
-        else _region(region, exploding_level(region.facts, **limits), _exploding_cause)
+        else _region(region, lambda facts: exploding_level(facts, **limits), _exploding_cause)
         for region in found
     )
     return tuple(region for region in judged if region.severity_level != "none")
@@ -203,8 +210,12 @@ def exploding_level(
     update_mild: float,
     update_severe: float,
     update_critical: float,
+    falling: float,
 ) -> Level:
-    """What follows decides: growth under a falling loss, or a tall input side, does no harm yet."""
+    """What follows decides: growth under a falling loss, or a tall input side, does no harm yet.
+
+    Growth beyond all measure does: while the loss falls it takes ``falling`` times as much.
+    """
     if "non-finite" in facts.tests:
         return "critical"
     depths = [math.log(bound) for bound in (depth_mild, depth_moderate, depth_severe)]
@@ -222,7 +233,9 @@ def exploding_level(
     if "update" in facts.tests and level >= _SEVERE:
         return LEVELS[level]
     if facts.loss_rises is False:
-        return LEVELS[min(level, _MILD)] if {"depth", "update"} & set(facts.tests) else "none"
+        calm = _MILD if {"depth", "update"} & set(facts.tests) else 0
+        wild = _rank(facts.own_ratio / falling, mild, moderate, severe, critical)
+        return LEVELS[max(min(level, calm), min(wild, _SEVERE))]
     if facts.loss_rises is None and not {"growth", "level"} & set(facts.tests):
         return LEVELS[min(level, _MODERATE)]
     return LEVELS[level]
@@ -242,7 +255,7 @@ def _growth_level(rate: float | None, moderate: float, severe: float) -> int:
     return _SEVERE if doubling < severe else _MODERATE if doubling < moderate else _MILD
 
 
-def _exploding_cause(facts: ExplodingFacts) -> tuple[str, Advice]:
+def _exploding_cause(facts: ExplodingFacts) -> tuple[Words, Words]:
     causes, advice = [], []
     if "non-finite" in facts.tests:
         causes.append("gradients have NaN or Inf elements")
@@ -280,7 +293,7 @@ def _exploding_cause(facts: ExplodingFacts) -> tuple[str, Advice]:
         advice.append(
             "lower the learning rate of these layers, or find out why their weights are so small"
         )
-    return "; ".join(causes), tuple(dict.fromkeys(advice))
+    return tuple(causes), tuple(dict.fromkeys(advice))
 
 
 def lasting(regions: Sequence[Region]) -> list[Region]:
@@ -324,12 +337,14 @@ def dead_zones(
 
 
 def _dead_zone(found: Candidate[DeadFacts] | DeadZone, limits: Any) -> DeadZone:
-    if found.facts is None:  # read back from a report
+    if isinstance(found, DeadZone) and found.facts is None:  # read back from a report
         return found
-    potential = recovery(found.facts, **limits)
+    facts = found.facts if isinstance(found, DeadZone) else found.facts[0]
+    assert facts is not None
+    potential = recovery(facts, **limits)
     verdict: dict[str, Any] = {
         "recovery_potential": potential,
-        "intervention_required": intervention(found.facts, potential),
+        "intervention_required": intervention(facts, potential),
     }
     if isinstance(found, DeadZone):
         return found.model_copy(update=verdict)
@@ -337,10 +352,10 @@ def _dead_zone(found: Candidate[DeadFacts] | DeadZone, limits: Any) -> DeadZone:
         zone_id=found.region_id,
         affected_layers=found.affected_layers,
         origin=found.affected_layers[-1],
-        dead_duration=found.facts.duration,
+        dead_duration=facts.duration,
         extent=found.extent,
-        past_recoveries=len(found.facts.ended),
-        facts=found.facts,
+        past_recoveries=len(facts.ended),
+        facts=facts,
         **verdict,
     )
 
@@ -369,6 +384,50 @@ def intervention(facts: DeadFacts, potential: Recovery) -> bool:
     The gradient of a bias before a normalisation layer is rightly zero.
     """
     return facts.age is not None and potential in ("low", "none") and not facts.only_biases
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What is made of a loss that left its best level: how bad, and the signs of overshooting."""
+
+    level: Level
+    evidence: Words
+
+
+def divergence(
+    found: Divergence | None, *, level: float, adversarial: float, steered: float, wild: float
+) -> Course:
+    """A loss that rose for good is severe, one that came back moderate, by the limits of F111.
+
+    One that never fell and rises without a sign of overshooting may be that of a network which
+    another one competes with: it is moderate when it is ``adversarial`` times as high, else none.
+    """
+    if found is None or (found.ends == "higher" and 0 < found.after < level * found.before):
+        return Course("none", ())
+    evidence = tuple(_overshooting(found, steered, wild))
+    if found.ends == "non-finite":
+        return Course("critical", evidence)
+    if not found.fell and not evidence:
+        height = found.peak if found.ends == "returned" else found.after
+        far = found.before > 0 and height >= adversarial * found.before
+        return Course("moderate" if far else "none", evidence)
+    mended = found.ends == "returned" and found.progressed
+    return Course("moderate" if mended else "severe", evidence)
+
+
+def _overshooting(found: Divergence, steered: float, wild: float) -> Iterator[str]:
+    """What happened with it, in the order in which it matters."""
+    if (found.learning_rate_factor or 0) >= steered:
+        yield f"the learning rate had just been raised {found.learning_rate_factor:.3g} times"
+    if found.descent is not None and found.descent < CLIMBING:
+        yield "steps go up the gradient"
+    if (found.update_ratio or 0) > wild:
+        yield f"steps change the weights by {found.update_ratio:.0%} of their norm"
+    if (found.gradient_factor or 0) >= steered:
+        yield f"the gradient norm is {found.gradient_factor:.3g} times what it was"
 
 
 # --- steps ----------------------------------------------------------------------------------------
@@ -420,3 +479,23 @@ def _why(factor: float | None, growth: float) -> str:
         f"plain gradient descent at {factor:.3g} times the rate that would not overshoot; "
         f"it {state}"
     )
+
+
+# --- accumulation ---------------------------------------------------------------------------------
+
+
+def adds_up(
+    found: Accumulation | None,
+    *,
+    cosine: float,
+    growth: float,
+    added: float,
+    steady: float,
+    doubled: float,
+) -> bool:
+    """Whether gradients carry over from step to step, by the limits of F115."""
+    if found is None or found.cosine <= cosine or found.growth <= growth:
+        return False
+    adds = found.added_growth is not None and found.added_growth < steady
+    adds |= found.doubled is not None and found.doubled > doubled
+    return 1 / added < found.added < added and adds

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from gradscope.flow.recent import Recent
 from gradscope.flow.result import Basis, GradientDirection, LayerFlow
 from gradscope.flow.robust import Array, nanmedian, steadiness
 from gradscope.flow.series import Series
-from gradscope.flow.temporal import Directions, magnitude, stability
+from gradscope.flow.temporal import Directions, magnitudes, stability
 from gradscope.histories.history import Status
 
 _MOST_SIGNAL = 0.999
@@ -32,7 +33,10 @@ def layer_flows(
     """Every layer, its series cut to the records ``shown``, direction vectors to ``drawn``."""
     together = _consistency(series, window)
     steady = stability(series, np.array([len(series.steps) - 1]), window)[0]
+    norms = magnitudes(series, np.array(shown, dtype=np.int64))
+    steps = tuple(series.steps[shown.start : shown.stop].tolist())
     for row, layer in enumerate(series.layers):
+        column = tuple(at[row] for at in norms)
         directed = together is not None and not np.isnan(together[row])
         basis: Basis = found.basis if found is not None and directed else "norm"
         signal = None if found is None else signal_of(series, found, row, window)
@@ -40,9 +44,11 @@ def layer_flows(
             layer_name=layer.name,
             kind=layer.kind,
             numel=layer.numel,
-            steps=tuple(int(series.steps[t]) for t in shown),
-            gradient_magnitudes=tuple(magnitude(series, t, row) for t in shown),
-            gradient_directions=_directions(series, found, row, shown, drawn),
+            steps=steps,
+            gradient_magnitudes=column,
+            gradient_directions=_directions(
+                series, found, row, dict(zip(shown, column, strict=True)), drawn
+            ),
             flow_consistency=float(together[row])
             if directed and together is not None
             else steadiness(series.finite_log[-window:, row], series.steps[-window:].astype(float)),
@@ -141,35 +147,43 @@ def noise_scale(series: Series, signal: Signal | None) -> float | None:
 
 
 def _directions(
-    series: Series, found: Cosines | None, row: int, shown: range, drawn: range
+    series: Series,
+    found: Cosines | None,
+    row: int,
+    shown: Mapping[int, float | None],
+    drawn: range,
 ) -> tuple[GradientDirection, ...] | None:
-    if found is None:
+    """One entry for each of the records ``shown``, with its norm, that has a direction."""
+    if found is None and series.sketches is None:
         return None
-    pair = {int(t): i for i, t in enumerate(found.after)}
+    pair = {} if found is None else {t: i for i, t in enumerate(found.after.tolist())}
     vectors = (
-        {} if series.sketches is None else {int(t): i for i, t in enumerate(series.sketches.index)}
+        {}
+        if series.sketches is None
+        else {t: i for i, t in enumerate(series.sketches.index.tolist())}
     )
     return tuple(
-        _direction(series, found, row, t, pair.get(t), vectors.get(t) if t in drawn else None)
-        for t in shown
+        GradientDirection(
+            step=int(series.steps[t]),
+            direction_vector=_vector(series, row, vectors.get(t) if t in drawn else None),
+            magnitude=norm,
+            **_agreement(found, row, pair.get(t)),
+        )
+        for t, norm in shown.items()
         if t in pair or t in vectors
     )
 
 
-def _direction(
-    series: Series, found: Cosines, row: int, record: int, pair: int | None, vector: int | None
-) -> GradientDirection:
-    cosine = None if pair is None else _or_none(found.cosine[pair, row])
-    known = pair is not None and cosine is not None
-    values = None
-    if vector is not None and series.sketches is not None:
-        values = tuple(map(float, series.sketches.values[vector, row].tolist()))
-        values = values if any(values) else None
-    return GradientDirection.model_construct(
-        step=int(series.steps[record]),
-        direction_vector=values,
-        magnitude=magnitude(series, record, row),
-        consistency_score=cosine,
-        standard_error=float(found.error[pair, row]) if known and pair is not None else None,
-        lag=found.lag if known else None,
-    )
+def _agreement(found: Cosines | None, row: int, pair: int | None) -> dict[str, Any]:
+    cosine = None if found is None or pair is None else _or_none(found.cosine[pair, row])
+    if found is None or cosine is None:
+        return {"consistency_score": None, "standard_error": None, "lag": None}
+    error = float(found.error[pair, row])
+    return {"consistency_score": cosine, "standard_error": error, "lag": found.lag}
+
+
+def _vector(series: Series, row: int, at: int | None) -> tuple[float, ...] | None:
+    if at is None or series.sketches is None:
+        return None
+    values = tuple(series.sketches.values[at, row].tolist())
+    return values if any(values) else None

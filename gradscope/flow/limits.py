@@ -57,3 +57,13 @@ SYSTEMIC_FIT = 0.8
 #: Decades below both neighbours from which a layer is a bottleneck, and that make a full one.
 BOTTLENECK_FROM = 1.0
 BOTTLENECK_DECADES = 3.0
+
+#: Robust deviations of the loss, share of what had been gained, and multiple of the best level from
+#: which a loss has risen for good.
+LOSS_SPREADS = 8.0
+LOSS_LOST = 0.1
+LOSS_LEVEL = 3.0
+#: Cosine of a step to the negative gradient below which it climbs.
+CLIMBING = -0.5
+#: Share of its greatest value below which a learning rate was scheduled away.
+RATE_GONE = 1e-3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,26 +10,31 @@ import numpy as np
 from gradscope.flow.levels import DECADE, Levels, own_records
 from gradscope.flow.limits import (
     ATTENUATED,
+    FALL_DECADES,
     MIN_TREND,
+    RATE_GONE,
     SHORTEST,
     STANDSTILL,
     TOGETHER_DECADES,
     UPDATE_WARN,
 )
-from gradscope.flow.regions import onset, stretches
+from gradscope.flow.regions import onset
 from gradscope.flow.result import (
     Absence,
     Convergence,
+    Leap,
     Missing,
     Stagnation,
     Standstill,
     UpdateRatio,
 )
-from gradscope.flow.robust import nanmedian
+from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
 from gradscope.histories.history import Status
 
 _LATE_RECORDS = 32
+#: Share of updates that are exactly zero from which they were rounded away.
+_ROUNDED = 0.25
 
 
 def update_ratios(series: Series) -> Iterator[UpdateRatio]:
@@ -37,7 +42,9 @@ def update_ratios(series: Series) -> Iterator[UpdateRatio]:
     if series.update_ratio is None:
         return
     inside = series.update_ratio[series.warm_up :]
-    for row in range(len(series.layers)):
+    # A necessary sign first: half of what is known lies above the limit.
+    large, count = (inside > UPDATE_WARN).sum(axis=0), np.isfinite(inside).sum(axis=0)
+    for row in np.flatnonzero(2 * large >= count).tolist():
         known = np.flatnonzero(np.isfinite(inside[:, row]))
         if len(known) < SHORTEST:
             continue
@@ -51,6 +58,18 @@ def update_ratios(series: Series) -> Iterator[UpdateRatio]:
                 step=int(series.steps[series.warm_up + at]),
                 numel=series.layers[row].numel,
             )
+
+
+def leap(series: Series) -> Leap | None:
+    """The step that changed the median layer most; None without update norms."""
+    medians = series.median_update
+    if medians is None:
+        return None
+    if not np.isfinite(medians).any():
+        return None
+    at = int(np.nanargmax(medians))
+    step = int(series.steps[at])
+    return Leap(ratio=float(medians[at]), step=step, first=at < max(series.warm_up, 1))
 
 
 def convergence(series: Series) -> Convergence | None:
@@ -81,34 +100,74 @@ def _loss_fell(series: Series) -> bool | None:
 def stagnation(series: Series, levels: Levels, converged: Convergence | None) -> Stagnation | None:
     """A network that stands still at the end of the history, for at least eight records."""
     for reason, flags in _standing(series, levels):
-        last = [s for s in stretches(flags[:, None], shortest=MIN_TREND) if s.end == len(flags)]
-        if last:
-            first = last[0].first
+        first = _last_stretch(flags)
+        if first is not None:
             return Stagnation(
                 onset=onset(series, first),
                 update_ratio=_recent_ratio(series, first),
-                reason=reason,
+                reason=_reason(series, first) if reason == "update" else reason,
                 converged=converged is not None and converged.loss_fell is not False,
                 fastest=_fastest(series, first) if reason == "update" else None,
             )
     return None
 
 
+def _last_stretch(flags: Array) -> int | None:
+    """The record at which the stretch begins that lasts to the end; None without one.
+
+    ``flags`` are 1, 0, and NaN at records that do not tell: those neither end it nor count. It has
+    eight known records, or a quarter of them where there are few.
+    """
+    known = np.flatnonzero(np.isfinite(flags))
+    shortest = min(MIN_TREND, max(SHORTEST, len(known) // 4))
+    standing = flags[known] == 1
+    length = len(known) if standing.all() else int(np.argmin(standing[::-1]))
+    return int(known[-length]) if length >= shortest else None
+
+
+def _reason(series: Series, first: int) -> Standstill:
+    """Why steps no longer change the weights: the rate, the weights' type, or the gradients."""
+    rates = series.history.lr
+    if rates is not None and rates.size:
+        rate = np.asarray(rates, np.float64).max(axis=1)
+        if nanmedian(rate[first:]) < RATE_GONE * np.nanmax(rate[: first + 1]):
+            return "schedule"
+    total = np.sqrt(np.nansum(series.norm**2, axis=1))
+    if nanmedian(total[first:]) < 10**-FALL_DECADES * np.max(total[: max(first, SHORTEST)]):
+        return "starved"
+    return "rounded" if _rounded(series, first) else "update"
+
+
+def _rounded(series: Series, first: int) -> bool:
+    """Whether half-precision weights do not change at all though their gradients are there."""
+    precision = series.history.meta.get("precision")
+    kind = str(precision.get("param") if isinstance(precision, Mapping) else None)
+    assert series.update_ratio is not None
+    known = np.isfinite(series.update_ratio[first:]) & (series.norm[first:] > 0)
+    still = series.update_ratio[first:][known] == 0
+    half = kind.removeprefix("torch.") in ("bfloat16", "float16", "half", "bf16", "fp16")
+    return half and bool(still.size) and float(still.mean()) >= _ROUNDED
+
+
 def _fastest(series: Series, first: int) -> float | None:
     """The greatest of the median update ratios that are below the limit."""
-    if series.update_ratio is None:
+    if series.median_update is None:
         return None
-    medians = nanmedian(series.update_ratio[first:], axis=1)
+    medians = series.median_update[first:]
     return float(medians[medians < STANDSTILL].max())
 
 
-def _standing(series: Series, levels: Levels) -> Iterator[tuple[Standstill, Mask]]:
-    """Records at which the median layer does not move, by each sign there is."""
-    if series.update_ratio is not None:
-        yield "update", nanmedian(series.update_ratio, axis=1) < STANDSTILL
+def _standing(series: Series, levels: Levels) -> Iterator[tuple[Standstill, Array]]:
+    """Whether the median layer stands still at each record, by each sign there is."""
+    if series.median_update is not None:
+        yield "update", _told(series.median_update, STANDSTILL)
     elif levels.attenuation is not None:
-        yield "epsilon", nanmedian(levels.attenuation, axis=1) < ATTENUATED
-    yield "repeats", _repeats(series)
+        yield "epsilon", _told(nanmedian(levels.attenuation, axis=1), ATTENUATED)
+    yield "repeats", _repeats(series).astype(np.float64)
+
+
+def _told(values: Array, limit: float) -> Array:
+    return np.where(np.isfinite(values), values < limit, np.nan)
 
 
 def _repeats(series: Series) -> Mask:

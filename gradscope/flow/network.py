@@ -22,7 +22,7 @@ from gradscope.flow.result import (
     NetworkMetrics,
     NodeType,
 )
-from gradscope.flow.robust import Array, nanmedian, spread, steadiness
+from gradscope.flow.robust import GAUSSIAN, Array, nanmedian, spread
 from gradscope.flow.series import Series
 
 #: Of the median edge that carries anything: below the first an edge carries nothing at that
@@ -49,16 +49,15 @@ def flows(series: Series, graph: Graph, window: int) -> Flows:
 
     The latter says which layers are starved, not how much flows.
     """
-    rms = np.where(series.recorded & ~series.nonfinite, series.rms, np.nan)
-    rms = np.where(series.recorded & (series.norm == 0), 0.0, rms)
-    every: dict[Edge, Array] = {(u, v): np.minimum(rms[:, u], rms[:, v]) for u, v in graph.edges}
+    rms = np.ascontiguousarray(np.where(series.recorded, series.rms, np.nan).T)
+    every: dict[Edge, Array] = {(u, v): np.minimum(rms[u], rms[v]) for u, v in graph.edges}
     known = _recorded(series, graph)
     every |= known
     capacity = {
         edge: float(np.nan_to_num(nanmedian(flow[-window:]))) for edge, flow in every.items()
     }
     for row in graph.exits:
-        capacity[row, LOSS] = float(np.nan_to_num(nanmedian(rms[-window:, row])))
+        capacity[row, LOSS] = float(np.nan_to_num(nanmedian(rms[row, -window:])))
     return Flows(every, capacity, bool(known))
 
 
@@ -163,22 +162,31 @@ def _edges(series: Series, graph: Graph, found: Flows, window: int) -> Iterator[
     every = np.stack(list(found.series.values()))
     # Of those that carry something: with most of a network cut off the median edge carries nothing.
     typical = nanmedian(np.where(every > 0, every, np.nan), axis=0)
-    steps = series.steps.astype(np.float64)
     for u, v in graph.edges:
         flow = found.series[u, v]
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = np.where(flow == 0, 0.0, flow / typical)
-            logs = np.where(relative > 0, np.log(relative), np.nan)
-        recent = relative[-window:]
+        recent, shares = relative[-window:], relative[np.isfinite(relative)]
         known = recent[np.isfinite(recent)]
         yield FlowEdge(
             from_layer=series.names[u],
             to_layer=series.names[v],
             flow_strength=float(np.median(known)) if len(known) else None,
-            flow_consistency=steadiness(logs[-window:], steps[-window:]),
-            edge_type=edge_type(relative[np.isfinite(relative)]),
+            flow_consistency=_steady(shares),
+            edge_type=edge_type(shares),
             basis="recorded" if found.recorded else "proxy",
         )
+
+
+def _steady(shares: Array) -> float | None:
+    """exp of minus the spread of an edge's ln share over all records: 1 where it never changes.
+
+    None with fewer than five records that carry something.
+    """
+    logs = np.log(shares[shares > 0])
+    if len(logs) < MIN_WINDOW:
+        return None
+    return math.exp(-GAUSSIAN * float(np.median(np.abs(logs - np.median(logs)))))
 
 
 def edge_type(relative: Array) -> EdgeType:

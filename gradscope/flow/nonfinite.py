@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from gradscope.flow.graph import Graph
-from gradscope.flow.limits import BRIDGE, MIN_TREND
+from gradscope.flow.levels import own_records
+from gradscope.flow.limits import BRIDGE, GROWTH_FACTOR, MIN_TREND, SHORTEST
 from gradscope.flow.result import NonFinite
+from gradscope.flow.robust import nanmedian
 from gradscope.flow.series import Series
-
-#: Records that say what was usual before gradients overflowed, and the latest, which do not.
-_USUAL = 32
-_LATEST = 4
 
 
 def nonfinite(series: Series, graph: Graph) -> list[NonFinite]:
@@ -41,6 +39,7 @@ def _entry(
     from_loss = bool(lost is not None and lost[first])
     origin = None if from_loss and len(turned) == len(graph.order) else turned[0]
     finite_before = [t for t in range(first - 1, -1, -1) if not series.skipped[t]]
+    climb = _climb(series, first)
     return NonFinite(
         step=int(series.steps[first]),
         origin=None if origin is None else series.names[origin],
@@ -48,14 +47,27 @@ def _entry(
         loss_nonfinite=from_loss,
         records=len(stretch),
         last_finite_step=int(series.steps[finite_before[0]]) if finite_before else None,
-        growth_before=_growth(series, turned[0], first),
+        growth_before=None if climb is None else climb[0],
+        growing_since=None if climb is None else climb[1],
     )
 
 
-def _growth(series: Series, row: int, first: int) -> float | None:
-    """The last norm before a record over the median of those that precede it by a few records."""
-    before = series.norm[max(0, first - _USUAL - _LATEST) : first, row]
-    before = before[np.isfinite(before) & (before > 0)]
-    if len(before) < MIN_TREND:
+def _climb(series: Series, first: int) -> tuple[float, tuple[int, int]] | None:
+    """How far the total norm had left its level before a record, and between which steps it did.
+
+    None where it had not grown fourfold, or too little came before.
+    """
+    before = series.norm[:first]
+    known = np.isfinite(before).any(axis=1) & ~series.skipped[:first]
+    total = np.where(known, np.sqrt(np.nansum(before**2, axis=1)), np.nan)
+    usual = total[own_records(series)]
+    if np.isfinite(usual).sum() < SHORTEST:
+        usual = total[: max(first // 2, SHORTEST)]
+    finite = np.flatnonzero(np.isfinite(total) & (total > 0))
+    level = float(nanmedian(usual))
+    if len(finite) < MIN_TREND or not level > 0 or total[finite[-1]] <= GROWTH_FACTOR * level:
         return None
-    return float(before[-1] / np.median(before[:-_LATEST]))
+    inside = finite[total[finite] <= GROWTH_FACTOR * level]
+    at = int(inside[-1]) if len(inside) else 0
+    after = int(finite[np.searchsorted(finite, at, side="right")])
+    return float(total[finite[-1]] / level), (int(series.steps[at]), int(series.steps[after]))

@@ -23,7 +23,8 @@ def explosion(
     """
     rows = [row for row, name in enumerate(series.names) if name in verdicts]
     layers = tuple(_layer(series, row, verdicts[series.names[row]]) for row in rows)
-    finite = series.norm[np.isfinite(series.norm)]
+    known = np.isfinite(series.norm)
+    finite = series.norm.ravel() if known.all() else series.norm[known]
     at = _location(series)
     part, whole = series.numel(rows), series.numel(range(len(series.layers)))
     median = np.median(finite) if len(finite) else math.nan
@@ -63,10 +64,12 @@ def _layer(series: Series, row: int, verdict: LayerVerdict) -> ExplodingLayer:
 
 
 def _location(series: Series) -> tuple[int, int] | None:
-    if not np.isfinite(series.norm).any():
+    greatest = np.fmax.reduce(series.norm, axis=1) if series.norm.size else np.empty(0)
+    if not np.isfinite(greatest).any():
         return None
-    record, row = np.unravel_index(int(np.nanargmax(series.norm)), series.norm.shape)
-    return int(record), int(row)
+    record = int(np.nanargmax(greatest))
+    row = int(np.nanargmax(series.norm[record]))
+    return record, row
 
 
 def above(series: Series, threshold: float | None) -> list[str]:

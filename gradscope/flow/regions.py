@@ -10,6 +10,7 @@ from hashlib import sha256
 
 import numpy as np
 
+from gradscope.compiled import kernel
 from gradscope.flow.graph import Graph
 from gradscope.flow.limits import BRIDGE, SHORTEST
 from gradscope.flow.result import Extent
@@ -28,12 +29,41 @@ class Stretch:
 
 def hysteresis(enter: Mask, stay: Mask) -> Mask:
     """Cells of ``stay`` whose unbroken stretch in time has a cell of ``enter``."""
-    stay = stay | enter
-    out = np.zeros_like(stay)
-    for run in _unbroken(stay & enter.any(axis=0)):
-        if enter[run.first : run.end, run.row].any():
-            out[run.first : run.end, run.row] = True
+    out = np.zeros_like(enter)
+    rows = np.flatnonzero(enter.any(axis=0))
+    for row in rows.tolist():
+        _held_on(enter[:, row], stay[:, row], out[:, row])
     return out
+
+
+@kernel()
+def _held_on(enter: Mask, stay: Mask, out: Mask) -> None:
+    """One layer: forwards from each entry as long as it stays, then backwards."""
+    on = False
+    for t in range(len(enter)):
+        on = enter[t] or (on and stay[t])
+        out[t] = on
+    for t in range(len(enter) - 1, -1, -1):
+        on = out[t] or (on and stay[t])
+        out[t] = on
+
+
+def carried(flags: Mask, known: Mask) -> Mask:
+    """Flags with those of cells that are not known taken from the last known one before."""
+    rows = np.flatnonzero(flags.any(axis=0))
+    out = np.zeros_like(flags)
+    for row in rows.tolist():
+        _carried(flags[:, row], known[:, row], out[:, row])
+    return out
+
+
+@kernel()
+def _carried(flags: Mask, known: Mask, out: Mask) -> None:
+    on = False
+    for t in range(len(flags)):
+        if known[t]:
+            on = flags[t]
+        out[t] = on
 
 
 def stretches(flags: Mask, shortest: int = SHORTEST, bridge: int = BRIDGE) -> list[Stretch]:
@@ -49,13 +79,11 @@ def stretches(flags: Mask, shortest: int = SHORTEST, bridge: int = BRIDGE) -> li
 
 def _unbroken(flags: Mask) -> Iterator[Stretch]:
     """Unbroken stretches by layer, then time."""
-    padded = np.zeros((flags.shape[0] + 2, flags.shape[1]), np.int8)
-    padded[1:-1] = flags
-    change = np.diff(padded, axis=0).T
-    first_row, first = np.nonzero(change == 1)
-    _, end = np.nonzero(change == -1)
-    for row, a, b in zip(first_row.tolist(), first.tolist(), end.tolist(), strict=True):
-        yield Stretch(row, a, b)
+    for row in np.flatnonzero(flags.any(axis=0)).tolist():
+        change = np.diff(flags[:, row].astype(np.int8), prepend=0, append=0)
+        ends = np.flatnonzero(change == -1).tolist()
+        for first, end in zip(np.flatnonzero(change == 1).tolist(), ends, strict=True):
+            yield Stretch(row, first, end)
 
 
 def joined(found: Sequence[Stretch], graph: Graph) -> list[list[Stretch]]:
@@ -162,19 +190,26 @@ def onset(series: Series, record: int) -> tuple[int | None, int]:
     return before, int(series.steps[record])
 
 
-def held(values: Array, part: Sequence[Stretch]) -> float:
+def held(
+    values: Array | Mask, part: Sequence[Stretch], where: Sequence[Mask] | None = None
+) -> float:
     """The greatest value that one layer of a region reaches at ``SHORTEST`` records or more.
 
-    At all of them when the stretch is shorter; minus infinity where values are not known.
+    At all of them when the stretch is shorter; minus infinity where values are not known, and
+    where none of the masks ``where`` is set.
     """
     greatest = -math.inf
     for run in part:
-        inside = values[run.first : run.end, run.row]
-        ordered = np.sort(np.where(np.isnan(inside), -np.inf, inside))
+        cells = slice(run.first, run.end), run.row
+        inside = values[cells].astype(np.float64)
+        inside[np.isnan(inside)] = -np.inf
+        if where is not None:
+            inside[~np.logical_or.reduce([mask[cells] for mask in where])] = -np.inf
+        ordered = np.sort(inside)
         greatest = max(greatest, float(ordered[-min(SHORTEST, len(ordered))]))
     return greatest
 
 
 def held_tests(tests: Mapping[str, Mask], part: Sequence[Stretch]) -> tuple[str, ...]:
     """The tests that one layer of a region passes for as long."""
-    return tuple(name for name, flags in tests.items() if held(flags.astype(np.float64), part) == 1)
+    return tuple(name for name, flags in tests.items() if held(flags, part) == 1)

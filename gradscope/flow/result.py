@@ -7,13 +7,15 @@ a number rests on: "exact" gradients, "sketch" (unbiased estimates from count-sk
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from gradscope.flow.facts import DeadFacts, ExplodingFacts, VanishingFacts
 from gradscope.report.model import Number, Record, Report
+from gradscope.report.severity import Severity
 
 #: As ``History.topology``; spelled out, because listing rules must not import NumPy.
 Topology = Literal["recorded", "given", "assumed-chain"]
@@ -24,13 +26,20 @@ FlowDirection = Literal["forward", "backward", "oscillating", "stagnant", "indet
 NodeType = Literal["source", "sink", "bottleneck", "amplifier", "normal"]
 Condition = Literal["bottleneck", "amplifier", "normal"]
 EdgeType = Literal["strong", "weak", "intermittent", "blocked", "unknown"]
-Standstill = Literal["update", "epsilon", "repeats"]
+Standstill = Literal["update", "schedule", "starved", "rounded", "epsilon", "repeats"]
 Absence = Literal["unused", "frozen", "not-recorded", "partly"]
 Recovery = Literal["high", "medium", "low", "none"]
 
 
-class GradientDirection(Record):
-    """The direction of one gradient, and how it agrees with the record before."""
+@dataclass(frozen=True, slots=True)
+class GradientDirection:
+    """The direction of one gradient, and how it agrees with the record before.
+
+    Like ``TemporalFlow`` no model: there is one for each cell, and a dataclass is made five times
+    as fast.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int
     #: The count-sketch of the unit gradient, for the records of the last window.
@@ -77,8 +86,11 @@ class LayerFlow(Record):
         return self.layer_name
 
 
-class TemporalFlow(Record):
+@dataclass(frozen=True, slots=True)
+class TemporalFlow:
     """One layer at one record."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int
     layer_name: str
@@ -194,7 +206,9 @@ class Region(Record):
     cause: str
     mitigation_suggestions: tuple[str, ...]
     #: What the level was judged by; not part of the report.
-    facts: VanishingFacts | ExplodingFacts | None = Field(default=None, exclude=True, repr=False)
+    facts: tuple[VanishingFacts, ...] | tuple[ExplodingFacts, ...] = Field(
+        default=(), exclude=True, repr=False
+    )
 
 
 class DeadZone(Record):
@@ -270,9 +284,10 @@ class NonFinite(Record):
     records: int
     #: The last finite record before.
     last_finite_step: int | None
-    #: The origin's last finite norm over the median of up to 32 records before the last four: what
-    #: diverges grows before it overflows.
+    #: The last finite total norm over its level after warm-up, where it had grown fourfold, and
+    #: between which steps it left that level: what diverges grows before it overflows.
     growth_before: float | None
+    growing_since: tuple[int, int] | None
 
 
 class Depth(Record):
@@ -330,6 +345,15 @@ class UpdateRatio(Record):
     numel: int | None
 
 
+class Leap(Record):
+    """The step that changed the median layer most, against its weights."""
+
+    ratio: float
+    step: int
+    #: Among the records at the start that nothing is compared with.
+    first: bool
+
+
 class Missing(Record):
     """A layer without gradients."""
 
@@ -346,6 +370,140 @@ class Convergence(Record):
     loss_fell: bool | None
 
 
+class Divergence(Record):
+    """A loss that left its best level upwards."""
+
+    #: After the first and by the second of these steps; None: from the first record on.
+    onset: tuple[int | None, int]
+    #: Medians of windows: the best one before, and the last one.
+    before: float
+    after: float
+    peak: float
+    peak_step: int
+    ends: Literal["higher", "returned", "non-finite"]
+    #: It had fallen before it rose; it ends below where it began.
+    fell: bool
+    progressed: bool
+    #: By which factor learning rate and total gradient norm changed there.
+    learning_rate_factor: float | None
+    gradient_factor: float | None
+    #: The greatest median update ratio around the onset.
+    update_ratio: float | None
+    #: Median cosine of the steps from then on to the negative gradient.
+    descent: float | None
+
+
+class Unoptimized(Record):
+    """Layers with a gradient that no optimizer holds."""
+
+    layers: tuple[str, ...]
+    parameters: int | None
+    #: Of all parameters.
+    share: float
+
+
+class Damping(Record):
+    """Layers whose steps an adaptive optimizer's epsilon halves or worse at the end."""
+
+    epsilon: float
+    layers: tuple[str, ...]
+    #: Of all parameters.
+    share: float
+    #: What the median layer has left of its full step.
+    left: float | None
+    #: Gradients were clipped, which is counted in.
+    clipped: bool
+
+
+class Clipping(Record):
+    """How many steps were clipped."""
+
+    share: float
+    #: Median coefficient of those, where recorded.
+    median: float | None
+    #: The norm that the total is pinned at, where it is told by that.
+    limit: float | None
+
+
+class Accumulation(Record):
+    """How gradients add up from step to step, over the first records."""
+
+    cosine: float
+    #: Norm over the first one; norm of what each step adds over the first; and the power of the
+    #: norm that this grows with.
+    growth: float
+    added: float
+    added_growth: float | None
+    #: The second norm over the first, at the very beginning of the run.
+    doubled: float | None
+
+
+class LossLevel(Record):
+    """What the loss did; levels are medians of windows."""
+
+    first: float
+    last: float
+    #: The value that the last eight losses or more repeat to the bit.
+    constant: float | None
+    #: Between which steps it became NaN or infinite, to the end.
+    lost: tuple[int, int] | None
+    divergence: Divergence | None
+
+
+class Pair(Record):
+    """A number of this run and of the other one."""
+
+    here: float | None
+    there: float | None
+
+
+class LayerAgainst(Record):
+    """One layer of both runs; positive is larger here."""
+
+    layer_name: str
+    #: Decades between the median RMS gradients of the last windows, and their joint spread.
+    level: float | None
+    spread: float | None
+    #: Decades between the median update ratios.
+    update: float | None
+    #: The level differs by three spreads, and by a factor of two.
+    differs: bool
+
+
+class OnsetAgainst(Record):
+    """Between which steps a kind of trouble first began in either run; None: it did not."""
+
+    kind: Literal["vanishing", "exploding", "diverging"]
+    here: tuple[int | None, int] | None
+    there: tuple[int | None, int] | None
+
+
+class FindingAgainst(Record):
+    """A finding that one run has and the other has not, or has with another severity."""
+
+    rule: str
+    name: str
+    subject: str
+    here: Severity | None
+    there: Severity | None
+
+
+class Against(Record):
+    """How this run differs from another one, over the steps that both have."""
+
+    input: str
+    first_step: int | None
+    last_step: int | None
+    layers: tuple[LayerAgainst, ...]
+    only_here: tuple[str, ...]
+    only_there: tuple[str, ...]
+    efficiency: Pair
+    #: The level of the loss at the last of these steps.
+    loss: Pair
+    onsets: tuple[OnsetAgainst, ...]
+    findings: tuple[FindingAgainst, ...]
+
+
 class Need(StrEnum):
     """The kinds of facts that a rule about a history can need."""
 
@@ -354,6 +512,8 @@ class Need(StrEnum):
     COMPARABLE = "comparable layers"
     DIRECTIONS = "directions"
     UPDATES = "update norms"
+    LOSS = "8 losses"
+    GROUPS = "parameter groups"
     TOPOLOGY = "a recorded topology"
     ZEROS = "zero fractions"
 
@@ -384,13 +544,26 @@ class FlowResult(Record):
     stagnation: Stagnation | None = None
     learning_rate: LearningRateAdvice | None = None
     update_ratios: tuple[UpdateRatio, ...] = ()
+    leap: Leap | None = None
     missing: tuple[Missing, ...] = ()
+    loss: LossLevel | None = None
+    unoptimized: Unoptimized | None = None
+    damping: Damping | None = None
+    clipping: Clipping | None = None
+    accumulation: Accumulation | None = None
     convergence: Convergence | None = None
+    #: What differs from another run, where one was given.
+    against: Against | None = None
     #: Kinds of facts the history has: what a rule may need.
     measured: tuple[Need, ...] = ()
     #: (layer, record) rows that the series leave out: all but the most recent ones.
     rows_omitted: int = 0
     notes: tuple[str, ...] = ()
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """Where gradients explode or vanish."""
+        return (*self.exploding_regions, *self.vanishing_regions)
 
 
 FlowReport = Report[FlowResult]

@@ -19,13 +19,15 @@ GAUSSIAN = 1.4826
 def nanmedian(values: Any, axis: int | None = None) -> Any:
     """The median of what is not NaN; NaN where nothing is.
 
-    NumPy's own goes through masked arrays, ten times slower on the shapes used here.
+    NumPy's own ``nanmedian`` goes through masked arrays, ten times slower on the shapes used here.
     """
     array = np.asarray(values, dtype=np.float64)
     if axis is None:
         array, axis = array.ravel(), 0
     if array.shape[axis] == 0:
         return np.full(np.delete(array.shape, axis), np.nan)[()]
+    if not np.isnan(array).any():
+        return np.median(array, axis=axis)
     ordered = np.sort(array, axis=axis)  # NaN sorts last
     count = array.shape[axis] - np.isnan(ordered).sum(axis=axis, keepdims=True)
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis)

@@ -61,13 +61,19 @@ class Series:
     @cached_property
     def finite_log(self) -> Array:
         """``log_rms`` with NaN for gradients of zero."""
-        return np.where(np.isfinite(self.log_rms), self.log_rms, np.nan)
+        infinite = np.isinf(self.log_rms)
+        return np.where(infinite, np.nan, self.log_rms) if infinite.any() else self.log_rms
 
     @cached_property
     def median_log(self) -> Array:
         """Median over the layers of ``finite_log``, [T]: how the network as a whole does."""
         median: Array = nanmedian(self.finite_log, axis=1)
         return median
+
+    @cached_property
+    def median_update(self) -> Array | None:
+        """Median over the layers of ``update_ratio``, [T]; None without update norms."""
+        return None if self.update_ratio is None else nanmedian(self.update_ratio, axis=1)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -118,6 +124,13 @@ class Series:
         name, eps = str(optimizer.get("class", "")).lower(), optimizer.get("eps")
         known = any(name.endswith(adaptive) for adaptive in ADAPTIVE)
         return float(eps) if known and isinstance(eps, int | float) and eps > 0 else None
+
+    @property
+    def half_gradients(self) -> bool:
+        """Whether gradients are float16; bfloat16 has the exponents of float32."""
+        precision = self.history.meta.get("precision")
+        kind = precision.get("grad") if isinstance(precision, Mapping) else None
+        return str(kind).removeprefix("torch.") in ("float16", "half", "fp16")
 
     @property
     def plain_descent(self) -> bool:

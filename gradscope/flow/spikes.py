@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradscope.flow.limits import SHORTEST, SPIKE_RATIO, SPIKE_Z, SPREAD_FLOOR
+from gradscope.flow.limits import SEVERE_RATIO, SHORTEST, SPIKE_RATIO, SPIKE_Z, SPREAD_FLOOR
 from gradscope.flow.result import Region, Spike
-from gradscope.flow.robust import Array
+from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Mask, Series
-from gradscope.flow.trailing import trailing
+from gradscope.flow.trailing import leaps, trailing
 
 _TRAILING = 128
 _LEAST_TRAILING = 16
@@ -35,14 +35,31 @@ def jumps(logs: Array) -> Jumps:
 
     The long window is walked only for layers that rise fourfold within a few records.
     """
-    just_before, _ = trailing(logs, _JUST_BEFORE, 1)
-    sudden = logs - just_before > math.log(SPIKE_RATIO)
+    sudden = leaps(logs, _JUST_BEFORE, math.log(SPIKE_RATIO))
     rows = np.flatnonzero(sudden.any(axis=0))
     median, wide = trailing(logs[:, rows], _TRAILING, _LEAST_TRAILING)
     above = logs[:, rows] - median
     ratio, z = np.full(logs.shape, np.nan), np.full(logs.shape, np.nan)
     ratio[:, rows], z[:, rows] = np.exp(above), above / np.maximum(wide, SPREAD_FLOOR)
-    return Jumps((z > SPIKE_Z) & (ratio > SPIKE_RATIO) & sudden, ratio, z)
+    first = slice(0, _LEAST_TRAILING + 1)
+    early_ratio, early_z = _early(logs[: 2 * _LEAST_TRAILING, rows])
+    young = np.isnan(ratio[first][:, rows])
+    ratio[first, rows] = np.where(young, early_ratio, ratio[first, rows])
+    z[first, rows] = np.where(young, early_z, z[first, rows])
+    least = np.full((len(logs), 1), SPIKE_RATIO)
+    least[first][young.all(axis=1) if young.size else ()] = SEVERE_RATIO
+    spike = np.zeros(logs.shape, bool)
+    spike[:, rows] = (z[:, rows] > SPIKE_Z) & (ratio[:, rows] > least) & sudden[:, rows]
+    return Jumps(spike, ratio, z)
+
+
+def _early(logs: Array) -> tuple[Array, Array]:
+    """Ratio and z of the first records against all the others at the start, also those after.
+
+    Too few precede them, and gradients often fall from the first step on: the limit is higher.
+    """
+    above = logs[: _LEAST_TRAILING + 1] - nanmedian(logs, axis=0)
+    return np.exp(above), above / np.maximum(spread(logs, axis=0), SPREAD_FLOOR)
 
 
 def spikes(series: Series, found: Jumps, lasting: Sequence[Region]) -> list[Spike]:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from gradscope.flow.result import CriticalPath, FlowResult, LayerFlow
+from gradscope.flow.result import Against, CriticalPath, FlowResult, LayerFlow
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import facts, number, table
-from gradscope.text import escaped, shortened
+from gradscope.text import escaped, listed, shortened
 
 _SHOWN = 40
 _PATHS = 3
+_DIFFERING = 12
 _NARROW_NAME = 30
 #: Perceptually ordered, dark to bright; the glyph says the same without colour.
 _HEAT = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
@@ -32,6 +33,51 @@ def flow(result: FlowResult, display: Display) -> Iterator[RenderableType]:
         yield from _layers(result.layers, display)
         yield from _heatmap(result.layers, display)
         yield from _paths(result.critical_paths, display)
+    if result.against is not None:
+        yield from _against(result.against, display)
+
+
+def _against(found: Against, display: Display) -> Iterator[RenderableType]:
+    """What differs from another run: numbers, findings, and the layers at another level."""
+    span = f", steps {found.first_step}–{found.last_step}"
+    yield Text(f"\nAgainst {shortened(found.input)}{span}", style="bold")
+    yield facts(dict(_pairs(found)))
+    for change in found.findings:
+        was, now = (severity or "none" for severity in (change.there, change.here))
+        yield Text(f"  {change.name} {shortened(change.subject)}: {now}, there {was}")
+    for where, names in (("here", found.only_here), ("there", found.only_there)):
+        if names:
+            yield Text(f"  only {where}: {listed(map(shortened, names), len(names), most=5)}")
+    differing = sorted((d for d in found.layers if d.differs), key=lambda d: -abs(d.level or 0))
+    if not differing:
+        yield Text("  no layer's gradient level differs", style="dim")
+        return
+    shown = differing if display.width is None or display.detail > 1 else differing[:_DIFFERING]
+    made = table(("layer", "left"), "gradient", "spread", "update")
+    for layer in shown:
+        made.add_row(
+            shortened(layer.layer_name),
+            *(_factor(value) for value in (layer.level, layer.spread, layer.update)),
+        )
+    yield made
+    if len(differing) > len(shown):
+        yield Text(f"… {len(differing) - len(shown):,} more; -v shows every one", style="dim")
+
+
+def _pairs(found: Against) -> Iterator[tuple[str, str]]:
+    for name, pair in (("loss", found.loss), ("efficiency", found.efficiency)):
+        if pair.here is not None or pair.there is not None:
+            yield name, f"{number(pair.here)}, there {number(pair.there)}"
+    for onset in found.onsets:
+        yield f"{onset.kind} since", f"{_onset(onset.here)}, there {_onset(onset.there)}"
+
+
+def _onset(onset: tuple[int | None, int] | None) -> str:
+    return "never" if onset is None else f"step {onset[1]}"
+
+
+def _factor(decades: float | None) -> str:
+    return "–" if decades is None else f"×{10**decades:.2g}"
 
 
 def _network(result: FlowResult) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,24 +191,31 @@ def stability(series: Series, records: NDArray[np.int64], window: int = WINDOW) 
 def temporal(series: Series, flows: Directions, window: int = WINDOW) -> Iterator[TemporalFlow]:
     """One row for each record of some flow directions and layer that was recorded, by time."""
     records = flows.records
-    steady = stability(series, records, window)
-    for i, record in enumerate(records.tolist()):
-        for row in np.flatnonzero(series.status[record] != 0).tolist():
-            yield TemporalFlow.model_construct(
-                step=int(series.steps[record]),
-                layer_name=series.names[row],
-                gradient_magnitude=magnitude(series, record, row),
-                flow_direction=str(flows.direction[i, row]),
-                stability_score=None if np.isnan(steady[i, row]) else float(steady[i, row]),
-            )
+    steady = known_or_none(stability(series, records, window))
+    norms = magnitudes(series, records)
+    directions, there = flows.direction.tolist(), (series.status[records] != 0).tolist()
+    for i, step in enumerate(series.steps[records].tolist()):
+        rows = zip(series.names, norms[i], directions[i], steady[i], there[i], strict=True)
+        for name, norm, direction, score, recorded in rows:
+            if recorded:
+                yield TemporalFlow(step, name, norm, direction, score)
 
 
-def magnitude(series: Series, record: int, row: int) -> float | None:
-    """The norm; NaN for a gradient that is not finite, None for one that was not recorded."""
-    if series.nonfinite[record, row]:
-        return math.nan
-    value = float(series.norm[record, row])
-    return None if math.isnan(value) else value
+def known_or_none(values: Array) -> list[Any]:
+    """An array as lists, None where it is NaN."""
+    unknown = np.isnan(values)
+    found: Any = values.astype(object) if unknown.any() else values
+    if unknown.any():
+        found[unknown] = None
+    return found.tolist()  # type: ignore[no-any-return]
+
+
+def magnitudes(series: Series, records: NDArray[np.int64]) -> list[list[float | None]]:
+    """Norms by record and layer: NaN for a gradient that is not finite, None where unknown."""
+    found = known_or_none(series.norm[records])
+    for i, row in np.argwhere(series.nonfinite[records]).tolist():
+        found[i][row] = math.nan
+    return found
 
 
 def recent_records(series: Series, most_rows: int) -> Sequence[int]:

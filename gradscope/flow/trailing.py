@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.compiled import kernel
 from gradscope.flow.robust import GAUSSIAN, Array
@@ -18,6 +19,42 @@ def trailing(values: Array, window: int, least: int) -> tuple[Array, Array]:
     spreads = np.full(values.shape, np.nan)
     _trailing(np.ascontiguousarray(values), window, least, GAUSSIAN, medians, spreads)
     return medians, spreads
+
+
+def leaps(values: Array, window: int, rise: float) -> NDArray[np.bool_]:
+    """Where a value lies more than ``rise`` above the median of up to ``window`` before it, [T, L].
+
+    Finite values alone count. The same median as ``trailing`` gives, record by record over all
+    layers, because that is how they lie in memory.
+    """
+    found = np.zeros(values.shape, np.bool_)
+    _leaps(np.ascontiguousarray(values), window, rise, found)
+    return found
+
+
+@kernel()
+def _leaps(values, window, rise, found):  # type: ignore[no-untyped-def]
+    records, layers = values.shape
+    ordered = np.empty((layers, window))
+    arrival = np.empty((layers, window))
+    counts = np.zeros(layers, np.int64)
+    oldest = np.zeros(layers, np.int64)
+    for t in range(records):
+        for layer in range(layers):
+            v = values[t, layer]
+            if not np.isfinite(v):
+                continue
+            before, count = ordered[layer], counts[layer]
+            if count and v - before[0] > rise:
+                found[t, layer] = v - _middle(before, count) > rise
+            at = oldest[layer]
+            if count < window:
+                _insert(before, count, v)
+                counts[layer] = count + 1
+            else:
+                _exchange(before, arrival[layer, at], v)
+            arrival[layer, at] = v
+            oldest[layer] = at + 1 if at + 1 < window else 0
 
 
 @kernel()
@@ -76,6 +113,20 @@ def _insert(ordered, count, value):  # type: ignore[no-untyped-def]
         ordered[at] = ordered[at - 1]
         at -= 1
     ordered[at] = value
+
+
+@kernel()
+def _exchange(ordered, old, new):  # type: ignore[no-untyped-def]
+    at = 0
+    while ordered[at] != old:
+        at += 1
+    while at + 1 < len(ordered) and ordered[at + 1] < new:
+        ordered[at] = ordered[at + 1]
+        at += 1
+    while at > 0 and ordered[at - 1] > new:
+        ordered[at] = ordered[at - 1]
+        at -= 1
+    ordered[at] = new
 
 
 @kernel()

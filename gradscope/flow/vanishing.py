@@ -34,10 +34,10 @@ from gradscope.flow.limits import (
     MOVING,
     STANDSTILL,
     TOGETHER_DECADES,
-    ZERO_SHARE,
 )
 from gradscope.flow.regions import (
     Stretch,
+    carried,
     extent,
     fired,
     held,
@@ -52,10 +52,7 @@ from gradscope.flow.regions import (
 from gradscope.flow.result import Depth, Peak
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
-
-_HALF_SMALLEST = 6.103515625e-05
-_UNDERFLOW_MARGIN = 10.0
-_UNDERFLOW_ZEROS = 0.5
+from gradscope.flow.underflow import underflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +79,14 @@ def vanishing(series: Series, levels: Levels) -> Vanishing:
         "depth": hysteresis(deficit >= DEPTH_DECADES, deficit >= DEPTH_DECADES - LEAVE_DECADES),
         "time": hysteresis(fall >= FALL_DECADES, fall >= FALL_DECADES - LEAVE_DECADES) & ~together,
         "update": _stalled(series, levels),
-        "numeric": _underflow(series),
+        "numeric": underflow(series),
     }
     usable = series.recorded & ~series.nonfinite & ~series.skipped[:, None]
     tests = {name: flags & usable for name, flags in tests.items()}
-    decades = np.fmax(
-        np.where(tests["depth"], deficit, -np.inf), np.where(tests["time"], fall, -np.inf)
-    )
+    decades = np.full(fall.shape, -np.inf)
+    for name, lost in (("depth", deficit), ("time", fall)):
+        if tests[name].any():
+            np.fmax(decades, lost, out=decades, where=tests[name])
     return Vanishing(tests, decades)
 
 
@@ -96,7 +94,8 @@ def _network_fall(series: Series, fall: Array) -> Array:
     """Decades that the median layer is below its own level, [T]; layers at zero do not count."""
     if not len(series.layers):
         return np.zeros(len(series.steps))
-    known: Array = nanmedian(np.where(np.isfinite(series.log_rms), fall, np.nan), axis=1)
+    zero = np.isinf(series.log_rms)
+    known: Array = nanmedian(np.where(zero, np.nan, fall) if zero.any() else fall, axis=1)
     return np.nan_to_num(known)
 
 
@@ -104,26 +103,26 @@ def _stalled(series: Series, levels: Levels) -> Mask:
     """Layers that stand still while the median layer moves."""
     ratio, kept = series.update_ratio, levels.attenuation
     if ratio is not None:
-        network = nanmedian(ratio, axis=1)[:, None]
+        assert series.median_update is not None
+        network = series.median_update[:, None]
         stalled: Mask = (ratio < STANDSTILL) & (network > MOVING) & (series.norm > 0)
-        return stalled
+        return _left_the_start(carried(stalled, np.isfinite(ratio)), series.warm_up)
     if kept is None:
         return np.zeros(series.rms.shape, bool)
     held_back: Mask = (kept < ATTENUATED) & (nanmedian(kept, axis=1)[:, None] > ATTENUATED)
     return held_back
 
 
-def _underflow(series: Series) -> Mask:
-    """Half-precision gradients near the smallest numbers of their type."""
-    precision = series.history.meta.get("precision")
-    kind = precision.get("grad") if isinstance(precision, Mapping) else None
-    if str(kind).removeprefix("torch.") not in ("float16", "half", "fp16"):
-        return np.zeros(series.rms.shape, bool)
-    low: Mask = np.zeros(series.rms.shape, bool)
-    if series.per_element:
-        low = series.rms < _UNDERFLOW_MARGIN * _HALF_SMALLEST
-    zeros = series.zero_fraction
-    return low if zeros is None else low | ((zeros > _UNDERFLOW_ZEROS) & (zeros < ZERO_SHARE))
+def _left_the_start(flags: Mask, warm_up: int) -> Mask:
+    """Flags without those of layers that stand still from the first record on and soon move.
+
+    A branch that starts from zero passes nothing on until it has left it.
+    """
+    leading = np.logical_and.accumulate(flags, axis=0)
+    length = leading.sum(axis=0)
+    left = (length <= warm_up) & (length < len(flags))
+    kept: Mask = flags & ~(leading & left)
+    return kept
 
 
 def vanishing_candidates(
@@ -135,7 +134,12 @@ def vanishing_candidates(
     depth: Depth | None,
 ) -> list[Candidate[VanishingFacts]]:
     """The regions in time and over the graph, not judged yet; dead cells are not part of them."""
-    parts = joined(stretches(found.flags & ~dead), graph)
+    parts = [
+        part
+        for part in joined(stretches(found.flags & ~dead), graph)
+        if not _over_at_the_start(series, part)
+    ]
+    lost = None if levels.attenuation is None else -levels.attenuation
     return [
         Candidate(
             region_id=name,
@@ -143,25 +147,36 @@ def vanishing_candidates(
             extent=extent(part, series, graph),
             peak=_peak(series, found.decades, part),
             update_ratio=median_update(series, part),
-            facts=_facts(series, levels, found, part, depth),
+            facts=tuple(_facts(series, lost, found, [run], depth) for run in part),
         )
         for name, part in named("vanishing", parts, series, graph)
     ]
 
 
+def _over_at_the_start(series: Series, part: Sequence[Stretch]) -> bool:
+    """Whether a region begins with the run and ends during warm-up.
+
+    What lies behind a branch that starts from zero gets little until that has left it.
+    """
+    begins = min(run.first for run in part) == 0
+    end = max(run.end for run in part)
+    return begins and end <= series.warm_up and end < len(series.steps)
+
+
 def _facts(
     series: Series,
-    levels: Levels,
+    lost: Array | None,
     found: Vanishing,
     part: Sequence[Stretch],
     depth: Depth | None,
 ) -> VanishingFacts:
-    tests, kept = fired(found.tests, part), levels.attenuation
+    """``lost`` is minus what epsilon leaves of each step."""
+    tests = fired(found.tests, part)
     systemic = "depth" in tests and depth is not None and depth.systemic == "vanishing"
     faintest, typical = math.inf, None
-    if kept is not None:
-        faintest = -held(np.where(found.tests["update"], -kept, -np.inf), part)
-        typical = float(nanmedian(np.concatenate([kept[r.first : r.end, r.row] for r in part])))
+    if lost is not None:
+        faintest = -held(lost, part, [found.tests["update"]])
+        typical = -float(nanmedian(np.concatenate([lost[r.first : r.end, r.row] for r in part])))
     return VanishingFacts(
         tests=tests,
         held_tests=held_tests(found.tests, part),

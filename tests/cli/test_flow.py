@@ -136,3 +136,81 @@ def test_torch_is_not_imported(tmp_path: Path) -> None:
     )
 
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("t.jsonl", [f'{{"step": {t}, "grad_norm/a": 1}}' for t in range(9)] + ['{"step": 9, "g']),
+        ("t.csv", ["step,loss,grad_norm/a", *(f"{t},2.0,1.0" for t in range(9)), "9,2"]),
+    ],
+)
+def test_half_a_line_at_the_end_is_exit_3_and_the_rest_is_reported(
+    name: str, lines: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("\n".join(lines))
+
+    done = flow(tmp_path / name, "-f", "json")
+    report = json.loads(done.stdout)
+
+    assert done.returncode == 3
+    assert [error["kind"] for error in report["errors"]] == ["truncated"]
+    assert report["result"]["last_step"] == 8
+
+    (tmp_path / name).write_text("\n".join(lines[:-1]))
+    assert flow(tmp_path / name).returncode == 0
+
+
+@pytest.mark.parametrize(("records", "code"), [(40, 0), (4, 4)])
+def test_a_run_of_losses_alone_is_analysed_where_there_are_enough(
+    records: int, code: int, tmp_path: Path
+) -> None:
+    rows = "".join(f"{t},{1 / (1 + t)}\n" for t in range(records))
+    (tmp_path / "t.csv").write_text("step,loss\n" + rows)
+
+    done = flow(tmp_path / "t.csv", "-f", "json")
+    report = json.loads(done.stdout)
+
+    assert done.returncode == code
+    skipped = {skip["rule"] for skip in report["coverage"]["not_evaluated"]}
+    assert {"non-finite-gradient", "exploding-gradient"} <= skipped
+    assert ("diverged" in skipped) == (code == 4)
+
+
+@pytest.mark.parametrize("records", [1, 2, 100])
+def test_the_directions_of_gradients_that_a_file_holds_are_in_the_report(
+    records: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    gradients = {
+        f"step_{t}/{name}": rng.normal(size=(30, 40)) + 1 for t in range(records) for name in "ab"
+    }
+    np.savez(tmp_path / "v.npz", **gradients)
+
+    report = json.loads(flow(tmp_path / "v.npz", "-f", "json").stdout)
+
+    for layer in report["result"]["layers"]:
+        found = layer["gradient_directions"]
+        assert [direction["step"] for direction in found] == list(range(records))
+        vectors = np.array([direction["direction_vector"] for direction in found])
+        assert vectors.shape == (records, 128)
+        # The cosine of the gradients themselves, to four standard errors of a sketch.
+        for t in range(1, records):
+            one, two = (gradients[f"step_{s}/{layer['layer_name']}"].ravel() for s in (t - 1, t))
+            cosine = one @ two / np.linalg.norm(one) / np.linalg.norm(two)
+            assert found[t]["consistency_score"] == pytest.approx(cosine)
+            close = vectors[t - 1] @ vectors[t]
+            assert abs(close - cosine) < 4 * np.sqrt((1 + cosine**2) / 128)
+        assert found[0]["consistency_score"] is None
+
+
+def test_against_another_run_the_table_and_the_json_say_what_differs() -> None:
+    table = flow(CNN, "--against", SIGMOID)
+    report = json.loads(flow(CNN, "--against", SIGMOID, "-f", "json").stdout)
+
+    assert table.returncode == flow(CNN).returncode
+    assert f"Against {SIGMOID}, steps 0–" in table.stdout
+    assert "vanishing-gradient 0 … 12: none, there critical" in table.stdout
+    assert report["result"]["against"]["input"] == str(SIGMOID)
+    assert [given["path"] for given in report["inputs"]] == [str(CNN), str(SIGMOID)]
+    jsonschema.validate(report, report_schema())

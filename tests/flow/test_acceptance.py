@@ -62,8 +62,8 @@ def test_a_deep_sigmoid_network_vanishes_as_one_stack_and_its_output_does_not_ex
 def test_a_learning_rate_that_diverges_is_named_as_the_cause() -> None:
     report = analyze_flow(recorded("diverging"))
 
-    assert severe(report) == [("non-finite-gradient", "loss")]
-    assert "diverged" in report.findings[0].recommendation
+    assert severe(report) == [("non-finite-gradient", "loss"), ("diverged", "loss")]
+    assert "diverging" in report.findings[0].message
     assert "learning rate" in report.findings[0].recommendation
 
 
@@ -335,7 +335,10 @@ def test_a_layer_without_any_gradient_is_missing_not_dead() -> None:
 
     report = analyze_flow(made(norms, status=status))
 
-    assert told(report) == [("missing-gradient", "medium", "layers.1")]
+    assert told(report) == [
+        ("missing-gradient", "medium", "layers.1"),
+        ("missing-gradient", "info", "layers.2"),
+    ]
     assert report.result.dead_zones == ()
     assert [s.subject for s in report.coverage.skipped] == ["layers.1", "layers.2"]
 

@@ -139,3 +139,42 @@ def test_the_gradient_that_dies_is_dead_and_not_vanishing() -> None:
 
     assert [f.name for f in report.findings] == ["dead-zone"]
     assert report.result.vanishing_regions == ()
+
+
+# --- experts, and the loss ------------------------------------------------------------------------
+
+
+def experts(count: int, silent: set[int], since: int = 20) -> History:
+    """A stem, experts of two layers each, a head; the silent ones lose their gradient."""
+    names = ["stem", *(f"moe.experts.{i}.{part}" for i in range(count) for part in ("w1", "w2"))]
+    names.append("head")
+    norms = noise(60, len(names))
+    for column, name in enumerate(names):
+        if name.startswith("moe") and int(name.split(".")[2]) in silent:
+            norms[since:, column] = 0
+    return made(norms, names=names)
+
+
+@pytest.mark.parametrize("count", [4, 8, 64])
+def test_idle_experts_are_one_finding_at_medium(count: int) -> None:
+    (found,) = analyze_flow(experts(count, {1, 3})).findings
+
+    assert (found.name, found.severity) == ("missing-gradient", "medium")
+    assert found.message == (
+        f"2 of {count} experts get no gradient at the end: moe.experts.1, moe.experts.3"
+    )
+    assert "load-balancing" in found.recommendation
+
+
+def test_a_mixture_all_of_whose_experts_are_dead_is_a_dead_zone() -> None:
+    names = {f.name for f in analyze_flow(experts(4, {0, 1, 2, 3})).findings}
+
+    assert names == {"dead-zone"}
+
+
+def test_a_zone_under_a_loss_of_zero_is_told_by_the_loss() -> None:
+    (found,) = analyze_flow(made(np.zeros((40, 3)), loss=np.zeros(40))).findings
+
+    assert found.severity == "high"
+    assert "the loss is 0" in found.message
+    assert "labels" in found.recommendation

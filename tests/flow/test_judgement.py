@@ -49,6 +49,7 @@ DEAD = DeadFacts(
     partly_alive=False,
     was_nonfinite=False,
     everything=False,
+    underflowed=False,
     only_biases=False,
 )
 
@@ -149,7 +150,7 @@ def test_a_stack_that_vanishes_is_at_least_severe_and_its_biases_mild() -> None:
 def test_the_causes_of_vanishing_are_those_of_its_tests_each_with_its_remedy() -> None:
     def cause(**changed: Any) -> tuple[str, str]:
         text, advice = judgement._vanishing_cause(replace(LOST, **changed))
-        return text, "; ".join(advice)
+        return "; ".join(text), "; ".join(advice)
 
     assert "not along the whole stack" in cause()[0]
     text, advice = cause(systemic=True, nats_per_layer=math.log(7))
@@ -239,10 +240,12 @@ def test_growth_without_a_rate_is_mild(growth: float | None) -> None:
     assert exploding(tests=(), held_tests=("growth",), own_ratio=-math.inf) == "mild"
 
 
-def test_a_level_under_a_falling_loss_does_no_harm() -> None:
-    assert exploding(own_ratio=1000, loss_rises=False) == "none"
+def test_a_level_under_a_falling_loss_does_no_harm_short_of_ten_times_as_much() -> None:
+    assert exploding(own_ratio=39, loss_rises=False) == "none"
+    assert exploding(own_ratio=41, loss_rises=False) == "mild"
+    assert exploding(own_ratio=1e9, loss_rises=False) == "severe"
     assert exploding(own_ratio=1000, loss_rises=None) == "critical"
-    assert exploding(own_ratio=1000, loss_rises=False, tests=("level", "depth")) == "mild"
+    assert exploding(own_ratio=39, loss_rises=False, tests=("level", "depth")) == "mild"
 
 
 def test_a_stack_that_explodes_is_at_least_severe_and_non_finite_gradients_are_critical() -> None:
@@ -254,7 +257,7 @@ def test_a_stack_that_explodes_is_at_least_severe_and_non_finite_gradients_are_c
 def test_the_causes_of_explosion_are_those_of_its_tests_each_with_its_remedy() -> None:
     def cause(*tests: str, **changed: Any) -> tuple[str, str]:
         text, advice = judgement._exploding_cause(replace(BLOWN, tests=tests, **changed))
-        return text, "; ".join(advice)
+        return "; ".join(text), "; ".join(advice)
 
     assert "NaN or Inf" in cause("non-finite")[0]
     assert "checkpoint" in cause("non-finite")[1]

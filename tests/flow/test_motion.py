@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from gradscope import analyze_flow
 from gradscope.flow.graph import graph_of
 from gradscope.flow.joining import series
 from gradscope.flow.levels import levels
@@ -305,7 +306,7 @@ def test_skipped_steps_are_neither_bad_nor_the_last_good_one() -> None:
     assert nonfinite(s, graph_of(s))[0].last_finite_step is None
 
 
-def test_growth_before_is_the_last_norm_over_the_median_of_thirty_two() -> None:
+def test_growth_before_is_the_last_total_norm_over_its_level_after_warm_up() -> None:
     norms = noise(80, 2)
     norms[60:64, 1] = [2, 4, 8, 1000]
     norms[64, 1] = np.nan
@@ -314,14 +315,17 @@ def test_growth_before_is_the_last_norm_over_the_median_of_thirty_two() -> None:
 
     (entry,) = nonfinite(s, graph_of(s))
 
-    before = s.norm[28:64, 1]
-    before = before[before > 0]
-    assert entry.growth_before == pytest.approx(1000 / np.median(before[:-4]), rel=1e-6)
+    total = np.linalg.norm(s.norm, axis=1)
+    level = np.median(total[20:40])
+    assert entry.growth_before == pytest.approx(total[63] / level, rel=1e-6)
+    first = next(t for t in range(63, 0, -1) if total[t - 1] <= 4 * level)
+    assert entry.growing_since == (first - 1, first)
 
 
 @pytest.mark.parametrize(("records", "known"), [(7, False), (8, True)])
 def test_growth_before_takes_eight_records(records: int, known: bool) -> None:
     norms = noise(20, 1)
+    norms[records - 1] *= 100
     norms[records:] = np.nan
     s = series(made(norms))
 
@@ -404,3 +408,30 @@ def test_only_a_record_at_every_step_gives_a_factor() -> None:
     assert advice(np.arange(80)).divide_by == pytest.approx(1.5, rel=0.01)
     assert advice(np.arange(80) * 2).divide_by is None
     assert math.isclose(advice(np.arange(80)).current, 0.75)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_records_without_an_update_norm_do_not_end_a_standstill(every: int) -> None:
+    updates = np.full((60, 3), 1e-8)
+    updates[:10] = 1e-3
+    updates[1::every] = updates[1::every] if every == 1 else np.nan
+    s = series(made(noise(60, 3), numel=1, param_l2=np.ones((60, 3)), update_l2=updates))
+
+    found = stagnation(s, levels(s, graph_of(s)), None)
+
+    assert found is not None
+    assert found.onset[1] == 10
+
+
+def test_one_step_that_replaces_the_weights_is_told_also_at_the_start() -> None:
+    updates = np.full((60, 3), 1e-3)
+    updates[2] = 5.0
+    history = made(noise(60, 3), numel=1, param_l2=np.ones((60, 3)), update_l2=updates)
+
+    (found,) = [f for f in analyze_flow(history).findings if f.name == "update-ratio"]
+
+    assert (found.severity, found.evidence["step"]) == ("medium", 2)
+    assert "500%" in found.message
+    assert "warm" in found.recommendation
+    updates[2] = 0.9
+    assert analyze_flow(history).findings == ()

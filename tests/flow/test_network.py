@@ -217,18 +217,34 @@ def test_the_strength_of_an_edge_is_that_of_the_last_window_and_its_type_that_of
     assert edge.edge_type == "intermittent"
 
 
-def test_the_steadiness_of_an_edge_is_that_of_its_share() -> None:
-    norms = noise(40, 5, 0.2)
-    norms[:, 2:] = 1
-    s = series(made(norms, numel=1))
-    relative = np.minimum(s.norm[:, 0], s.norm[:, 1])
-    typical = np.median([relative, np.minimum(s.norm[:, 1], 1), np.ones(40), np.ones(40)], axis=0)
-    changes = np.diff(np.log(relative / typical)[-32:])
+def mad(values: np.ndarray) -> float:
+    return float(np.median(np.abs(values - np.median(values))))
 
-    edge = result(made(norms, numel=1)).network.edges[0]
 
-    expected = math.exp(-1.4826 * stats.median_abs_deviation(changes))
-    assert edge.flow_consistency == pytest.approx(expected)
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_the_consistency_of_an_edge_is_that_of_its_share_over_all_records(every: int) -> None:
+    """exp(-1.4826 MAD(ln phi)), phi the edge's smaller RMS over the median edge at that record."""
+    norms = noise(120, 6, 0.2, seed=3)[::every]
+    rms = norms.astype(np.float32).astype(np.float64) / 10
+    carried = np.array([[min(row[i], row[i + 1]) for i in range(5)] for row in rms])
+    shares = np.array([np.log(row / np.median(row)) for row in carried])
+
+    edges = result(made(norms), window=8).network.edges
+
+    wanted = [math.exp(-1.4826 * mad(shares[:, i])) for i in range(5)]
+    assert [e.flow_consistency for e in edges] == pytest.approx(wanted, rel=1e-9)
+
+
+def test_an_edge_that_loses_its_share_smoothly_is_not_consistent() -> None:
+    norms = np.ones((100, 5))
+    norms[:, 0] = np.exp(-np.linspace(0, 2, 100))
+
+    first, *others = result(made(norms)).network.edges
+
+    assert first.flow_consistency == pytest.approx(
+        math.exp(-1.4826 * mad(np.linspace(0, 2, 100))), rel=1e-6
+    )
+    assert all(edge.flow_consistency == 1 for edge in others)
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -510,5 +526,5 @@ def test_the_norm_to_clip_at_is_the_ninetieth_percentile_of_the_calmer_half(reco
 
     known = np.sort(fields["total_l2"][np.isfinite(fields["total_l2"])] if recorded else total)
     expected = np.quantile(known[: len(known) // 2], 0.9)
-    assert region.facts.usual_norm == pytest.approx(expected, rel=1e-5)
+    assert region.facts[0].usual_norm == pytest.approx(expected, rel=1e-5)
     assert f"{expected:.3g}" in region.mitigation_suggestions[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,37 @@ def unused() -> History:
     return made(norms, status=status)
 
 
+def lost() -> History:
+    loss = np.r_[np.linspace(3, 1, 60), np.full(60, 15.0)] * noise(120, 1, 0.02)[:, 0]
+    return made(noise(120, 3), loss=loss)
+
+
+def outside() -> History:
+    history = made(noise(60, 3), meta={"optimizer": {"class": "SGD"}})
+    groups = (0, None, 0)
+    layers = (replace(layer, group=g) for layer, g in zip(history.layers, groups, strict=True))
+    return replace(history, layers=tuple(layers))
+
+
+def summed() -> History:
+    rng = np.random.default_rng(3)
+    signal = rng.normal(size=400)
+    total, vectors = np.zeros(400), []
+    for _ in range(60):
+        total = total + signal + 0.5 * rng.normal(size=400)
+        vectors.append([total])
+    return of_vectors(vectors)
+
+
+def damped() -> History:
+    return made(noise(60, 3) * 1e-9, meta={"optimizer": {"class": "Adam", "eps": 1e-8}})
+
+
+def underflowing() -> History:
+    fields = {"zero_fraction": np.full((60, 3), 0.8), "meta": {"precision": {"grad": "float16"}}}
+    return made(noise(60, 3), **fields)
+
+
 FIRING: dict[str, tuple[Callable[[], History], str, str]] = {
     "non-finite-gradient": (with_nan, "critical", "layers.1"),
     "vanishing-gradient": (vanished, "critical", "layers.2"),
@@ -81,6 +113,16 @@ FIRING: dict[str, tuple[Callable[[], History], str, str]] = {
     "bottleneck": (narrow, "medium", "layers.3"),
     "update-ratio": (wild, "high", "network"),
     "missing-gradient": (unused, "medium", "layers.1"),
+    "diverged": (lost, "high", "loss"),
+    "not-in-optimizer": (outside, "medium", "layers.1"),
+    "underflow": (underflowing, "medium", "layers.0 … layers.2"),
+    "always-clipped": (
+        lambda: made(noise(60, 3), clip_coefficient=np.full(60, 0.2)),
+        "low",
+        "network",
+    ),
+    "carried-over": (summed, "medium", "network"),
+    "epsilon-damped": (damped, "medium", "network"),
 }
 
 
@@ -109,12 +151,15 @@ def test_a_rule_is_silent_about_an_ordinary_run(name: str) -> None:
 
     history = of_vectors(
         vectors,
+        loss=np.linspace(2, 1, 120) * noise(120, 1, 0.05)[:, 0],
+        meta={"optimizer": {"class": "Adam", "eps": 1e-8}},
         param_l2=np.ones((120, 4)),
         update_l2=ratio,
         edges=np.array([[i, i + 1] for i in range(4)]),
         topology="given",
     )
-    report = analyze_flow(history, select=[name])
+    layers = tuple(replace(layer, group=0) for layer in history.layers)
+    report = analyze_flow(replace(history, layers=layers), select=[name])
 
     assert report.findings == ()
     assert report.coverage.not_evaluated == ()
@@ -153,7 +198,7 @@ def test_half_precision_that_underflows_is_told_by_its_type() -> None:
     half = analyze_flow(made(norms, meta={"precision": {"grad": "float16"}}, **fields))
     whole = analyze_flow(made(norms, meta={"precision": {"grad": "bfloat16"}}, **fields))
 
-    assert [f.name for f in half.findings] == ["vanishing-gradient"]
+    assert [f.name for f in half.findings] == ["underflow"]
     assert "gradient scaler" in half.findings[0].recommendation
     assert whole.findings == ()
 

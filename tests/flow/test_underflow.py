@@ -34,7 +34,7 @@ def test_a_layer_most_of_whose_elements_are_zero_underflows(share: float, grad: 
     found = report(share, grad=grad)
 
     assert underflowing(found) == [f"layers.{SUFFERING}"]
-    assert [f.name for f in found.findings] == ["vanishing-gradient"]
+    assert [(f.name, f.severity) for f in found.findings] == [("underflow", "medium")]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
@@ -50,3 +50,18 @@ def test_a_layer_without_any_other_element_is_not_said_to_underflow(share: float
 @pytest.mark.parametrize("grad", ["bfloat16", "float32"])
 def test_types_with_the_exponents_of_float32_do_not_underflow(grad: str) -> None:
     assert report(0.7, grad=grad).findings == ()
+
+
+def test_a_layer_that_underflowed_until_nothing_was_left_has_no_dead_units() -> None:
+    zeros = np.full((RECORDS, LAYERS), 0.01, np.float32)
+    zeros[:20, SUFFERING], zeros[20:, SUFFERING] = 0.8, 1.0
+    norms = NORMS.copy()
+    norms[20:, SUFFERING] = 0
+    fields = {"numel": 10_000, "zero_fraction": zeros}
+
+    half = analyze_flow(made(norms, meta={"precision": {"grad": "float16"}}, **fields))
+    whole = analyze_flow(made(norms, meta={"precision": {"grad": "float32"}}, **fields))
+
+    assert [(f.name, f.severity) for f in half.findings] == [("underflow", "high")]
+    assert f"nothing is left in layers.{SUFFERING}" in half.findings[0].message
+    assert [(f.name, f.severity) for f in whole.findings] == [("dead-zone", "high")]

@@ -191,8 +191,8 @@ def test_a_stack_is_systemic_only_where_depth_lost_the_gradient() -> None:
 
     assert [r.systemic for r in regions] == [True]
     assert regions[0].severity_level == "severe"
-    assert regions[0].facts.nats_per_layer == pytest.approx(0.6 * math.log(10))
-    assert regions[0].facts.attenuation == pytest.approx(1)
+    assert all(f.nats_per_layer == pytest.approx(0.6 * math.log(10)) for f in regions[0].facts)
+    assert all(f.attenuation == pytest.approx(1) for f in regions[0].facts)
 
 
 # --- exploding ------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_burst_of_gradients_that_are_not_finite_is_a_region_however_short(leng
     assert (second.affected_layers, second.extent.records) == (("layers.5",), 1)
 
 
-def test_a_burst_inside_a_lasting_region_belongs_to_it() -> None:
+def test_a_burst_inside_a_lasting_region_is_a_region_of_its_own_and_does_not_end_it() -> None:
     norms = noise(200, 6, scale=0.05)
     norms[100:140, 1] *= 40
     norms[120, 1] = np.nan
@@ -262,11 +262,12 @@ def test_a_burst_inside_a_lasting_region_belongs_to_it() -> None:
 
     assert [(r.affected_layers, r.extent.records) for r in regions] == [
         (("layers.1",), 40),
+        (("layers.1",), 1),
         (("layers.5",), 1),
         (("layers.1",), 1),
     ]
-    assert {"non-finite", "level"} < set(regions[0].tests)
-    assert regions[1].tests == regions[2].tests == ("non-finite",)
+    assert "level" in regions[0].tests
+    assert all(region.tests == ("non-finite",) for region in regions[1:])
     assert regions[0].peak.value == pytest.approx(np.nanmax(norms[100:140, 1]))
 
 
@@ -314,9 +315,20 @@ def test_growth_and_levels_are_told_with_the_rate_and_the_ratio_they_hold() -> N
 
     (region,) = result(made(norms, steps=np.arange(300) * 4)).exploding_regions
 
-    facts = region.facts
+    facts = region.facts[0]
+    assert len(region.facts) == 5
     assert facts.growth == pytest.approx(0.01, rel=0.05)
     assert facts.own_ratio == pytest.approx(math.exp(0.04 * 97), rel=0.15)
     assert facts.depth_nats == -math.inf
     assert facts.update_ratio == -math.inf
     assert {"growth", "level"} <= set(facts.held_tests)
+
+
+@pytest.mark.parametrize(("end", "regions"), [(15, 0), (25, 1)])
+def test_a_layer_behind_a_branch_that_starts_from_zero_does_not_vanish(
+    end: int, regions: int
+) -> None:
+    norms = noise(200, 6, scale=0.05)
+    norms[:end, 2] *= 1e-5
+
+    assert len(result(made(norms)).vanishing_regions) == regions

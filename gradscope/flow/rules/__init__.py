@@ -1,5 +1,5 @@
 """The rules of ``gradscope flow``; importing this registers them."""
 
-from gradscope.flow.rules import magnitudes, motion, paths
+from gradscope.flow.rules import loss, magnitudes, motion, optimizer, paths
 
-__all__ = ["magnitudes", "motion", "paths"]
+__all__ = ["loss", "magnitudes", "motion", "optimizer", "paths"]

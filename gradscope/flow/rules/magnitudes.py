@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from gradscope.flow import judgement
@@ -20,7 +20,7 @@ from gradscope.flow.limits import (
     UPDATE_WILD,
 )
 from gradscope.flow.result import LEVELS, FlowResult, Need, NonFinite, Region, Spike
-from gradscope.flow.rules.say import SEVERITY, place, several, since, span
+from gradscope.flow.rules.say import SEVERITY, own, place, several, since, span, told
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
@@ -30,16 +30,18 @@ _STEPS_SHOWN = 5
 
 
 @rule("F101", "non-finite-gradient", Severity.CRITICAL, reads=FlowResult, needs=Need.NORMS)
-def non_finite_gradient(result: FlowResult, *, diverged: float = 100.0) -> Iterator[Observation]:
+def non_finite_gradient(result: FlowResult, *, diverged: float = 20.0) -> Iterator[Observation]:
     """A gradient has NaN or Inf elements on a step that was not skipped.
 
     The update it makes destroys the weights. Of the layers that turned at the earliest step, the
     origin is the one nearest the loss: the backward pass reaches it first, and every layer behind
-    it inherits. Norms that grew ``diverged`` times just before point at a run that diverged.
+    it inherits. A total norm that had grown ``diverged`` times before, or a loss that had left its
+    level, means that the run diverged and not that one batch was bad: what is needed then lies
+    before that.
     Steps that mixed precision skipped are how a loss scaler works and are reported as info.
     """
     if result.nonfinite:
-        yield _non_finite(result.nonfinite, diverged)
+        yield _non_finite(result, diverged)
     if result.skipped_steps:
         yield Observation(
             "network",
@@ -50,8 +52,10 @@ def non_finite_gradient(result: FlowResult, *, diverged: float = 100.0) -> Itera
         )
 
 
-def _non_finite(stretches: Sequence[NonFinite], diverged: float) -> Observation:
+def _non_finite(result: FlowResult, diverged: float) -> Observation:
+    stretches = result.nonfinite
     first, later = stretches[0], len(stretches) - 1
+    onset = _diverging(result, first, diverged)
     said = (
         f"gradients are not finite from step {first.step} on, for "
         f"{plural(first.records, 'record')}, beginning at {first.origin or 'the loss'}"
@@ -67,20 +71,40 @@ def _non_finite(stretches: Sequence[NonFinite], diverged: float) -> Observation:
         "stretches": len(stretches),
         "loss_nonfinite": str(first.loss_nonfinite).lower(),
     }
-    known = {"last_finite_step": first.last_finite_step, "growth_before": first.growth_before}
+    known = {
+        "last_finite_step": first.last_finite_step,
+        "growth_before": first.growth_before,
+        "diverging_since": None if onset is None else since(onset),
+    }
     facts |= {name: value for name, value in known.items() if value is not None}
-    return Observation(first.origin or "loss", said, _where_to_look(first, diverged), facts)
+    if onset is not None:
+        said += f"; the run had been diverging {since(onset)}"
+    advice = _where_to_look(first) if onset is None else _back_before(onset)
+    return Observation(first.origin or "loss", said, advice, facts)
 
 
-def _where_to_look(first: NonFinite, diverged: float) -> str:
+def _diverging(
+    result: FlowResult, first: NonFinite, diverged: float
+) -> tuple[int | None, int] | None:
+    """Since when a run had been diverging before its gradients overflowed; None if it had not."""
+    left = result.loss.divergence if result.loss else None
+    signs: list[tuple[int | None, int]] = []
+    if first.growing_since is not None and (first.growth_before or 0) > diverged:
+        signs.append(first.growing_since)
+    if left is not None and left.onset[1] < first.step:
+        signs.append(left.onset)
+    return min(signs, key=lambda onset: onset[1], default=None)
+
+
+def _back_before(onset: tuple[int | None, int]) -> str:
+    back = f"go back to a checkpoint of step {onset[0]} or before; " if onset[0] else ""
+    return f"{back}lower the learning rate, warm it up, or clip the total norm"
+
+
+def _where_to_look(first: NonFinite) -> str:
     back = ""
     if first.last_finite_step is not None:
         back = f"go back to a checkpoint of step {first.last_finite_step} or before; "
-    if (first.growth_before or 0) > diverged:
-        return (
-            f"{back}the run diverged (norms had grown {first.growth_before:.2g} times just "
-            "before): lower the learning rate, warm it up, or clip the total norm"
-        )
     if first.loss_nonfinite:
         return (
             f"{back}the loss itself was not finite: look at that batch, and at logs, divisions and "
@@ -130,7 +154,7 @@ def vanishing_gradient(
     systemic = [region for region in regions if region.systemic]
     if systemic:
         yield _stack(result, systemic, decades)
-    for alike in _by_place(region for region in regions if not region.systemic):
+    for alike in _by_cause(own(result, (r for r in regions if not r.systemic and not _numeric(r)))):
         yield _vanishing(alike, decades, learning)
 
 
@@ -170,6 +194,36 @@ def _vanishing(regions: Sequence[Region], decades: float, learning: float) -> Ob
     )
 
 
+def _numeric(region: Region) -> bool:
+    return "numeric" in region.tests
+
+
+@rule("F113", "underflow", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
+def underflow(result: FlowResult) -> Iterator[Observation]:
+    """Float16 gradients are too small for their type: more than half of the elements are zero.
+
+    Or their RMS lies within ten times its smallest normal number (6e-5). What is zero then is lost
+    to rounding and no dead unit. High where whole layers have no gradient left.
+    """
+    regions = [region for region in result.vanishing_regions if _numeric(region)]
+    zones = [zone for zone in result.dead_zones if zone.facts and zone.facts.underflowed]
+    extents = [*(r.extent for r in regions), *(zone.extent for zone in zones)]
+    if not extents:
+        return
+    places = [*(r.affected_layers for r in regions), *(zone.affected_layers for zone in zones)]
+    layers = list(dict.fromkeys(name for place_ in places for name in place_))
+    gone = {name for zone in zones for name in zone.affected_layers}
+    lost = f"; nothing is left in {several(sorted(gone, key=layers.index))}" if gone else ""
+    yield Observation(
+        place(layers),
+        f"float16 gradients underflow in {several(layers)}, "
+        f"{span(min(extents, key=lambda extent: extent.onset[1]))}{lost}",
+        "use a gradient scaler (a larger loss scale), or bfloat16",
+        {"layers": len(layers), "layers_without_gradient": len(gone)},
+        severity=Severity.HIGH if gone else Severity.MEDIUM,
+    )
+
+
 @rule("F103", "exploding-gradient", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
 def exploding_gradient(
     result: FlowResult,
@@ -186,6 +240,7 @@ def exploding_gradient(
     update_mild: float = UPDATE_HIGH,
     update_severe: float = UPDATE_WILD,
     update_critical: float = 1.0,
+    falling: float = 10.0,
 ) -> Iterator[Observation]:
     """Gradients or steps grow out of their range and stay there, measured without absolute norms.
 
@@ -194,9 +249,9 @@ def exploding_gradient(
     times the layer's own level, medium from ``moderate``, high from ``severe``, critical from
     ``critical``; likewise by ``depth_`` times the loss side and by ``update_`` shares of the
     weights, and by growth that doubles the norm within so many steps (``doubling_``). But for
-    steps that replace the weights the loss has the last word: while it falls, growth is not
-    reported and the rest is at most low; where it is unknown, a tall input side alone is at most
-    medium. Non-finite gradients are left to F101.
+    steps that replace the weights the loss has the last word: while it falls, growth takes
+    ``falling`` times as much and is at most high, and the rest is at most low; where it is unknown,
+    a tall input side alone is at most medium. Non-finite gradients are left to F101.
     """
     regions = judgement.exploding(
         (region for region in result.exploding_regions if "non-finite" not in region.tests),
@@ -212,8 +267,10 @@ def exploding_gradient(
         update_mild=update_mild,
         update_severe=update_severe,
         update_critical=update_critical,
+        falling=falling,
     )
-    for alike in _by_place(regions):
+    high = [r for r in regions if SEVERITY[r.severity_level].rank >= Severity.HIGH.rank]
+    for alike in _by_cause(own(result, regions, always=high)):
         yield _exploding(alike)
 
 
@@ -245,9 +302,13 @@ def gradient_spike(
     median are info, taller ones low, and those above ``tall`` times (SPAM) medium: a spike that
     leaves no trace is never more. One that stays is an exploding gradient.
     """
-    if not result.spikes:
+    left = told(result)
+    tallest = sorted(
+        (spike for spike in result.spikes if left is None or spike.step < left.onset[1]),
+        key=lambda spike: -spike.ratio,
+    )
+    if not tallest:
         return
-    tallest = sorted(result.spikes, key=lambda spike: -spike.ratio)
     worst, count = tallest[0], len(tallest)
     steps = listed((spike.step for spike in tallest), count, _STEPS_SHOWN)
     many = f"{count} spikes, the tallest" if count > 1 else "a spike"
@@ -269,14 +330,11 @@ def _spike_severity(worst: Spike, small: float, tall: float) -> Severity:
     return Severity.LOW if worst.ratio > small else Severity.INFO
 
 
-def _by_place(regions: Iterable[Region]) -> list[list[Region]]:
-    """Regions of one cause: the same layers again and again, or single ones alike at once."""
+def _by_cause(regions: Iterable[Region]) -> list[list[Region]]:
+    """Regions that one advice answers, wherever and whenever they are."""
     groups: dict[tuple[object, ...], list[Region]] = defaultdict(list)
     for region in regions:
-        place: tuple[object, ...] = region.affected_layers
-        if len(place) == 1:
-            place = (region.severity_level, region.extent.onset, region.extent.end)
-        groups[region.tests, region.mitigation_suggestions, place].append(region)
+        groups[region.tests, region.mitigation_suggestions].append(region)
     return list(groups.values())
 
 
@@ -289,7 +347,8 @@ def _worst(regions: Sequence[Region]) -> Region:
 
 
 def _again(regions: Sequence[Region]) -> str:
-    times = len({region.extent.onset for region in regions})
+    """How often a place comes back; places that begin at once are one event."""
+    times = max(Counter(region.affected_layers for region in regions).values())
     return f"; {times} times in all" if times > 1 else ""
 
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradscope.flow.limits import STANDSTILL, UPDATE_HIGH, UPDATE_WARN, UPDATE_WILD
-from gradscope.flow.result import FlowResult, LearningRateAdvice, Need, Oscillation
-from gradscope.flow.rules.say import several, since
+from gradscope.flow.result import (
+    FlowResult,
+    Leap,
+    LearningRateAdvice,
+    Need,
+    Oscillation,
+    Standstill,
+)
+from gradscope.flow.rules.say import several, since, told
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
@@ -81,16 +88,21 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
     """The network no longer moves at the end of the history.
 
     Steps below ``still`` of the weights, a gradient below the optimizer's epsilon, or gradients
-    that repeat to the bit, for eight records. Gradients that fell with the loss have converged,
-    which is info.
+    that repeat to the bit, for eight records (a quarter of them in short histories). Gradients
+    that fell with the loss have converged, which is info. High where the gradients fell by three
+    decades and the loss did not: the run is starved.
     """
     if Need.UPDATES not in result.measured and result.stagnation is None:
         yield Unknown("needs update norms; without them only gradients that repeat are seen")
     found = result.stagnation
     if found is None or _explained(result) or (found.fastest or 0) >= still:
         return
+    slow = f"steps change the weights by less than {still:g} of their norm"
     reasons = {
-        "update": f"steps change the weights by less than {still:g} of their norm",
+        "update": slow,
+        "schedule": f"the learning rate fell to a thousandth and less; {slow}",
+        "starved": f"gradients fell by three decades and more; {slow}",
+        "rounded": "steps are rounded away: half-precision weights do not change at all",
         "epsilon": "the optimizer's epsilon outweighs the gradients",
         "repeats": "every gradient norm repeats to the bit",
     }
@@ -98,27 +110,38 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
         "network",
         f"the network stands still {since(found.onset)}: {reasons[found.reason]}"
         + ("; it has converged" if found.converged else ""),
-        "stop here" if found.converged else _move(found.reason),
+        "stop here" if found.converged else _MOVE[found.reason],
         {"reason": found.reason, "converged": str(found.converged).lower()}
         | ({} if found.update_ratio is None else {"update_ratio": found.update_ratio}),
         threshold=still,
-        severity=Severity.INFO if found.converged else Severity.MEDIUM,
+        severity=Severity.INFO
+        if found.converged
+        else Severity.HIGH
+        if found.reason == "starved"
+        else Severity.MEDIUM,
     )
 
 
 def _explained(result: FlowResult) -> bool:
-    """A stack that vanishes or a lasting dead zone stands still for its own reason."""
+    """A stack that vanishes, a lasting dead zone and epsilon are told by their own rules."""
+    damped = result.damping is not None and result.damping.share > 0.5
+    if result.stagnation and result.stagnation.reason == "epsilon" and damped:
+        return True
     return any(r.systemic and r.extent.ongoing for r in result.vanishing_regions) or any(
         zone.intervention_required for zone in result.dead_zones
     )
 
 
-def _move(reason: str) -> str:
-    if reason == "repeats":
-        return "is optimizer.step() called, and are these the parameters the optimizer holds?"
-    if reason == "epsilon":
-        return "lower epsilon or scale the loss up"
-    return "raise the learning rate, or look at the schedule: is it at zero?"
+#: What to do about a network that stands still, by reason.
+_MOVE: dict[Standstill, str] = {
+    "update": "raise the learning rate",
+    "schedule": "check the schedule: is a scheduler meant for epochs stepped at every batch?",
+    "starved": "the loss saturates: use one that works on logits, and look at what its gradient "
+    "passes first (a sigmoid or softmax at its limit; in a GAN, a discriminator that has won)",
+    "rounded": "keep float32 master weights (mixed precision), or use stochastic rounding",
+    "epsilon": "lower epsilon or scale the loss up",
+    "repeats": "is optimizer.step() called, and are these the parameters the optimizer holds?",
+}
 
 
 @rule("F109", "update-ratio", Severity.LOW, reads=FlowResult, needs=Need.UPDATES)
@@ -128,16 +151,20 @@ def update_ratio(
     low: float = UPDATE_WARN,
     high: float = UPDATE_HIGH,
     wild: float = UPDATE_WILD,
+    leap: float = 1.0,
     share: float = 0.05,
 ) -> Iterator[Observation]:
     """The median step of a layer changes it by more than a twentieth of its norm.
 
     About 1e-3 is usual. Low above ``low`` (neurolens's upper band); where layers above ``high``
     hold a ``share`` of the parameters, medium, and high above ``wild``: such weights are replaced
-    rather than trained.
+    rather than trained. A single step at which the median layer changes by more than ``leap`` of
+    its norm is medium, also among the first, where no median shows it.
     """
     found = sorted((u for u in result.update_ratios if u.median > low), key=lambda u: -u.median)
     if not found:
+        if result.leap is not None and result.leap.ratio > leap and told(result) is None:
+            yield _leap(result.leap, leap)
         return
     total = sum(layer.numel or 0 for layer in result.layers)
     worst = found[0]
@@ -161,4 +188,16 @@ def update_ratio(
         else Severity.HIGH
         if worst.median > wild
         else Severity.MEDIUM,
+    )
+
+
+def _leap(found: Leap, limit: float) -> Observation:
+    return Observation(
+        "network",
+        f"the step of record {found.step} changes the median layer by {found.ratio:.0%} of its "
+        "norm: what was there is gone",
+        "warm the learning rate up" if found.first else "log what that step's batch was",
+        {"ratio": found.ratio, "step": found.step},
+        threshold=limit,
+        severity=Severity.MEDIUM,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 
 from gradscope.flow import judgement
@@ -10,7 +12,7 @@ from gradscope.flow.result import DeadZone, FlowResult, Missing, Need
 from gradscope.flow.rules.say import place, several, span
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
-from gradscope.text import plural
+from gradscope.text import listed, plural
 
 
 @rule("F105", "dead-zone", Severity.HIGH, reads=FlowResult, needs=Need.NORMS)
@@ -29,19 +31,25 @@ def dead_zone(
     it lasts but such zones have ended before. Low when it is over, or when ``recoveries`` such
     zones ended and a ``share`` of those that reached its age.
     """
-    for zone in judgement.dead_zones(
+    zones = judgement.dead_zones(
         result.dead_zones,
         records=records,
         recoveries=recoveries,
         share=share,
         outlived=outlived,
-    ):
+    )
+    idle = idle_layers(result)
+    constant = result.loss.constant if result.loss else None
+    for zone in zones:
+        if idle.issuperset(zone.affected_layers) or (zone.facts and zone.facts.underflowed):
+            continue
         yield Observation(
             place(zone.affected_layers),
             f"no gradient in {several(zone.affected_layers)} for "
             f"{plural(zone.extent.records, 'record')}, "
-            f"{span(zone.extent)}; recovery potential {zone.recovery_potential}",
-            _revive(zone),
+            f"{span(zone.extent)}; recovery potential {zone.recovery_potential}"
+            + ("" if constant is None else f"; the loss is {constant:g} to the bit, to the end"),
+            _revive(zone) if constant is None or not zone.extent.ongoing else _COMPUTE_LOSS,
             {
                 "origin": zone.origin,
                 "dead_duration": zone.dead_duration,
@@ -52,6 +60,12 @@ def dead_zone(
             threshold=records,
             severity=_dead_severity(zone),
         )
+
+
+_COMPUTE_LOSS = (
+    "look at how the loss is computed: are all labels masked or ignored, is it multiplied by zero, "
+    "does it depend on the parameters at all?"
+)
 
 
 def _dead_severity(zone: DeadZone) -> Severity:
@@ -152,10 +166,14 @@ def missing_gradient(result: FlowResult) -> Iterator[Observation]:
     """A layer that requires a gradient never gets one, or the file leaves out records of it.
 
     None at every record means that the forward pass does not use the parameter, or that a
-    detach() cuts it off: it never learns. Layers frozen on purpose are listed as not analysed.
-    Gaps in the records are reported as info.
+    detach() cuts it off: it never learns. Experts that get none while others do are one finding,
+    also where they had one before: their router has collapsed. Frozen layers, with their share of
+    the parameters, and gaps in the records are info.
     """
-    unused = [m for m in result.missing if m.state == "unused"]
+    idle = idle_layers(result)
+    for name, experts in _idle_experts(result).items():
+        yield _idle(name, experts, result)
+    unused = [m for m in result.missing if m.state == "unused" and m.layer_name not in idle]
     if unused:
         names = [m.layer_name for m in unused]
         yield Observation(
@@ -170,9 +188,69 @@ def missing_gradient(result: FlowResult) -> Iterator[Observation]:
                 "parameters": sum(m.numel or 0 for m in unused),
             },
         )
-    partly = [m for m in result.missing if m.state == "partly"]
-    if partly:
+    if frozen := [m for m in result.missing if m.state == "frozen"]:
+        yield _frozen(result, frozen)
+    if partly := [m for m in result.missing if m.state == "partly" and m.layer_name not in idle]:
         yield _gaps(result, partly)
+
+
+def _frozen(result: FlowResult, frozen: list[Missing]) -> Observation:
+    names = [m.layer_name for m in frozen]
+    total = sum(layer.numel or 0 for layer in result.layers)
+    share = sum(m.numel or 0 for m in frozen) / total if total else len(names) / len(result.layers)
+    return Observation(
+        place(names),
+        f"{plural(len(names), 'layer')} with {share:.0%} of the parameters "
+        f"{'is' if len(names) == 1 else 'are'} frozen: {several(names)}",
+        "nothing if that is meant; else set requires_grad before the optimizer is made",
+        {"layers": len(names), "share_of_parameters": share},
+        severity=Severity.INFO,
+    )
+
+
+#: A layer of one expert of several: what they belong to, and which one it is.
+_EXPERT = re.compile(r"^(.*?\bexperts?)[._](\d+)(?=[._]|$)")
+
+
+def _idle_experts(result: FlowResult) -> dict[str, list[int]]:
+    """Experts without any gradient at the end, by what they belong to, where others have one."""
+    silent = {m.layer_name for m in result.missing if m.state == "unused"}
+    silent |= {
+        name for zone in result.dead_zones if zone.extent.ongoing for name in zone.affected_layers
+    }
+    layers: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for layer in result.layers:
+        if match := _EXPERT.match(layer.layer_name):
+            layers[match[1], int(match[2])].append(layer.layer_name)
+    idle: dict[str, list[int]] = defaultdict(list)
+    for (name, index), parts in layers.items():
+        if silent.issuperset(parts):
+            idle[name].append(index)
+    return {
+        name: found
+        for name, found in idle.items()
+        if len(found) < sum(parent == name for parent, _ in layers)
+    }
+
+
+def idle_layers(result: FlowResult) -> frozenset[str]:
+    """The layers of experts that get no gradient while others do."""
+    idle = _idle_experts(result)
+    matches = ((layer.layer_name, _EXPERT.match(layer.layer_name)) for layer in result.layers)
+    return frozenset(name for name, m in matches if m and int(m[2]) in idle.get(m[1], ()))
+
+
+def _idle(name: str, experts: list[int], result: FlowResult) -> Observation:
+    matches = (_EXPERT.match(layer.layer_name) for layer in result.layers)
+    total = len({match[2] for match in matches if match and match[1] == name})
+    return Observation(
+        name,
+        f"{len(experts)} of {total} experts get no gradient at the end: "
+        f"{listed([f'{name}.{i}' for i in experts], len(experts), 8)}",
+        "the router does not choose them: add a load-balancing loss or noise to the router, and "
+        "look at how many tokens each expert gets",
+        {"idle_experts": len(experts), "experts": total},
+    )
 
 
 def _gaps(result: FlowResult, partly: list[Missing]) -> Observation:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from gradscope.flow.result import Extent, Level
+from gradscope.flow import judgement
+from gradscope.flow.result import Divergence, Extent, FlowResult, Level, Region
 from gradscope.report.severity import Severity
 from gradscope.text import listed
 
@@ -42,3 +43,43 @@ def span(extent: Extent) -> str:
     return (
         f"{since(extent.onset)}, {'to the end' if extent.ongoing else f'until step {extent.end}'}"
     )
+
+
+def _rules() -> tuple[Callable[..., object], Callable[..., object]]:
+    """F111 and F115, imported late: they are told with the words of this module."""
+    from gradscope.flow.rules.loss import diverged
+    from gradscope.flow.rules.optimizer import carried_over
+
+    return diverged, carried_over
+
+
+def told(result: FlowResult) -> Divergence | None:
+    """The divergence that `diverged` reports: what begins with it is told there."""
+    found = result.loss.divergence if result.loss else None
+    course = judgement.divergence(found, **judgement.limits(_rules()[0]))
+    return None if course.level == "none" else found
+
+
+def begins_after(region: Region, found: Divergence) -> bool:
+    """Whether a region began when the loss had left its level, or grew until it did."""
+    grew = "growth" in region.tests and region.extent.end >= found.onset[1]
+    return region.extent.onset[1] >= found.onset[1] or grew
+
+
+def own(
+    result: FlowResult, regions: Iterable[Region], always: Sequence[Region] = ()
+) -> Iterator[Region]:
+    """The regions that are causes of their own.
+
+    Not those that follow from a loss that diverged or from gradients that add up, unless
+    ``always`` has them, nor those of layers that no optimizer holds: other rules tell those.
+    """
+    left = told(result)
+    adds_up = judgement.adds_up(result.accumulation, **judgement.limits(_rules()[1]))
+    loose = set(result.unoptimized.layers) if result.unoptimized else set()
+    for region in regions:
+        follows = (left is not None and begins_after(region, left)) or (
+            adds_up and {"growth", "level"} & set(region.tests)
+        )
+        if (not follows or region in always) and not loose.issuperset(region.affected_layers):
+            yield region

@@ -1,0 +1,227 @@
+"""The level of the loss: whether a run lost what it had learnt, since when, and what went along."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradscope.flow.limits import (
+    LOSS_LEVEL,
+    LOSS_LOST,
+    LOSS_SPREADS,
+    MIN_TREND,
+    SHORTEST,
+)
+from gradscope.flow.result import Divergence, LossLevel
+from gradscope.flow.robust import GAUSSIAN, Array, nanmedian
+from gradscope.flow.series import Series
+
+_LONGEST_WINDOW = 32
+#: Least spread of a loss, as a share of its level: a deterministic one has none.
+_SPREAD_FLOOR = 1e-3
+#: Records on either side of the onset that are compared.
+_AROUND = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """The known losses, the records that they are of, and the median of the last few at each."""
+
+    records: NDArray[np.intp]
+    loss: Array
+    rolling: Array
+    window: int
+
+    @property
+    def start(self) -> float:
+        return float(self.rolling[min(SHORTEST, len(self.rolling)) - 1])
+
+    @property
+    def end(self) -> float:
+        """By fewer losses than elsewhere: one that still rises leaves a median behind."""
+        return float(np.median(self.loss[-max(SHORTEST, self.window // 4) :]))
+
+    def spread(self, at: int) -> float:
+        """1.4826 MAD of the losses that a level is the median of.
+
+        Few losses have no spread: at the start it is that of the calmer of the first and the last
+        window, one of which may hold the rise.
+        """
+        if at + 1 >= self.window:
+            return _spread(self.loss[at + 1 - self.window : at + 1])
+        return min(_spread(self.loss[: self.window]), _spread(self.loss[-self.window :]))
+
+
+def _spread(losses: Array) -> float:
+    middle = float(np.median(losses))
+    return max(GAUSSIAN * float(np.median(np.abs(losses - middle))), _SPREAD_FLOOR * abs(middle))
+
+
+def loss_level(series: Series) -> LossLevel | None:
+    """What the recorded loss did; None where fewer than eight records have one."""
+    if series.history.loss is None:
+        return None
+    loss: Array = np.asarray(series.history.loss, dtype=np.float64)
+    known = np.isfinite(loss)
+    if known.sum() < MIN_TREND:
+        return None
+    found, lost = _levels(loss, np.flatnonzero(known)), _lost(series, loss)
+    return LossLevel(
+        first=found.start,
+        last=found.end,
+        constant=_constant(found.loss),
+        lost=lost,
+        divergence=_divergence(series, found, lost is not None),
+    )
+
+
+def _levels(loss: Array, records: NDArray[np.intp]) -> _Levels:
+    values = loss[records]
+    window = min(max(len(values) // 10, SHORTEST), _LONGEST_WINDOW)
+    runs = np.lib.stride_tricks.sliding_window_view(values, window)
+    early = [np.median(values[: t + 1]) for t in range(window - 1)]
+    return _Levels(records, values, np.concatenate([early, np.median(runs, axis=1)]), window)
+
+
+def _constant(loss: Array) -> float | None:
+    """The value that the last eight losses and more share to the bit."""
+    same = loss == loss[-1]
+    tail = len(loss) if same.all() else int(np.argmin(same[::-1]))
+    return float(loss[-1]) if tail >= MIN_TREND else None
+
+
+def _lost(series: Series, loss: Array) -> tuple[int, int] | None:
+    """Between which steps the loss became NaN or infinite to the end; None if it did not.
+
+    NaN is also how a record without a loss is written: an end is only one that is longer than the
+    gaps before it.
+    """
+    known = np.flatnonzero(np.isfinite(loss))
+    tail = loss[known[-1] + 1 :]
+    gaps = np.diff(known, prepend=-1)
+    if not len(tail) or not (np.isinf(tail).any() or len(tail) > 2 * (gaps.max() - 1)):
+        return None
+    return int(series.steps[known[-1]]), int(series.steps[known[-1] + 1])
+
+
+def _divergence(series: Series, found: _Levels, nonfinite: bool) -> Divergence | None:
+    """A loss that rose from its best level for good, or far above it for a while."""
+    best = int(np.argmin(found.rolling))
+    if not _risen(found, best, found.end):
+        best = _before_peak(found)
+    highest = _highest(found, best)
+    before, after, peak = found.rolling[best], found.end, found.rolling[highest]
+    risen = _risen(found, best, after)
+    if not risen and not _far(found, best, peak):
+        return None
+    first = _onset(found, best, after if risen else peak)
+    record, top = int(found.records[first]), first + int(np.argmax(found.loss[first:]))
+    ends: Literal["higher", "returned", "non-finite"] = "higher" if risen else "returned"
+    return Divergence(
+        onset=(int(series.steps[found.records[first - 1]]), int(series.steps[record])),
+        before=float(before),
+        after=after,
+        peak=float(found.loss[top]),
+        peak_step=int(series.steps[found.records[top]]),
+        ends="non-finite" if nonfinite else ends,
+        fell=bool(found.loss[0] - before > LOSS_SPREADS * found.spread(best)),
+        progressed=bool(after < found.loss[0] - LOSS_LOST * abs(found.loss[0])),
+        **_company(series, record),
+    )
+
+
+def _before_peak(found: _Levels) -> int:
+    """The best level before the highest one."""
+    return int(np.argmin(found.rolling[: _highest(found, 0) + 1]))
+
+
+def _highest(found: _Levels, first: int) -> int:
+    """Where the highest level is; the first few losses make none."""
+    least = min(2 * SHORTEST, found.window) - 1
+    first = min(max(first, least), len(found.rolling) - 1)
+    return first + int(np.argmax(found.rolling[first:]))
+
+
+def _risen(found: _Levels, best: int, level: float) -> bool:
+    """Whether a level lies clearly above the best: beyond noise, beyond a share of what was gained.
+
+    A positive loss must also be a multiple of the best: a plateau that creeps up is none.
+    """
+    low = found.rolling[best]
+    rise, gained = level - low, found.loss[0] - low
+    if rise < LOSS_LOST * gained:
+        return False
+    noise = found.spread(best)
+    if low > 0 and level >= LOSS_LEVEL**2 * low:
+        return bool(rise > 2 * noise)
+    multiple = level >= LOSS_LEVEL * low if low > 0 else rise >= gained
+    return bool(multiple and rise > LOSS_SPREADS * noise)
+
+
+def _far(found: _Levels, best: int, peak: float) -> bool:
+    """Whether the loss was far above all before for a whole window, whatever it did then."""
+    low = max(found.rolling[best], found.loss[0])
+    return bool(low > 0 and peak >= LOSS_LEVEL**2 * low and peak - low > found.spread(best))
+
+
+def _onset(found: _Levels, best: int, level: float) -> int:
+    """The first loss after the last one that is nearer to the best level than to the later one."""
+    low = found.rolling[best]
+    ceiling = low + max(3 * found.spread(best), (min(level, 4 * abs(low) + low) - low) / 2)
+    ceiling = min(ceiling, (low + level) / 2)
+    top = best + int(np.argmax(found.rolling[best:] >= min(level, found.rolling[best:].max())))
+    below = np.flatnonzero(found.loss[: max(top, 1)] <= ceiling)
+    return int(below[-1]) + 1 if len(below) else max(best, 1)
+
+
+def _company(series: Series, record: int) -> dict[str, float | None]:
+    """What else changed there: learning rate, gradient norm, size and direction of steps."""
+    first, step = max(0, record - _AROUND), max(0, record - 1)
+    total = np.sqrt(np.nansum(series.norm**2, axis=1))
+    return {
+        # The step that raised the loss was made one record before.
+        "learning_rate_factor": _factor(
+            _rate(series), slice(first, max(step, 1)), slice(step, record + _AROUND)
+        ),
+        "gradient_factor": max(
+            (
+                factor
+                for end in (record + 2 * _AROUND, None)
+                if (factor := _factor(total, slice(first, record), slice(record, end))) is not None
+            ),
+            default=None,
+        ),
+        "update_ratio": _largest(series.update_ratio, slice(step, record + _AROUND)),
+        "descent": _median(series.history.update_cosine, slice(first, None)),
+    }
+
+
+def _rate(series: Series) -> Array | None:
+    rates = series.history.lr
+    return None if rates is None or not rates.size else np.asarray(rates, np.float64).max(axis=1)
+
+
+def _factor(values: Array | None, before: slice, after: slice) -> float | None:
+    """Median after over median before; None where either is unknown or zero."""
+    if values is None:
+        return None
+    one, two = nanmedian(values[before]), nanmedian(values[after])
+    return float(two / one) if one > 0 and math.isfinite(two) else None
+
+
+def _largest(values: Array | None, part: slice) -> float | None:
+    """The greatest of the median layer's values over some records."""
+    if values is None:
+        return None
+    medians = nanmedian(values[part], axis=1)
+    known = medians[np.isfinite(medians)]
+    return float(known.max()) if len(known) else None
+
+
+def _median(values: NDArray[np.floating[Any]] | None, part: slice) -> float | None:
+    found = math.nan if values is None else float(nanmedian(values[part]))
+    return found if math.isfinite(found) else None

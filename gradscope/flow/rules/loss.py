@@ -1,0 +1,111 @@
+"""The rule about the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gradscope.flow import judgement
+from gradscope.flow.limits import CLIMBING, LOSS_LEVEL
+from gradscope.flow.result import Divergence, FlowResult, Need
+from gradscope.flow.rules.say import SEVERITY, begins_after, several, since
+from gradscope.report.model import Fact
+from gradscope.report.rules import Observation, rule
+from gradscope.report.severity import Severity
+
+
+@rule("F111", "diverged", Severity.HIGH, reads=FlowResult, needs=Need.LOSS)
+def diverged(
+    result: FlowResult,
+    *,
+    level: float = LOSS_LEVEL,
+    adversarial: float = 10.0,
+    steered: float = 3.0,
+    wild: float = 0.02,
+) -> Iterator[Observation]:
+    """The loss left its best level upwards and did not come back.
+
+    Levels are medians of windows of a tenth of the run: eight robust deviations, a tenth of what
+    had been gained, and (where it is positive) ``level`` times the best one. High where it stays
+    there or ends no better than it began, medium where it came back, critical where it ends
+    non-finite, from a higher level or while the gradients are finite. What vanishes or spikes from
+    then on, and what explodes mildly, follows from it and is told here alone.
+
+    A loss that never fell and rises may belong to one of two networks that compete: it takes
+    evidence of overshooting (learning rate or gradient norm ``steered`` times as large, steps of
+    more than a ``wild`` share of the weights, steps up the gradient); without it only a loss
+    ``adversarial`` times as high is reported, as medium.
+    """
+    found = result.loss.divergence if result.loss else None
+    limits = {"level": level, "adversarial": adversarial, "steered": steered, "wild": wild}
+    course = judgement.divergence(found, **limits)
+    if course.level == "none" and result.loss and result.loss.lost and not result.nonfinite:
+        yield _not_finite(result.loss.lost, bool(result.layers))
+    if found is None or course.level == "none":
+        return
+    layers = [n for r in result.regions if begins_after(r, found) for n in r.affected_layers]
+    went = f"; gradients went with it in {several(list(dict.fromkeys(layers)))}" if layers else ""
+    why = f": {', '.join(course.evidence)}" if course.evidence else ""
+    yield Observation(
+        "loss",
+        f"the loss {_course(found)}, {since(found.onset)}{why}{went}",
+        _advice(found, steered),
+        _facts(found),
+        threshold=level,
+        severity=SEVERITY[course.level],
+    )
+
+
+def _not_finite(lost: tuple[int, int], compared: bool) -> Observation:
+    """``compared`` says whether gradients were recorded beside the loss."""
+    though = ", though the gradients are" if compared else ""
+    cause = (
+        "a term without gradient (a metric, a penalty, a logged mean) is NaN or infinite, or the "
+        "gradients were replaced"
+        if compared
+        else "record gradients too (gradscope.GradientRecorder) to see where it began"
+    )
+    return Observation(
+        "loss",
+        f"the loss is not finite {since(lost)}, to the end{though}",
+        f"look at how the loss of step {lost[1]} is computed: {cause}",
+        {"last_finite_step": lost[0]},
+        severity=Severity.CRITICAL,
+    )
+
+
+def _course(found: Divergence) -> str:
+    rise = f"rose from {found.before:.3g} to {found.peak:.3g} (step {found.peak_step})"
+    if found.ends == "non-finite":
+        return f"{rise} and ends non-finite"
+    if found.ends == "returned":
+        return f"{rise} and came back to {found.after:.3g}" + (
+            "" if found.progressed else ", no better than it began"
+        )
+    return f"{rise} and is still {found.after:.3g}"
+
+
+def _advice(found: Divergence, steered: float) -> str:
+    if found.descent is not None and found.descent < CLIMBING:
+        return "check the sign of the loss and the optimizer's maximize"
+    back = f"go back to a checkpoint of step {found.onset[0]} or before; " if found.onset[0] else ""
+    if (found.learning_rate_factor or 0) >= steered:
+        return f"{back}check the schedule: raise the learning rate slowly, or not so far"
+    first = "warm the learning rate up, or " if (found.onset[0] or 0) < 10 else ""
+    return f"{back}{first}lower the learning rate, and clip the total norm as a guard"
+
+
+def _facts(found: Divergence) -> dict[str, Fact]:
+    facts: dict[str, Fact] = {
+        "before": found.before,
+        "after": found.after,
+        "peak": found.peak,
+        "onset": since(found.onset),
+        "ends": found.ends,
+    }
+    known = {
+        "learning_rate_factor": found.learning_rate_factor,
+        "gradient_factor": found.gradient_factor,
+        "update_ratio": found.update_ratio,
+        "descent": found.descent,
+    }
+    return facts | {name: value for name, value in known.items() if value is not None}

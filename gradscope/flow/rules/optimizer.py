@@ -1,0 +1,132 @@
+"""Rules about what the optimizer makes of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gradscope.flow import judgement
+from gradscope.flow.limits import ATTENUATED
+from gradscope.flow.result import FlowResult, Need
+from gradscope.flow.rules.say import place, several
+from gradscope.report.model import Fact
+from gradscope.report.rules import Observation, Unknown, rule
+from gradscope.report.severity import Severity
+
+
+@rule("F112", "not-in-optimizer", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
+def not_in_optimizer(result: FlowResult) -> Iterator[Observation | Unknown]:
+    """Layers get gradients, but no optimizer holds their parameters: they never learn.
+
+    Told by the parameter groups in the file, where other layers have one. Such gradients are not
+    zeroed by the optimizer either, so they add up; that is not reported as an explosion.
+    """
+    found = result.unoptimized
+    if found is None:
+        if Need.GROUPS not in result.measured:
+            yield Unknown("needs the optimizer's parameter groups, which the recorder writes")
+        return
+    yield Observation(
+        place(found.layers),
+        f"{several(found.layers)} {'gets' if len(found.layers) == 1 else 'get'} gradients and "
+        f"{'is' if len(found.layers) == 1 else 'are'} in no parameter group of the optimizer "
+        f"({found.share:.0%} of the parameters)",
+        "pass these parameters to the optimizer (were they made after it, or filtered out?); to "
+        "freeze them, set requires_grad to False",
+        {"layers": len(found.layers), "share_of_parameters": found.share}
+        | ({} if found.parameters is None else {"parameters": found.parameters}),
+    )
+
+
+@rule("F114", "always-clipped", Severity.LOW, reads=FlowResult, needs=Need.RECORDS)
+def always_clipped(result: FlowResult, *, share: float = 0.99) -> Iterator[Observation | Unknown]:
+    """Every step is clipped: the limit sets the length of the steps, not the gradients.
+
+    Told by the recorded clip coefficients, or by a total norm that stays at its greatest value, in
+    more than a ``share`` of the records. Common and often harmless with an adaptive optimizer;
+    with SGD the limit then acts as a learning rate.
+    """
+    found = result.clipping
+    if found is None:
+        yield Unknown("needs clip coefficients, or 16 records with a total norm")
+        return
+    if found.share <= share:
+        return
+    by = f", by the median to {found.median:.3g} of their length" if found.median else ""
+    at = f": the total norm stays at {found.limit:.3g}" if found.limit is not None else ""
+    facts: dict[str, Fact] = {"share": found.share}
+    facts |= {k: v for k, v in (("median", found.median), ("limit", found.limit)) if v is not None}
+    yield Observation(
+        "network",
+        f"{found.share:.0%} of the steps are clipped{by}{at}",
+        "raise the limit to what the norms usually are, or lower it knowingly and tune the "
+        "learning rate for it",
+        facts,
+        threshold=share,
+    )
+
+
+@rule("F115", "carried-over", Severity.MEDIUM, reads=FlowResult, needs=Need.DIRECTIONS)
+def carried_over(
+    result: FlowResult,
+    *,
+    cosine: float = 0.97,
+    growth: float = 5.0,
+    added: float = 5.0,
+    steady: float = 0.6,
+    doubled: float = 1.25,
+) -> Iterator[Observation]:
+    """Gradients add up from step to step, as they do without `zero_grad`.
+
+    Over the first records successive gradients agree to more than ``cosine``, their norm climbs
+    more than ``growth`` times, and what each step adds stays as large as the first gradient
+    (within ``added`` times): a gradient that grows by itself grows in what it adds, too (as the
+    norm to the power ``steady`` and more), and does not grow ``doubled``-fold at the first step,
+    where the sum of two batches is up to twice the first.
+    """
+    found = result.accumulation
+    limits = {"cosine": cosine, "growth": growth, "added": added, "steady": steady}
+    limits["doubled"] = doubled
+    if found is None or not judgement.adds_up(found, **limits):
+        return
+    yield Observation(
+        "network",
+        f"gradients add up: each agrees with the one before (cosine {found.cosine:.3f}), the norm "
+        f"grew {found.growth:.3g} times, and every step adds about one batch's gradient",
+        "call optimizer.zero_grad() after each step; if gradients are accumulated on purpose, "
+        "capture once per optimizer step",
+        {"cosine": found.cosine, "growth": found.growth, "added": found.added},
+        threshold=cosine,
+    )
+
+
+@rule("F116", "epsilon-damped", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
+def epsilon_damped(
+    result: FlowResult, *, most: float = 0.5, left: float = ATTENUATED
+) -> Iterator[Observation | Unknown]:
+    """The optimizer's epsilon outweighs the gradients of the whole network.
+
+    An Adam-like step is divided by RMS + epsilon: where the RMS gradient lies below epsilon, less
+    than half of the step is ``left``. Reported when that holds at the end for ``most`` of the
+    parameters; single layers are `vanishing-gradient`. Clipping counts: a tight limit can push
+    every gradient below epsilon.
+    """
+    found = result.damping
+    if found is None:
+        yield Unknown("needs an Adam-like optimizer's epsilon and the layers' sizes")
+        return
+    if found.share <= most or not found.left or found.left >= left:
+        return
+    cause = " after clipping" if found.clipped else ""
+    yield Observation(
+        "network",
+        f"the optimizer's epsilon ({found.epsilon:g}) outweighs the gradients{cause}: the median "
+        f"layer's step keeps {found.left:.2g} of its size",
+        (
+            "raise the clipping limit, or lower epsilon"
+            if found.clipped
+            else f"lower epsilon well below {found.epsilon:g}, or scale the loss up (a mean over "
+            "too many elements?)"
+        ),
+        {"epsilon": found.epsilon, "left": found.left, "share_of_parameters": found.share},
+        threshold=left,
+    )

@@ -1,0 +1,84 @@
+"""Real training bugs and healthy runs of every kind: each fault is named, at any ``every``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradscope import analyze_flow
+from gradscope.histories.history import History, Sketches
+from gradscope.histories.open import open_history
+from gradscope.report.severity import Severity
+
+pytest.importorskip("torch")
+
+from faults import FAULTS
+from healthy import HEALTHY
+from runs import recorded_fault, recorded_healthy
+
+EVERY = (1, 2, 5, 10, 50)
+#: What happens at a single step or begins too late to be seen by a coarse recording.
+UNSEEN = {("early-spike", 5), ("early-spike", 10), ("early-spike", 50), ("wrong-sign", 50),
+          ("grows-then-nan", 50)}  # fmt: skip
+CELLS = (
+    "l2", "status", "max_abs", "mean_abs", "mean", "zero_fraction", "n_nan", "n_inf", "param_l2",
+    "update_l2", "update_cosine", "loss", "total_l2", "clip_coefficient", "loss_scale", "skipped",
+    "lr", "micro_mean_square", "micro_count",
+)  # fmt: skip
+
+
+def thinned(history: History, every: int) -> History:
+    """What a recorder with ``every`` would have kept: those steps, and the ones after them."""
+    steps = np.asarray(history.steps)
+    if every == 1:
+        return history
+    kept = np.flatnonzero((steps % every == 0) | (steps % every == 1))
+    cells = {
+        name: np.array(values[kept])
+        for name in CELLS
+        if (values := getattr(history, name)) is not None
+    }
+    if "update_l2" in cells:
+        cells["update_l2"][steps[kept] % every == 1] = np.nan
+    assert history.sketches is not None
+    place = {int(record): at for at, record in enumerate(kept)}
+    rows = [i for i, record in enumerate(history.sketches.index) if int(record) in place]
+    index = np.array([place[int(history.sketches.index[i])] for i in rows])
+    sketches = Sketches(history.sketches.values[rows], index)
+    return replace(history, steps=steps[kept], exact=None, sketches=sketches, **cells)
+
+
+@pytest.fixture(scope="session", params=sorted(FAULTS))
+def fault(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, History]:
+    folder = tmp_path_factory.mktemp("faults") / request.param
+    recorded_fault(request.param, folder)
+    return request.param, open_history(str(folder))
+
+
+def test_a_bug_is_named_by_its_rule_whatever_is_recorded(fault: tuple[str, History]) -> None:
+    name, history = fault
+    wanted = FAULTS[name]
+
+    for every in EVERY:
+        if (name, every) in UNSEEN:
+            continue
+        report = analyze_flow(thinned(history, every))
+        found = [f for f in report.findings if f.name == wanted.rule]
+        assert found, (every, [f.name for f in report.findings])
+        assert max(f.severity.rank for f in found) >= Severity(wanted.severity).rank, every
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", sorted(HEALTHY))
+def test_a_healthy_run_of_any_kind_is_not_alarming(name: str, seed: int, tmp_path: Path) -> None:
+    recorded_healthy(name, tmp_path / "run", seed=seed)
+    history = open_history(str(tmp_path / "run"))
+
+    for every in (1, 10):
+        report = analyze_flow(thinned(history, every))
+        assert [f for f in report.findings if f.severity.rank >= Severity.HIGH.rank] == []

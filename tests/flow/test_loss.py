@@ -1,0 +1,186 @@
+"""The level of the loss: what is lost for good, what comes back, and what a GAN's loss does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradscope import analyze_flow
+from gradscope.flow.joining import series
+from gradscope.flow.loss import loss_level
+from gradscope.flow.result import Divergence, LossLevel
+from gradscope.report.model import Finding
+
+from .made import made, noise
+
+
+def level(loss: Any, **fields: Any) -> LossLevel | None:
+    loss = np.asarray(loss, dtype=np.float64)
+    return loss_level(series(made(noise(len(loss), 2), loss=loss, **fields)))
+
+
+def divergence(loss: Any, **fields: Any) -> Divergence | None:
+    found = level(loss, **fields)
+    assert found is not None
+    return found.divergence
+
+
+def diverged(loss: Any, **fields: Any) -> list[Finding]:
+    loss = np.asarray(loss, dtype=np.float64)
+    norms = fields.pop("norms", noise(len(loss), 2, 0.05))
+    report = analyze_flow(made(norms, loss=loss, **fields))
+    return [f for f in report.findings if f.name == "diverged"]
+
+
+def falling(records: int, first: float = 2.3, last: float = 0.1, seed: int = 0) -> np.ndarray:
+    """A loss that falls as losses do, with the noise of batches."""
+    curve = last + (first - last) * np.exp(-np.linspace(0, 5, records))
+    return curve * noise(records, 1, 0.1, seed)[:, 0]
+
+
+# --- for good -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records", [40, 200, 2000])
+@pytest.mark.parametrize("factor", [5.0, 15.0, 1000.0])
+def test_a_loss_that_jumps_and_stays_is_high_with_the_step_of_its_onset(
+    records: int, factor: float
+) -> None:
+    loss = falling(2 * records)
+    loss[records:] = loss[records - 1] * factor * noise(records, 1, 0.1, 1)[:, 0]
+
+    (found,) = diverged(loss)
+
+    assert found.severity == "high"
+    assert f"since step {records}" in found.message
+    assert found.recommendation.startswith(f"go back to a checkpoint of step {records - 1} or")
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_scale_of_the_loss_does_not_matter(scale: float) -> None:
+    loss = np.r_[falling(100), np.full(100, 5.0)] * scale
+
+    assert [f.severity for f in diverged(loss)] == ["high"]
+    assert diverged(falling(200) * scale) == []
+
+
+def test_a_loss_below_zero_is_judged_by_what_it_had_gained() -> None:
+    healthy = -falling(200)[::-1]
+    lost = np.r_[healthy, np.full(60, healthy[0] + 5.0) + noise(60, 1, 0.1)[:, 0] * 0.01]
+
+    assert divergence(healthy) is None
+    assert divergence(lost) is not None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_on_a_plateau_is_no_rise(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+
+    assert divergence(2.3 + 0.1 * rng.normal(size=300)) is None
+    assert divergence(rng.normal(size=300)) is None
+    assert divergence(np.exp(rng.normal(size=300))) is None
+
+
+def test_a_tiny_loss_that_ends_fifteen_times_higher_has_lost_nothing_of_what_it_gained() -> None:
+    loss = np.r_[np.geomspace(2.3, 1e-3, 150), np.full(50, 15e-3)]
+
+    assert divergence(loss) is None
+
+
+# --- and back -------------------------------------------------------------------------------------
+
+
+def test_an_excursion_that_comes_back_is_medium_and_one_that_ends_where_it_began_high() -> None:
+    hill = np.r_[np.full(40, 60.0), np.geomspace(60, 1, 40)]
+    back = np.r_[falling(100, last=0.5), hill, np.full(60, 0.4)]
+    no_better = np.r_[np.full(20, 2.3), hill, np.full(60, 2.3)]
+
+    assert [f.severity for f in diverged(back)] == ["medium"]
+    (found,) = diverged(
+        no_better, norms=np.where(no_better > 5, 9.0, 1.0)[:, None] * np.ones((1, 2))
+    )
+    assert found.severity == "high"
+    assert "no better than it began" in found.message
+
+
+# --- non-finite -----------------------------------------------------------------------------------
+
+
+def test_a_loss_that_ends_nan_under_finite_gradients_is_critical() -> None:
+    (found,) = diverged(np.r_[falling(80), np.full(20, np.nan)])
+
+    assert found.severity == "critical"
+    assert "not finite since step 80" in found.message
+
+
+def test_records_without_a_loss_do_not_end_it() -> None:
+    loss = np.full(100, np.nan)
+    loss[::10] = falling(10)
+
+    assert level(loss).lost is None
+    assert diverged(loss) == []
+
+
+def test_a_loss_that_rises_and_ends_infinite_is_critical() -> None:
+    loss = np.r_[falling(80), np.geomspace(1, 1e30, 30), np.full(10, np.inf)]
+
+    (found,) = diverged(loss)
+
+    assert (found.severity, found.evidence["ends"]) == ("critical", "non-finite")
+
+
+# --- company --------------------------------------------------------------------------------------
+
+
+def risen(factor: float = 4.0) -> np.ndarray:
+    """A loss that never fell."""
+    return np.r_[np.full(60, 0.7), np.full(140, 0.7 * factor)] * noise(200, 1, 0.02)[:, 0]
+
+
+def test_the_loss_of_a_generator_may_rise() -> None:
+    assert diverged(risen(4.0)) == []
+    assert [f.severity for f in diverged(risen(12.0))] == ["medium"]
+
+
+def test_a_rate_that_was_raised_just_before_is_named() -> None:
+    rates = np.where(np.arange(200) < 59, 1e-3, 0.1)[:, None]
+
+    (found,) = diverged(risen(), lr=rates)
+
+    assert found.severity == "high"
+    assert "the learning rate had just been raised 100 times" in found.message
+    assert "schedule" in found.recommendation
+
+
+def test_steps_up_the_gradient_are_named() -> None:
+    (found,) = diverged(risen(), update_cosine=np.full((200, 2), -1.0))
+
+    assert "steps go up the gradient" in found.message
+    assert "sign" in found.recommendation
+
+
+def test_gradients_that_go_with_the_loss_are_told_with_it() -> None:
+    norms = noise(200, 2, 0.05)
+    norms[60:] *= 6
+
+    report = analyze_flow(made(norms, loss=risen()))
+
+    assert [f.name for f in report.findings] == ["diverged"]
+    assert "gradients went with it in layers.0, layers.1" in report.findings[0].message
+
+
+def test_what_explodes_for_good_is_told_as_well() -> None:
+    norms = noise(200, 2, 0.05)
+    norms[60:] *= 500
+
+    report = analyze_flow(made(norms, loss=risen()))
+
+    assert {f.name for f in report.findings} == {"diverged", "exploding-gradient"}
+
+
+def test_a_history_of_few_losses_is_not_judged() -> None:
+    assert level(np.ones(7)) is None
+    assert level(np.full(60, np.nan)) is None
+    assert level([3.0, 1.0] + [0.5] * 20).constant == 0.5

@@ -1,0 +1,165 @@
+"""A verdict does not depend on how often was recorded: the same run, every n-th record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from gradscope.flow.analysis import analyze_flow
+from gradscope.flow.result import FlowReport
+from gradscope.histories.history import History, Status
+
+from .made import made, noise
+
+Run = Callable[[int, int], History]
+RECORDS = 1000
+STEPS = np.arange(RECORDS)
+AFTER = np.clip(STEPS - 600, 0, None)
+
+
+def kept(norms: np.ndarray, every: int, **by_record: np.ndarray) -> History:
+    fields = {name: values[::every] for name, values in by_record.items()}
+    return made(norms[::every], steps=STEPS[::every], **fields)
+
+
+def exploding(layers: int, every: int) -> History:
+    """Every layer at once, smoothly, from step 600 on; without a loss."""
+    return kept(noise(RECORDS, layers, 0.1) * np.exp(0.02 * AFTER)[:, None], every)
+
+
+def exploding_with_the_loss(layers: int, every: int) -> History:
+    growth = np.exp(0.02 * AFTER)
+    loss = 2 * np.exp(-STEPS / 300) + 0.1 * AFTER + 0.1
+    return kept(noise(RECORDS, layers, 0.1) * growth[:, None], every, loss=loss)
+
+
+def exploding_under_a_falling_loss(layers: int, every: int) -> History:
+    growth = np.exp(0.02 * AFTER)
+    return kept(noise(RECORDS, layers, 0.1) * growth[:, None], every, loss=2 * np.exp(-STEPS / 300))
+
+
+def vanishing(layers: int, every: int) -> History:
+    """All layers but the two next to the loss fall by seven decades from step 600 on."""
+    norms = noise(RECORDS, layers, 0.1)
+    norms[:, : layers - 2] *= 10 ** -np.minimum(AFTER / 30, 7)[:, None]
+    return kept(norms, every)
+
+
+def dying(layers: int, every: int) -> History:
+    norms = noise(RECORDS, layers, 0.1)
+    norms[600:, : layers // 2] = 0
+    return kept(norms, every)
+
+
+def verdict(history: History) -> set[tuple[str, str]]:
+    return {(f.name, str(f.severity)) for f in analyze_flow(history).findings}
+
+
+@pytest.mark.parametrize("layers", [4, 8])
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (exploding, ("exploding-gradient", "critical")),
+        (exploding_with_the_loss, ("exploding-gradient", "critical")),
+        (exploding_under_a_falling_loss, ("exploding-gradient", "high")),
+        (vanishing, ("vanishing-gradient", "critical")),
+        (dying, ("dead-zone", "high")),
+    ],
+)
+def test_every_second_and_every_third_record_tell_the_same(
+    run: Run, told: tuple[str, str], layers: int
+) -> None:
+    whole = verdict(run(layers, 1))
+
+    assert told in whole
+    assert all(verdict(run(layers, every)) == whole for every in (2, 3, 5))
+
+
+def test_slow_growth_is_found_however_densely_it_is_recorded() -> None:
+    norms = noise(RECORDS, 2, 0.1) * np.exp(0.005 * AFTER)[:, None]
+
+    found = [verdict(kept(norms, every)) for every in (1, 2, 3, 10)]
+
+    assert found == [{("exploding-gradient", "low")}] * 4
+
+
+def test_noise_is_not_growth_at_any_density() -> None:
+    assert [verdict(kept(noise(RECORDS, 8, 0.3), every)) for every in (1, 2, 3, 10)] == [set()] * 4
+
+
+# --- an explosion as a whole ----------------------------------------------------------------------
+
+
+def explosion_of(history: History) -> tuple[float | None, str]:
+    found = analyze_flow(history).result.explosion
+    return found.explosion_ratio, found.overall_severity
+
+
+def test_an_explosion_of_all_layers_has_a_ratio_of_one_and_the_worst_layers_severity() -> None:
+    assert explosion_of(exploding(8, 1)) == (1.0, "critical")
+    assert explosion_of(exploding_with_the_loss(8, 1)) == (1.0, "critical")
+    assert explosion_of(exploding_under_a_falling_loss(8, 1)) == (1.0, "severe")
+    assert explosion_of(made(noise(RECORDS, 8, 0.1))) == (0.0, "none")
+
+
+def test_growth_under_a_falling_loss_takes_ten_times_as_much() -> None:
+    loss = 2 * np.exp(-STEPS / 300)
+
+    def grown(factor: float) -> str:
+        growth = factor ** (AFTER / AFTER.max())
+        return explosion_of(kept(noise(RECORDS, 8, 0.02) * growth[:, None], 1, loss=loss))[1]
+
+    levels = [grown(factor) for factor in (30, 60, 200, 900, 1e5)]
+    assert levels == ["none", "mild", "moderate", "severe", "severe"]
+
+
+# --- too short ------------------------------------------------------------------------------------
+
+
+def short(records: int, **fields: np.ndarray) -> FlowReport:
+    return analyze_flow(made(noise(records, 8), **fields))
+
+
+@pytest.mark.parametrize("records", [0, 1, 2])
+def test_a_history_of_one_or_two_records_is_inconclusive_and_says_why(records: int) -> None:
+    report = short(records)
+
+    assert report.gate.exit_code == 4
+    assert report.coverage.analyzed == 0
+    assert any("judged from 3 records on" in skip.reason for skip in report.coverage.skipped)
+    assert analyze_flow(made(noise(records, 8)), allow_empty=True).gate.exit_code == 0
+
+
+def test_three_records_are_judged() -> None:
+    assert short(3).gate.exit_code == 0
+
+
+def test_records_that_mixed_precision_skipped_do_not_count() -> None:
+    report = short(20, skipped=np.ones(20, np.uint8))
+
+    assert report.gate.exit_code == 4
+    assert any("skipped 20" in skip.reason for skip in report.coverage.skipped)
+    assert short(20, skipped=np.r_[np.ones(17, np.uint8), 0, 0, 0]).gate.exit_code == 0
+
+
+def test_a_history_without_any_recorded_gradient_is_inconclusive() -> None:
+    status = np.full((20, 8), Status.NOT_RECORDED, np.uint8)
+
+    assert short(20, status=status).gate.exit_code == 4
+
+
+@pytest.mark.parametrize("records", [1, 2, 1000])
+def test_nan_in_a_single_record_is_critical_and_fails_the_gate(records: int) -> None:
+    norms = noise(records, 8).astype(np.float32)
+    norms[-1, 3] = np.nan
+    counts = np.zeros((records, 8), np.int64)
+    counts[-1, 3] = 17
+
+    report = analyze_flow(made(norms, n_nan=counts, n_inf=np.zeros_like(counts)))
+
+    assert [(f.name, str(f.severity), f.subject) for f in report.findings] == [
+        ("non-finite-gradient", "critical", "layers.3")
+    ]
+    assert report.gate.exit_code == 1
