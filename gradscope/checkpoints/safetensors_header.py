@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradscope.checkpoints.tensors import DTYPE_BITS
 from gradscope.containers.strict_json import (
@@ -33,8 +34,7 @@ _MAX_DIM = 2**48
 _MAX_COUNT = 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What the header says of one tensor; offsets count from the first byte after the header."""
 
     name: str

@@ -72,7 +72,8 @@ def is_constant(tensor: TensorResult | None, value: float) -> bool:
 def is_whole(examined: Examined) -> bool:
     """Whether what was not found is not there: not left out, unread, or in another shard."""
     checkpoint = examined.checkpoint
-    shards = {f for f in (os.path.basename(t.file) for t in examined.tensors) if _is_one_shard(f)}
+    files = {t.file for t in examined.tensors}
+    shards = {f for f in map(os.path.basename, files) if _is_one_shard(f)}
     lone = len(shards) == 1 and _is_one_shard(os.path.basename(checkpoint.path))
     partial = any(p.kind in ("missing-shard", "truncated-file") for p in checkpoint.problems)
     return not (lone or partial or checkpoint.skipped or checkpoint.failures)
