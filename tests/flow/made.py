@@ -9,6 +9,13 @@ import numpy as np
 
 from gradscope.histories.history import History, Layer, Sketches, Status
 
+#: The fields of a history that have a row for each recorded step.
+RECORDED = (
+    "l2", "status", "max_abs", "mean_abs", "mean", "zero_fraction", "n_nan", "n_inf", "param_l2",
+    "update_l2", "update_cosine", "loss", "optimizer_loss", "total_l2", "clip_coefficient",
+    "loss_scale", "skipped", "lr", "micro_mean_square", "micro_count", "edge_flow",
+)  # fmt: skip
+
 
 def made(
     l2: Any,

@@ -19,15 +19,12 @@ from faults import FAULTS
 from healthy import HEALTHY
 from runs import recorded_fault, recorded_healthy
 
+from .made import RECORDED
+
 EVERY = (1, 2, 5, 10, 50)
 #: What happens at a single step or begins too late to be seen by a coarse recording.
 UNSEEN = {("early-spike", 5), ("early-spike", 10), ("early-spike", 50), ("wrong-sign", 50),
           ("grows-then-nan", 50)}  # fmt: skip
-CELLS = (
-    "l2", "status", "max_abs", "mean_abs", "mean", "zero_fraction", "n_nan", "n_inf", "param_l2",
-    "update_l2", "update_cosine", "loss", "total_l2", "clip_coefficient", "loss_scale", "skipped",
-    "lr", "micro_mean_square", "micro_count",
-)  # fmt: skip
 
 
 def thinned(history: History, every: int) -> History:
@@ -38,7 +35,7 @@ def thinned(history: History, every: int) -> History:
     kept = np.flatnonzero((steps % every == 0) | (steps % every == 1))
     cells = {
         name: np.array(values[kept])
-        for name in CELLS
+        for name in RECORDED
         if (values := getattr(history, name)) is not None
     }
     if "update_l2" in cells:
