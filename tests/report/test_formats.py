@@ -163,9 +163,10 @@ def test_from_python_a_renderer_alone_gives_the_whole_table(report: WeightsRepor
     assert "Health" in renderer("table")(report)
 
 
-def test_a_grid_is_laid_out_as_rich_would() -> None:
+@pytest.mark.parametrize("name", ["层.0", "é.0", "e\u0301.0"])
+def test_a_grid_is_laid_out_as_rich_would(name: str) -> None:
     headings = [("tensor", "left"), ("std", "right"), ("distribution", "left")]
-    rows = [["a.weight", "1", "▁█"], ["层.0", "–", ""], ["b", "12,345", "x"]]
+    rows = [["a.weight", "1", "▁█"], [name, "–", ""], ["b", "12,345", "x"]]
     made = table(*headings)
     for row in rows:
         made.add_row(*row)

@@ -40,23 +40,25 @@ class Grid:
 
     def lines(self) -> Iterator[str]:
         """The heading and the rows, as Rich would draw them where nothing wraps."""
-        columns = len(self.headings)
-        rows = [[str(cell) for cell in row[:columns]] for row in self.rows]
+        count = len(self.headings)
         titles = [heading for heading, _ in self.headings]
-        widths = [max(map(_width, column)) for column in zip(titles, *rows, strict=True)]
+        rows = [titles, *([str(cell) for cell in row[:count]] for row in self.rows)]
+        columns = list(zip(*rows, strict=True))
+        # Measuring a cell costs as much as reading its row: once for each character does as well.
+        narrow = all(cell_len(c) == 1 for c in set().union(*map("".join, columns)))
+        widths = [max(map(len if narrow else cell_len, column)) for column in columns]
         left = [justify == "left" for _, justify in self.headings]
-        for row in (titles, *rows):
-            cells = zip(row, widths, left, strict=True)
-            yield "  ".join(_padded(cell, width, at) for cell, width, at in cells).rstrip()
-
-
-def _width(cell: str) -> int:
-    return len(cell) if cell.isascii() else cell_len(cell)
+        signs = ["<" if at else ">" for at in left]
+        row_format = "  ".join(f"{{:{s}{w}}}" for s, w in zip(signs, widths, strict=True)).format
+        for row in rows:
+            if narrow:
+                yield row_format(*row).rstrip()
+            else:
+                cells = zip(row, widths, left, strict=True)
+                yield "  ".join(_padded(*cell) for cell in cells).rstrip()
 
 
 def _padded(cell: str, width: int, left: bool) -> str:
-    if cell.isascii():
-        return cell.ljust(width) if left else cell.rjust(width)
     space = " " * (width - cell_len(cell))
     return cell + space if left else space + cell
 
