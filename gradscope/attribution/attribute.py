@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gradscope.attribution.methods import Method, completed, method_named
 from gradscope.attribution.subject import Subject, Tick
-from gradscope.errors import UsageError
+from gradscope.errors import InputError, UsageError
 from gradscope.models.forms import as_model
 from gradscope.models.model import Model
 from gradscope.models.probe import held
@@ -68,16 +69,16 @@ def attribute(
     random state, also after an exception.
 
     Raises UsageError for an unknown method, option, layer or target, and for a model or layer
-    that the method cannot read.
+    that the method cannot read, and InputError for inputs that are not finite.
     """
     chosen = method_named(method)
     given = completed(chosen, options)
     _check_inputs(inputs)
     looked_at = as_model(model)
     with held(looked_at.module):
-        subject = subject_of(
-            looked_at, inputs.detach(), layer, seed, reads_layer=chosen.reads_layer
-        )
+        # A tensor of inference mode cannot be differentiated; its copy can.
+        own = inputs.clone() if inputs.is_inference() else inputs.detach()
+        subject = subject_of(looked_at, own, layer, seed, reads_layer=chosen.reads_layer)
         subject = _aimed(subject, target, versus)
         subject.mean, subject.std = (None if t is None else torch.tensor(t) for t in (mean, std))
         if chunk is not None:
@@ -121,6 +122,14 @@ def _check_inputs(inputs: Tensor) -> None:
         raise UsageError(f"inputs have shape {shape}, not [N, C, H, W]")
     if not inputs.is_floating_point():
         raise UsageError(f"inputs are {inputs.dtype}; preprocessed images are floating point")
+    wrong = int((~torch.isfinite(inputs)).sum())
+    if wrong:
+        raise InputError(
+            "inputs",
+            "malformed",
+            f"{wrong:,} of {inputs.numel():,} elements are not finite (NaN or infinite); check how "
+            "the images were read and normalised (a standard deviation of 0?)",
+        )
 
 
 def subject_of(
@@ -146,10 +155,18 @@ def _aimed(
 
 def _classes(wanted: int | Sequence[int], logits: Tensor) -> Tensor:
     count, classes = logits.shape
-    found = [wanted] * count if isinstance(wanted, int) else [int(t) for t in wanted]
+    given = wanted.tolist() if isinstance(wanted, Tensor) else wanted
+    found = [
+        _index(t, classes) for t in (given if isinstance(given, Iterable) else [given] * count)
+    ]
     if len(found) != count:
         raise UsageError(f"{plural(len(found), 'target')} for {plural(count, 'image')}")
-    wrong = next((t for t in found if not -classes <= t < classes), None)
-    if wrong is not None:
-        raise UsageError(f"no class {wrong}: the model has {classes} classes")
-    return torch.tensor([t % classes for t in found], device=logits.device)
+    return torch.tensor(found, device=logits.device)
+
+
+def _index(wanted: Any, classes: int) -> int:
+    """A class index; tensors' and NumPy's integers count, truth values and fractions do not."""
+    whole = hasattr(wanted, "__index__") and not isinstance(wanted, bool)
+    if not whole or not 0 <= operator.index(wanted) < classes:
+        raise UsageError(f"no class {wanted}: class indices are 0 to {classes - 1}")
+    return operator.index(wanted)

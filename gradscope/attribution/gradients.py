@@ -36,7 +36,8 @@ def input_x_gradient(subject: Subject) -> Result:
 def smoothgrad(subject: Subject, *, samples: int, noise: float) -> Result:
     """The mean of dS/dx over x + e, e Gaussian of ``noise`` times each image's range.
 
-    Noise is drawn on the CPU, one generator per sample, so neither chunk nor device changes it.
+    Noise is drawn on the CPU, one generator per sample, the same for every image: neither chunk nor
+    device changes it, nor which images share a batch.
     """
     return _noisy(subject, samples, noise)[0], {}
 
@@ -55,8 +56,7 @@ def _noisy(subject: Subject, samples: int, noise: float) -> tuple[Tensor, Tensor
 
     def points(which: Tensor, images: Tensor) -> Tensor:
         drawn = {s: _drawn(subject, s).to(inputs) for s in set(which.tolist())}
-        pairs = zip(which.tolist(), images.tolist(), strict=True)
-        return inputs[images] + width[images] * torch.stack([drawn[s][i] for s, i in pairs])
+        return inputs[images] + width[images] * torch.stack([drawn[s] for s in which.tolist()])
 
     mean, scatter = torch.zeros_like(inputs), torch.zeros_like(inputs)
     for which, images, found in subject.gradients(points, samples):
@@ -69,7 +69,7 @@ def _noisy(subject: Subject, samples: int, noise: float) -> tuple[Tensor, Tensor
 
 def _drawn(subject: Subject, sample: int) -> Tensor:
     generator = torch.Generator().manual_seed(subject.seed * 1_000_003 + sample)
-    return torch.randn(subject.inputs.shape, generator=generator)
+    return torch.randn(subject.inputs.shape[1:], generator=generator)
 
 
 def integrated_gradients(

@@ -70,7 +70,9 @@ def _blurred(subject: Subject, _draw: int) -> Tensor:
 
 def _random(subject: Subject, draw: int) -> Tensor:
     generator = torch.Generator().manual_seed(subject.seed * 1_000_003 + draw)
-    return _normalised(subject, torch.rand(subject.inputs.shape, generator=generator))
+    # The same for every image: which images share a batch changes no map.
+    drawn = torch.rand(subject.inputs.shape[1:], generator=generator)
+    return _normalised(subject, drawn.expand_as(subject.inputs))
 
 
 _NAMED: Mapping[str, Callable[[Subject, int], Tensor]] = {

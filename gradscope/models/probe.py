@@ -23,7 +23,8 @@ def held(module: nn.Module) -> Iterator[None]:
     """The module in evaluation mode with frozen parameters; restored afterwards, after errors too.
 
     Training flags, ``requires_grad`` and the random state are restored; parameters, their
-    gradients and buffers are never written.
+    gradients and buffers are never written. Gradients are recorded inside, whatever the caller's
+    mode is.
     """
     # A frozen ScriptModule has no such flags; an exported module ignores them.
     modes = [(m, m.training) for m in module.modules() if hasattr(m, "training")]
@@ -35,7 +36,8 @@ def held(module: nn.Module) -> Iterator[None]:
                 part.training = False
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for part, training in modes:
             if part.training != training:

@@ -85,12 +85,13 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
     """A ScriptModule as a Model.
 
     It runs without the profiling executor, which would hide operators from the probe. Raises
-    UsageError for a program that does not take one tensor.
+    UsageError for a program that needs more than one tensor.
     """
     _define_operators()
     # Before it is ever run: afterwards inlining loses the modules' names.
     graph = _inlined(script)
     places = _places(script, graph)
+    others = _defaults(script, graph)
     weight = first_convolution(script.parameters())
     compiled: dict[frozenset[str], Callable[..., Any]] = {}
 
@@ -101,7 +102,7 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
         before, _active.taps = _active.taps, taps
         try:
             with torch.jit.optimized_execution(False), _quiet():  # type: ignore[attr-defined]
-                return compiled[names](script._c, inputs)
+                return compiled[names](script._c, inputs, *others)
         finally:
             _active.taps = before
 
@@ -127,11 +128,6 @@ class _quiet(warnings.catch_warnings):  # noqa: N801  reads as what it does
 def _inlined(script: torch.jit.ScriptModule) -> Any:
     graph = script.graph.copy()
     torch._C._jit_pass_inline(graph)
-    inputs = list(graph.inputs())[1:]
-    tensor = torch._C.TensorType.get()
-    if len(inputs) != 1 or not inputs[0].type().isSubtypeOf(tensor):
-        given = ", ".join(f"{i.debugName()}: {i.type()}" for i in inputs)
-        raise UsageError(f"this program takes ({given}), not images as one tensor [N, C, H, W]")
     for node in _nodes(graph):
         if node.kind() in _TOUCHES_FILES:
             raise UsageError(
@@ -143,6 +139,26 @@ def _inlined(script: torch.jit.ScriptModule) -> Any:
                 "derivative; trace it again outside torch.no_grad()"
             )
     return graph
+
+
+def _defaults(script: torch.jit.ScriptModule, graph: Any) -> tuple[Any, ...]:
+    """What the arguments after the images are, where none has to be given.
+
+    Raises UsageError for a program that does not take one tensor first, or needs more.
+    """
+    # Optional[Tensor] takes a tensor too.
+    images, optional = torch._C.OptionalType.ofTensor(), torch._C.OptionalType
+    types = [value.type() for value in list(graph.inputs())[1:]]
+    _, *taken = script.forward.schema.arguments  # type: ignore[attr-defined]
+    arguments = taken[1:]
+    free = (
+        argument.has_default_value() or isinstance(kind, optional)
+        for argument, kind in zip(arguments, types[1:], strict=True)
+    )
+    if not types or not types[0].isSubtypeOf(images) or not all(free):
+        named = ", ".join(f"{argument.name}: {argument.type}" for argument in taken)
+        raise UsageError(f"this program takes ({named}), not images as one tensor [N, C, H, W]")
+    return tuple(a.default_value for a in arguments)
 
 
 def _with_taps(graph: Any, names: frozenset[str], places: Mapping[str, int]) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradscope import attribute
 from gradscope.attribution.methods import methods
 from gradscope.attribution.perturbation import _mask
-from gradscope.errors import UsageError
+from gradscope.errors import InputError, UsageError
 
 from .oracles import oracle
 
@@ -127,12 +127,34 @@ def test_smoothgrad_is_the_mean_over_its_noise_whatever_the_chunk() -> None:
     width = 0.15 * (x.flatten(1).amax(1) - x.flatten(1).amin(1)).view(-1, 1, 1, 1)
     wanted = []
     for sample in range(6):
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(sample)).double()
+        noise = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(sample)).double()
         leaf = (x + width * noise).requires_grad_()
         wanted.append(torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)[0])
     torch.testing.assert_close(one, torch.stack(wanted).mean(0))
     variance = attribute(model, x, "vargrad", target=0, samples=6).values
     torch.testing.assert_close(variance, torch.stack(wanted).var(0, correction=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("smoothgrad", {"samples": 5}),
+        ("vargrad", {"samples": 5}),
+        ("integrated-gradients", {"reference": "random", "mean": (0.5, 0.5), "std": (0.2, 0.2)}),
+        ("rise", {"masks": 9}),
+    ],
+)
+def test_an_images_map_is_the_same_alone_and_anywhere_in_a_batch(
+    name: str, options: dict[str, Any]
+) -> None:
+    model, x = conv_net(), images(3)
+
+    together = attribute(model, x, name, target=0, **options).values
+    turned = attribute(model, x.flip(0), name, target=0, **options).values.flip(0)
+    alone = [attribute(model, x[i : i + 1], name, target=0, **options).values for i in range(3)]
+
+    torch.testing.assert_close(together, turned, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-12)
 
 
 # --- covered inputs -------------------------------------------------------------------------------
@@ -370,13 +392,58 @@ def test_the_model_is_left_as_it_was_after_an_error_too() -> None:
 
 
 @pytest.mark.parametrize(
+    "target", [2, np.int64(2), torch.tensor(2), [2, 2], np.array([2, 2]), torch.tensor([2, 2])]
+)
+def test_a_target_may_be_any_integer(target: Any) -> None:
+    assert attribute(conv_net(), images(), "saliency", target=target).target == (2, 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_frozen_model_in_training_mode_is_explained_where_no_gradients_are_recorded(
+    name: str, mode: Any
+) -> None:
+    model: nn.Module = conv_net()
+    x = images()
+    if methods()[name].family == "attention":
+        model, x = vit_small().double(), torch.randn(1, 3, 32, 32).double()
+    few = {"masks": 3} if name == "rise" else {}
+    wanted = attribute(model.eval(), x, name, target=0, **few).values
+    model.requires_grad_(False).train()
+
+    with mode():
+        found = attribute(model, x.clone(), name, target=0, **few).values
+        assert not torch.is_grad_enabled()
+
+    assert torch.equal(found, wanted)
+    assert model.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_inputs_that_are_not_finite_are_an_error_of_the_input(value: float) -> None:
+    x = images()
+    x[1, 0, 2, 3] = value
+
+    with pytest.raises(InputError, match="1 of 144 elements are not finite") as error:
+        attribute(conv_net(), x, "saliency")
+
+    assert error.value.kind == "malformed"
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"method": "gradcamm"}, "did you mean gradcam"),
         ({"method": "gradcam", "layer": "features"}, "no layer 'features'"),
         ({"method": "gradcam", "layer": "6"}, "maps have shape"),
         ({"method": "saliency", "steps": 3}, "no option 'steps'"),
-        ({"method": "saliency", "target": 7}, "no class 7"),
+        ({"method": "saliency", "target": 7}, "no class 7: class indices are 0 to 2"),
+        ({"method": "saliency", "target": -1}, "no class -1"),
+        ({"method": "saliency", "target": 1.5}, "no class 1.5"),
+        ({"method": "saliency", "target": True}, "no class True"),
+        ({"method": "saliency", "target": torch.tensor([0.0, 1.0])}, "class indices are 0 to 2"),
+        ({"method": "saliency", "target": [0, -3]}, "no class -3"),
+        ({"method": "saliency", "versus": -1, "target": 0}, "no class -1"),
         ({"method": "saliency", "target": [1]}, "1 target for 2 images"),
         ({"method": "integrated-gradients", "rule": "simpson"}, "rule is one of midpoint, gauss"),
         ({"method": "integrated-gradients", "steps": "many"}, "steps is a number"),
