@@ -32,6 +32,7 @@ _METADATA = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
 _MAX_DIM = 2**48
 _MAX_COUNT = 2**63
+_INTEGERS = {int}
 
 
 class Entry(NamedTuple):
@@ -61,9 +62,9 @@ def _plain(name: str, value: object) -> Entry | None:
     dtype, shape, offsets = map(value.get, _FIELDS)
     if type(shape) is not list or len(shape) > 64 or type(offsets) is not list or len(offsets) != 2:
         return None
-    if {int} != {*map(type, shape), *map(type, offsets)} or type(dtype) is not str:
-        return None
     begin, end = offsets
+    if type(dtype) is not str or {type(begin), type(end), *map(type, shape)} != _INTEGERS:
+        return None
     bits, numel = DTYPES.get(dtype), math.prod(shape)
     positive = min(shape, default=1) > 0 and 0 <= begin <= end and numel < _MAX_COUNT
     if bits is None or not positive or numel * bits != 8 * (end - begin) or end >= _MAX_COUNT:

@@ -115,12 +115,10 @@ def _children(value: object) -> Iterable[object]:
 
 def _keys(value: object) -> int:
     """The keys of all objects, those of objects in arrays aside."""
-    count, waiting = 0, [value]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            count += len(found)
-            waiting += [child for child in found.values() if type(child) is dict]
+    count, level = 0, [value] if isinstance(value, dict) else []
+    while level:
+        count += sum(map(len, level))
+        level = [child for found in level for child in found.values() if type(child) is dict]
     return count
 
 

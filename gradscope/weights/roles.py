@@ -174,7 +174,7 @@ def _role(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, TensorR
         return Role.PACKED if len(ref.shape) >= 2 and ref.numel > 4096 else Role.BUFFER
     if not ref.shape:
         return Role.SCALAR
-    if _RECURRENT.match(leaf):
+    if leaf.startswith(("weight_", "bias_")) and _RECURRENT.match(leaf):
         return Role.RECURRENT if len(ref.shape) >= 2 else Role.BIAS
     if _is_vector(ref, leaf):
         return _vector(module, leaf, siblings)
@@ -216,13 +216,23 @@ def _vector(module: str, leaf: str, siblings: Mapping[str, TensorRef]) -> Role:
     if leaf in ("bias", "beta", "b", "in_proj_bias") or leaf.endswith("_bias"):
         return Role.BIAS
     own = module.rpartition(".")[2]
-    if _ACTIVATION.search(own) or own == "lora_magnitude_vector":  # slopes; norms of columns
+    if _is_slope(own) or own == "lora_magnitude_vector":  # norms of columns
         return Role.VECTOR
     if leaf == "gamma" and "beta" in siblings:
         return Role.NORM_GAIN
-    if leaf in ("weight", "g", "scale") and (_NORM.search(own) or _alone(siblings)):
+    if leaf in ("weight", "g", "scale") and (_is_norm(own) or _alone(siblings)):
         return Role.NORM_GAIN
-    return Role.NORM_GAIN if _NORM.search(leaf) else Role.VECTOR
+    return Role.NORM_GAIN if _is_norm(leaf) else Role.VECTOR
+
+
+@lru_cache(4096)
+def _is_norm(own: str) -> bool:
+    return _NORM.search(own) is not None
+
+
+@lru_cache(4096)
+def _is_slope(own: str) -> bool:
+    return _ACTIVATION.search(own) is not None
 
 
 def _alone(siblings: Mapping[str, TensorRef]) -> bool:
