@@ -47,7 +47,7 @@ from gradscope.flow.regions import (
     stretches,
 )
 from gradscope.flow.result import Depth, Peak
-from gradscope.flow.robust import Array
+from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.spikes import Jumps, jumps
 
@@ -189,8 +189,8 @@ def loss_rises(loss: np.ndarray | None, first: int, end: int) -> bool | None:
     before = before[np.isfinite(before)]
     if not len(before):
         return None
-    usual = np.median(before)
-    return bool(np.median(inside) > usual + 2 * np.median(np.abs(before - usual)))
+    usual = nanmedian(before)
+    return bool(nanmedian(inside) > usual + 2 * nanmedian(np.abs(before - usual)))
 
 
 def _peak(series: Series, part: Sequence[Stretch]) -> Peak | None:

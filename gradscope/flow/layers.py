@@ -129,7 +129,7 @@ def _rate(series: Series, row: int, window: int, signal: Signal | None) -> float
     known = np.isfinite(logs)
     if known.sum() < MIN_WINDOW:
         return None
-    return float(np.median(np.abs(np.diff(logs[known]) / np.diff(steps[known]))))
+    return float(nanmedian(np.abs(np.diff(logs[known]) / np.diff(steps[known]))))
 
 
 def noise_scale(series: Series, signal: Signal | None) -> float | None:

@@ -22,7 +22,7 @@ from gradscope.flow.result import (
     NetworkMetrics,
     NodeType,
 )
-from gradscope.flow.robust import GAUSSIAN, Array, nanmedian, spread
+from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Series
 
 #: Of the median edge that carries anything: below the first an edge carries nothing at that
@@ -171,7 +171,7 @@ def _edges(series: Series, graph: Graph, found: Flows, window: int) -> Iterator[
         yield FlowEdge(
             from_layer=series.names[u],
             to_layer=series.names[v],
-            flow_strength=float(np.median(known)) if len(known) else None,
+            flow_strength=float(nanmedian(known)) if len(known) else None,
             flow_consistency=_steady(shares),
             edge_type=edge_type(shares),
             basis="recorded" if found.recorded else "proxy",
@@ -186,7 +186,7 @@ def _steady(shares: Array) -> float | None:
     logs = np.log(shares[shares > 0])
     if len(logs) < MIN_WINDOW:
         return None
-    return math.exp(-GAUSSIAN * float(np.median(np.abs(logs - np.median(logs)))))
+    return math.exp(-float(spread(logs)))
 
 
 def edge_type(relative: Array) -> EdgeType:
@@ -202,7 +202,7 @@ def edge_type(relative: Array) -> EdgeType:
         return "blocked"
     if share < _STEADY_SHARE:
         return "intermittent"
-    return "weak" if float(np.median(relative)) < WEAK_FLOW else "strong"
+    return "weak" if float(nanmedian(relative)) < WEAK_FLOW else "strong"
 
 
 def _metrics(

@@ -19,7 +19,8 @@ GAUSSIAN = 1.4826
 def nanmedian(values: Any, axis: int | None = None) -> Any:
     """The median of what is not NaN; NaN where nothing is.
 
-    NumPy's own ``nanmedian`` goes through masked arrays, ten times slower on the shapes used here.
+    NumPy's own ``nanmedian`` goes through masked arrays, ten times slower on the shapes used here,
+    and its ``median`` looks for NaN by a partition at three places instead of one.
     """
     array = np.asarray(values, dtype=np.float64)
     if axis is None:
@@ -27,7 +28,7 @@ def nanmedian(values: Any, axis: int | None = None) -> Any:
     if array.shape[axis] == 0:
         return np.full(np.delete(array.shape, axis), np.nan)[()]
     if not np.isnan(array).any():
-        return np.median(array, axis=axis)
+        return _median(array, axis)
     ordered = np.sort(array, axis=axis)  # NaN sorts last
     count = array.shape[axis] - np.isnan(ordered).sum(axis=axis, keepdims=True)
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis)
@@ -35,6 +36,16 @@ def nanmedian(values: Any, axis: int | None = None) -> Any:
     with np.errstate(invalid="ignore"):
         middle = np.where(low == high, low, 0.5 * (low + high))
     return np.where(count > 0, middle, np.nan).squeeze(axis)[()]
+
+
+def _median(array: Array, axis: int) -> Any:
+    half = array.shape[axis] // 2
+    parted = np.moveaxis(np.partition(array, half, axis=axis), axis, 0)
+    high = parted[half]
+    if array.shape[axis] % 2:
+        return high
+    low = parted[:half].max(axis=0)
+    return np.where(low == high, low, 0.5 * (low + high))[()]
 
 
 def spread(values: Any, axis: int | None = None) -> Any:
