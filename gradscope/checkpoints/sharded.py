@@ -120,6 +120,7 @@ def _join(path: str, shards: Sequence[Shard], index: Index | None) -> Checkpoint
         notes=tuple(_shard_notes(shards)),
         metadata=_metadata(whole, index),
         classes=tuple(dict.fromkeys(name for part in whole for name in part.classes)),
+        versions={name: version for part in whole for name, version in part.versions.items()},
         stamps={key: at for part in (index, *whole) if part for key, at in part.stamps.items()},
     )
     return with_notes(checkpoint, _size_note(checkpoint, index))

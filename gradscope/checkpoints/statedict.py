@@ -26,7 +26,7 @@ from gradscope.checkpoints.tree import (
     seen,
     text,
 )
-from gradscope.containers.pickle_machine import Instance
+from gradscope.containers.pickle_machine import Described, Instance
 from gradscope.errors import UsageError
 from gradscope.text import escaped, listed, plural, quoted
 
@@ -66,6 +66,8 @@ class StateDict:
     scalars: Mapping[str, object] = field(default_factory=dict)
     #: The class of the pickled module that was found, rather than a state dict.
     module: str | None = None
+    #: The version of each module's code, by the module's name; see ``torch.nn.Module._version``.
+    versions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class _Walk:
     asides: list[Aside] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     scalars: dict[str, object] = field(default_factory=dict)
+    versions: Mapping[str, int] = field(default_factory=dict)
 
 
 def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> StateDict:
@@ -144,6 +147,7 @@ def choose_tensors(root: object, key: str | None, path: str, budget: Budget) -> 
         skipped=tuple(walk.skipped),
         scalars=walk.scalars,
         module=walk.module,
+        versions=walk.versions,
     )
 
 
@@ -152,6 +156,7 @@ def _asked_for(node: object, key: str, walk: _Walk) -> NamedTensors:
     if isinstance(node, TensorRecord):
         return [(key or "tensor", node)]
     walk.module = _module_class(node)
+    walk.versions = _versions(node)
     tensors = collect_tensors(node, walk.budget)
     shown = escaped(key)
     if is_optimizer_state(key.rpartition(".")[2], node, tensors):
@@ -242,6 +247,7 @@ def _all_but_training(
     node: object, at: tuple[str, ...], branches: list[_Branch], walk: _Walk
 ) -> NamedTensors:
     """Everything here is the model, apart from optimizers and random states."""
+    walk.versions = _versions(node)
     apart = [b for b in branches if b.keeps_training] if isinstance(node, dict) else []
     walk.notes.extend(_account_for(apart, at, walk))
     if isinstance(node, dict) and apart:
@@ -335,12 +341,33 @@ def _scalars(node: object) -> dict[str, object]:
     return {name: value for (name, value), _ in zip(numbers, range(_MAX_SCALARS), strict=False)}
 
 
+def _versions(node: object) -> dict[str, int]:
+    """What ``state_dict`` notes of each module in ``_metadata``."""
+    noted = node.attributes.get("_metadata") if isinstance(node, Described) else None
+    if not isinstance(noted, dict):
+        return {}
+    versions = (
+        (name, entry.get("version")) for name, entry in noted.items() if isinstance(entry, dict)
+    )
+    return {n: v for n, v in versions if isinstance(n, str) and type(v) is int}
+
+
 def _without_shared_prefix(tensors: NamedTensors, walk: _Walk) -> NamedTensors:
     prefix = shared_prefix([name for name, _ in tensors])
     if not prefix:
         return tensors
+    walk.versions = below(prefix, walk.versions)
     walk.notes.append(f"stripped the prefix {quoted(prefix)}, which all tensor names shared")
     return [(name.removeprefix(prefix), record) for name, record in tensors]
+
+
+def below(prefix: str, versions: Mapping[str, int]) -> dict[str, int]:
+    """The versions of the modules below a prefix (with its dot), under their names there."""
+    return {
+        f"{name}."[len(prefix) : -1]: version
+        for name, version in versions.items()
+        if f"{name}.".startswith(prefix)
+    }
 
 
 def shared_prefix(names: Sequence[str]) -> str:

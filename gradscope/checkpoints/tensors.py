@@ -158,6 +158,8 @@ class Checkpoint:
     classes: tuple[str, ...] = ()
     #: The class of the pickled module that the tensors are of, where a whole module was saved.
     module: str | None = None
+    #: The version of each module's code that a state dict notes, by the module's name.
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     def model(self) -> Checkpoint:
         """The same without what training keeps beside the model."""

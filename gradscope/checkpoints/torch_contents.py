@@ -95,6 +95,7 @@ class Contents:
     metadata: dict[str, object] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     module: str | None = None
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     def add(self, item: TensorRef | Skipped) -> None:
         """Record one tensor, or why it is not analysed."""
@@ -109,6 +110,7 @@ class Contents:
         self.skipped.extend(found.skipped)
         self.metadata.update(found.scalars)
         self.module = found.module
+        self.versions = found.versions
         self.add_tensors(found.tensors, storages)
         self.notes.extend(_sparse_note(found.tensors))
         for aside in found.asides:

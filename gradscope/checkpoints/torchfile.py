@@ -70,6 +70,7 @@ def _checkpoint(source: Source, key: str | None) -> Checkpoint:
         stamps={source.path: source.stamp},
         classes=found.classes,
         module=found.module,
+        versions=found.versions,
     )
 
 

@@ -140,11 +140,16 @@ class Model:
         typer.Option(
             metavar="MODULE:FACTORY",
             help="The code of a state dict: package.module:factory or file.py:factory, with "
-            "options in brackets: resnet18(num_classes=10).",
+            "options in brackets: resnet18(num_classes=10); timm:NAME, torchvision:NAME, "
+            "transformers:AUTO.",
         ),
     ] = None
     key: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Which nested dict is the state dict.")
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Which nested dict is the state dict, or what its tensors' names begin with.",
+        ),
     ] = None
     trust: Annotated[
         list[Trust] | None,

@@ -10,6 +10,7 @@ import pickletools
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import BinaryIO, Protocol, cast
 
 Arguments = tuple[object, ...]
@@ -33,6 +34,12 @@ class Instance:
     items: dict[object, object] = field(default_factory=dict)
     #: Of a class that derives from list.
     elements: list[object] = field(default_factory=list)
+
+
+class Described(dict[object, object]):
+    """A dictionary of a class that also takes attributes, with those that the pickle sets."""
+
+    attributes: Mapping[object, object] = MappingProxyType({})
 
 
 class Source(Protocol):
@@ -148,11 +155,13 @@ class Machine:
         return handler(self, args) if handler else Instance(function.name, args)
 
     def build(self, _arg: object) -> None:
-        """BUILD sets attributes: kept on records, dropped elsewhere (``_metadata`` of a dict)."""
+        """BUILD sets attributes: kept on records and described dictionaries, dropped elsewhere."""
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, Instance):
             target.state = state
+        elif isinstance(target, Described) and isinstance(state, dict):
+            target.attributes = state
 
     def set_items(self, items: list[object]) -> None:
         """Set keys and values, which alternate, in the dictionary on top."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from gradscope.containers.pickle_machine import Arguments, Dialect, Machine, hashable
+from gradscope.containers.pickle_machine import Arguments, Described, Dialect, Machine, hashable
 from gradscope.errors import InputError
 from gradscope.text import escaped, listed
 
@@ -158,6 +158,10 @@ def _mapping(machine: Machine, args: Arguments) -> dict[object, object]:
     return {hashable(key): value for key, value in cast("list[tuple[object, object]]", pairs)}
 
 
+def _ordered(machine: Machine, args: Arguments) -> Described:
+    return Described(_mapping(machine, args))
+
+
 def _defaultdict(machine: Machine, args: Arguments) -> dict[object, object]:
     return _mapping(machine, args[1:])
 
@@ -186,7 +190,7 @@ def _complex(_machine: Machine, args: Arguments) -> complex:
 
 #: Names that stand for plain values.
 PYTHON_CALLS: Mapping[str, Callable[[Machine, Arguments], object]] = {
-    "collections.OrderedDict": _mapping,
+    "collections.OrderedDict": _ordered,
     "collections.Counter": _mapping,
     "collections.defaultdict": _defaultdict,
     "builtins.dict": _mapping,

@@ -37,7 +37,7 @@ def build(spec: str) -> nn.Module:
     place, colon, call = spec.partition(":")
     if not colon or not place or not call:
         raise UsageError(f"--arch {spec}: {_FORM}")
-    path, positional, named = _parsed(spec, call)
+    path, positional, named = parsed(spec, call)
     if place in _LIBRARIES:
         place, function, without_weights = _LIBRARIES[place]
         path, positional = [function], [".".join(path), *positional]
@@ -56,7 +56,8 @@ def build(spec: str) -> nn.Module:
     raise UsageError(f"--arch {spec} returns a {type(found).__name__}, not an nn.Module")
 
 
-def _parsed(spec: str, call: str) -> tuple[Sequence[str], list[Any], dict[str, Any]]:
+def parsed(spec: str, call: str) -> tuple[Sequence[str], list[Any], dict[str, Any]]:
+    """The dotted name in a call, and its arguments, which are literals. Raises UsageError."""
     try:
         tree = ast.parse(call, mode="eval").body
         function = tree.func if isinstance(tree, ast.Call) else tree

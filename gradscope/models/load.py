@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.device import resolve
 from gradscope.errors import GradscopeError, InputError, UsageError
 from gradscope.formats import find, function
+from gradscope.models import huggingface
 from gradscope.models.architecture import build, importable
 from gradscope.models.fit import fit, fit_tensors
 from gradscope.models.forms import as_model
@@ -56,7 +58,8 @@ def load_model(
     """The model in a file, in evaluation mode, on a device.
 
     A state dict (torch, safetensors, sharded, or a folder of these) needs ``arch``, see
-    ``architecture.build``; ``key`` is the dotted path to it in a larger file. TorchScript and
+    ``architecture.build`` and ``huggingface.load``; ``key`` is the dotted path to it in a larger
+    file, or what the names of its tensors begin with. TorchScript and
     ``torch.export`` programs contain their code. Loading a whole pickled module runs code, which
     ``trust`` must allow with "pickle".
 
@@ -184,7 +187,7 @@ def _first_line(error: BaseException) -> str:
 
 def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     try:
-        checkpoint = verified(open_checkpoint(path, key).model())
+        checkpoint, prefix = _opened(path, key)
     except InputError as error:
         if error.kind != "unsafe":
             raise
@@ -198,11 +201,38 @@ def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     if arch is None:
         raise UsageError(
             f"{path} holds {plural(len(checkpoint.tensors), 'tensor')} and no code: name the "
-            f"architecture with --arch package.module:factory{_guess(checkpoint)}"
+            f"architecture with --arch {_advised(checkpoint)}"
         )
-    module = build(arch)
-    notes = fit(module, checkpoint, arch)
+    if arch.startswith(f"{huggingface.LIBRARY}:"):
+        module, notes = huggingface.load(arch, checkpoint, prefix)
+    else:
+        module = build(arch)
+        notes = fit(module, checkpoint, arch, prefix)
     return "state-dict", module.eval(), (*checkpoint.notes, *notes)
+
+
+def _opened(path: str, key: str | None) -> tuple[Checkpoint, str | None]:
+    """The model's checkpoint at a key, and what its names begin with, where the key says so.
+
+    A key is a path of entries, a beginning of names, or the one followed by the other.
+    """
+    parts = [] if key is None else key.split(".")
+    refused: UsageError | None = None
+    begins: dict[str, None] = {}
+    for cut in range(len(parts), -1, -1):
+        try:
+            found = open_checkpoint(path, ".".join(parts[:cut]) or None).model()
+        except UsageError as error:
+            refused = refused or error
+            continue
+        prefix = "".join(f"{part}." for part in parts[cut:])
+        if any(ref.name.startswith(prefix) for ref in found.tensors):
+            return verified(found), prefix or None
+        if not prefix:
+            return verified(found), None
+        begins = dict.fromkeys(ref.name.partition(".")[0] for ref in found.tensors)
+    there = listed(map(escaped, begins), len(begins), 12)
+    raise UsageError(f"{refused}; names of tensors begin with {there}" if begins else str(refused))
 
 
 def _pickled(path: str, needed: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
@@ -222,7 +252,7 @@ def _pickled(path: str, needed: str, arch: str | None, key: str | None, trust: T
             advice = "its classes must be importable, from the working directory or installed"
             message = f"unpickling failed ({type(error).__name__}: {_first_line(error)}); {advice}"
             raise InputError(path, "malformed", message) from None
-    found = _entry(found, key, path)
+    found, prefix = _entry(found, key, path)
     inner = next((v for v in _values(found) if isinstance(v, nn.Module)), None)
     if inner is not None:
         return "module", inner.eval(), ()
@@ -231,19 +261,23 @@ def _pickled(path: str, needed: str, arch: str | None, key: str | None, trust: T
             f"{path} holds a {type(found).__name__}, not a module; name its class with --arch"
         )
     module = build(arch)
-    notes = fit_tensors(module, _tensors_in(found), path, arch)
+    notes = fit_tensors(module, _tensors_in(found), path, arch, prefix)
     return "state-dict", module.eval(), notes
 
 
-def _entry(found: object, key: str | None, path: str) -> object:
-    """The value at a dotted path of keys."""
-    for part in () if key is None else key.split("."):
+def _entry(found: object, key: str | None, path: str) -> tuple[object, str | None]:
+    """The value at a dotted path of keys, and what the names in it begin with, if that is left."""
+    parts = [] if key is None else key.split(".")
+    for at, part in enumerate(parts):
+        prefix = "".join(f"{left}." for left in parts[at:])
+        if any(name.startswith(prefix) for name in _tensors_in(found)):
+            return found, prefix
         if not isinstance(found, Mapping) or part not in found:
             names = [escaped(str(name), 60) for name in found] if isinstance(found, Mapping) else []
             there = f"it has {listed(names, len(names), 12)}" if names else "it has no entries"
             raise UsageError(f"--key {key}: no {quoted(part)} in {path}; {there}")
         found = found[part]
-    return found
+    return found, None
 
 
 def _values(found: object) -> Iterator[object]:
@@ -257,8 +291,9 @@ def _values(found: object) -> Iterator[object]:
 def _tensors_in(found: object) -> dict[str, Tensor]:
     for value in _values(found):
         if isinstance(value, Mapping):
-            tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
+            tensors = OrderedDict((str(k), v) for k, v in value.items() if isinstance(v, Tensor))
             if tensors:
+                tensors._metadata = getattr(value, "_metadata", {})  # type: ignore[attr-defined]
                 return tensors
     return {}
 
@@ -269,6 +304,13 @@ _HINTS = (
     ("encoder.layers.encoder_layer_11.ln_1.weight", "vit_b_16"),
     ("blocks.0.attn.qkv.weight", "timm vision transformer"),
 )  # fmt: skip
+
+
+def _advised(checkpoint: Checkpoint) -> str:
+    config = checkpoint.metadata.get("config")
+    if isinstance(config, Mapping) and config.get("architectures"):
+        return f"{huggingface.LIBRARY}:{huggingface.AUTO}, as its config.json is of that library"
+    return f"package.module:factory{_guess(checkpoint)}"
 
 
 def _guess(checkpoint: Checkpoint) -> str:

@@ -61,7 +61,7 @@ def _is(text: str, kind: Callable[[Path], bool]) -> bool:
 
 
 def read_preprocessing(path: str) -> Preprocessing:
-    """A ``preprocessor_config.json`` or a timm ``config.json``. Raises InputError."""
+    """The steps in a processor's or a timm model's configuration. Raises InputError."""
 
     def wrong(message: str) -> Exception:
         return InputError(path, "malformed", message)
@@ -80,19 +80,28 @@ def read_preprocessing(path: str) -> Preprocessing:
         raise wrong(f"it is not valid JSON ({error}); {_FORMS}") from None
     if not isinstance(keys, dict):
         raise wrong(f"it is not a JSON object of preprocessing keys; {_FORMS}")
+    keys = _of_pictures(keys)
     return _from_timm(keys, path, wrong) or _from_keys(keys, path, wrong)
 
 
 def beside(model: str) -> Preprocessing | None:
     """The steps in a file next to the model; None where no file has any.
 
-    Raises InputError for a ``preprocessor_config.json`` with wrong values.
+    Raises InputError for a processor's configuration with wrong values.
     """
     folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    processor, config = folder / "preprocessor_config.json", folder / "config.json"
-    if {"image_mean", "do_normalize", "size", "crop_size"} & _json(processor).keys():
-        return read_preprocessing(str(processor))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        keys = _of_pictures(_json(folder / name))
+        if {"image_mean", "do_normalize", "size", "crop_size"} & keys.keys():
+            return read_preprocessing(str(folder / name))
+    config = folder / "config.json"
     return read_preprocessing(str(config)) if _is_timms(_json(config)) else None
+
+
+def _of_pictures(keys: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a processor of pictures and texts that is about pictures."""
+    inner = keys.get("image_processor")
+    return inner if isinstance(inner, Mapping) else keys
 
 
 def _json(path: Path) -> dict[str, Any]:
