@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Device, Gate, Jobs, Output
+from gradscope.cli.options import Device, Gate, Jobs, Output, split_commas
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -50,6 +50,21 @@ def weights(
             help="When a file fails while it is read, analyse the rest of its checkpoint.",
         ),
     ] = False,
+    cast: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TYPE",
+            help="What casting to fp16, bf16, fp8_e4m3, fp8_e5m2, int8, nvfp4, mxfp4 would lose "
+            "(repeatable, commas; fp8_e4m3:row sets the scales).",
+        ),
+    ] = None,
+    snr: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DECIBELS",
+            help="Plan the smallest type of each tensor that keeps so much signal to noise: 30dB.",
+        ),
+    ] = None,
     device: Device = "cpu",
     jobs: Jobs = None,
     output: Output,
@@ -71,6 +86,8 @@ def weights(
             exclude=exclude or (),
             headers_only=headers_only,
             keep_going=keep_going,
+            cast=split_commas(cast),
+            snr=snr,
             device=device,
             jobs=jobs,
             progress=tick,

@@ -15,11 +15,13 @@ from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Failure, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
+from gradscope.errors import UsageError
 from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.text import listed, plural, quoted
 from gradscope.weights.adapter_config import described
+from gradscope.weights.casting import Wanted, casting, wanted_casts, with_casts
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.patterns import filtered
@@ -57,6 +59,8 @@ def analyze_weights(
     fail_on: str = "high",
     allow_empty: bool = False,
     keep_going: bool = False,
+    cast: Sequence[str] = (),
+    snr: str | float | None = None,
     device: str = "cpu",
     jobs: int | None = None,
     progress: Progress = lambda _done, _total: None,
@@ -67,13 +71,17 @@ def analyze_weights(
     nested dict that is the state dict, ``select`` and ``ignore`` rule codes, prefixes or names.
     ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
     entry of ``errors``, never an exception; with ``keep_going`` the other shards of a checkpoint
-    one of whose files fails while it is read are still analysed.
+    one of whose files fails while it is read are still analysed. ``cast`` are types that casting
+    is measured to, ``snr`` the decibels that the best of them must keep.
 
-    Raises UsageError for an unknown rule, key, device or severity.
+    Raises UsageError for an unknown rule, key, device, severity or type.
     """
     request = requested(
         Examined, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
     )
+    casts = wanted_casts(cast, snr)
+    if casts.targets and headers_only:
+        raise UsageError("--cast reads the data, which --headers-only does not: give one of them")
     opened: list[Checkpoint] = []
     failures = Failures()
     for path in checkpoints:
@@ -82,9 +90,10 @@ def analyze_weights(
     if headers_only:
         examinations = [_headers(c) for c in opened]
     else:
-        meter = _Meter(progress, sum(ref.nbytes for c in opened for ref in c.tensors))
-        examinations = _measure_all(opened, device, jobs, meter, keep_going)
-    return _report(request, [_judged(e, request) for e in examinations], failures)
+        readings = 2 if casts.targets else 1
+        meter = _Meter(progress, readings * sum(ref.nbytes for c in opened for ref in c.tensors))
+        examinations = _measure_all(opened, device, jobs, meter, keep_going, casts)
+    return _report(request, [_judged(e, request) for e in examinations], failures, casts)
 
 
 @dataclass
@@ -126,11 +135,12 @@ def _measure_all(
     jobs: int | None,
     meter: Callable[[int], None],
     keep_going: bool,
+    casts: Wanted,
 ) -> list[_Examination]:
     from gradscope.statistics import scan_for, threads
 
     scan = scan_for(device)
-    return [_measured(c, scan, threads(jobs), meter, keep_going) for c in opened]
+    return [_measured(c, scan, threads(jobs), meter, keep_going, casts) for c in opened]
 
 
 def _measured(
@@ -139,6 +149,7 @@ def _measured(
     engine: Engine[Any, Any],
     meter: Callable[[int], None],
     keep_going: bool,
+    casts: Wanted,
 ) -> _Examination:
     from gradscope.quantization.recognise import recognise
     from gradscope.statistics import profile
@@ -164,6 +175,7 @@ def _measured(
     checkpoint = _without_unread(checkpoint, refs, failures)
     seen = examined(checkpoint, quantization, result)
     with failures.caught():
+        seen = with_casts(seen, casts, engine, meter)
         seen = replace(_read_again(seen, engine), masters=compare_masters(refs))
     errors = (*_part_failures(checkpoint, failed=bool(failures)), *failures)
     return _Examination(seen, result.pools, errors)
@@ -285,13 +297,16 @@ def _with_health(tensor: TensorResult, findings: Sequence[Finding]) -> TensorRes
 
 
 def _report(
-    request: Request, examinations: Sequence[_Examination], failures: Sequence[InputFailure]
+    request: Request,
+    examinations: Sequence[_Examination],
+    failures: Sequence[InputFailure],
+    casts: Wanted,
 ) -> WeightsReport:
     errors = (*failures, *(error for e in examinations for error in e.errors))
     checkpoints = [e.examined.checkpoint for e in examinations]
     return request.report(
         WeightsReport,
-        _result(examinations, complete=not errors) if examinations else None,
+        _result(examinations, casts, complete=not errors) if examinations else None,
         inputs=(Input(path=c.path, format=c.format, bytes=c.nbytes) for c in checkpoints),
         coverage=_coverage(checkpoints),
         judged=[e.judged for e in examinations],
@@ -299,7 +314,7 @@ def _report(
     )
 
 
-def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResult:
+def _result(examinations: Sequence[_Examination], casts: Wanted, complete: bool) -> WeightsResult:
     tensors = tuple(t for e in examinations for t in e.examined.tensors)
     checkpoints = [e.examined.checkpoint for e in examinations]
     lost = [s for c in checkpoints for s in c.skipped if not s.deliberate]
@@ -313,6 +328,7 @@ def _result(examinations: Sequence[_Examination], complete: bool) -> WeightsResu
         health=overall_health(tensors, findings, complete and not lost),
         notes=tuple(note for c in checkpoints for note in c.notes),
         adapters=tuple(adapter for e in examinations for adapter in e.examined.adapters),
+        casting=casting([e.examined for e in examinations], tensors, casts),
     )
 
 

@@ -65,6 +65,64 @@ class Dequantized(Record):
     bits: int | None = None
 
 
+class CastResult(Record):
+    """What casting a tensor to a type costs; None is undefined (a tensor of zeros)."""
+
+    format: str
+    #: What shares a scale: nothing has one (plain), a tensor, a row (output unit), a block.
+    scale: Literal["plain", "tensor", "row", "block"]
+    #: With its scales.
+    bytes: int
+    #: Finite elements that become infinite or NaN, and elements other than zero that become zero.
+    overflow_count: int
+    underflow_count: int
+    #: ‖cast − x‖ / ‖x‖, the same in decibels, and the greatest difference, of what does not
+    #: overflow.
+    relative_error: float | None
+    snr_db: Number | None
+    #: Without the elements beyond the 99.9 % quantile, whose size may hide that others are lost.
+    bulk_snr_db: Number | None
+    max_abs_error: float
+
+
+class CastSummary(Record):
+    """What casting every tensor that is cast to a type costs and saves."""
+
+    format: str
+    tensors: int
+    #: Of all tensors of the model, with what is not cast as it is stored.
+    bytes: int
+    saved_fraction: float
+    overflow_count: int
+    underflow_count: int
+    snr_db: Number | None
+    #: The tensor that loses most, by the lower of its ratios; one that overflows, and then has
+    #: none, before any other.
+    worst_tensor: str | None
+    worst_snr_db: Number | None
+    #: Tensors below the wanted signal to noise; None where none was wanted.
+    below: int | None
+
+
+class CastPlan(Record):
+    """The smallest format of each tensor that keeps the wanted signal to noise."""
+
+    snr_db: float
+    bytes: int
+    saved_fraction: float
+    #: By format, how many tensors take it; ``kept`` names those that none serves.
+    tensors: Mapping[str, int]
+    kept: tuple[str, ...]
+
+
+class Casting(Record):
+    """What ``--cast`` found."""
+
+    stored_bytes: int
+    formats: tuple[CastSummary, ...]
+    plan: CastPlan | None = None
+
+
 class TensorResult(Record):
     """One tensor. ``statistics`` and what rests on them are None when only headers were read,
     and of packed codes that could not be turned into values.
@@ -88,6 +146,9 @@ class TensorResult(Record):
     histogram: tuple[int, ...] = ()
     content_hash: str | None = None
     spectrum: None = None
+    #: What ``--cast`` found, in the order asked, and the format of the plan; None keeps it.
+    casts: tuple[CastResult, ...] = ()
+    cast_plan: str | None = None
     dequantized: Dequantized | None = None
     health: Health | None = None
 
@@ -155,6 +216,7 @@ class WeightsResult(Record):
     health: Health | None
     notes: tuple[str, ...] = ()
     adapters: tuple[AdapterResult, ...] = ()
+    casting: Casting | None = None
 
 
 WeightsReport = Report[WeightsResult]

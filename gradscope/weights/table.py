@@ -11,6 +11,7 @@ from rich.text import Text
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import Grid, health_text, number, sparkline, table
 from gradscope.text import escaped, shortened
+from gradscope.weights.cast_table import casts
 from gradscope.weights.names import pattern
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import MATRICES, Role
@@ -32,6 +33,8 @@ def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType 
     if result.overall.by_role:
         yield Text("")
         yield _by_role(result)
+    if result.casting is not None:
+        yield from casts(result.casting, display)
     if result.tensors:
         yield from _tensors(result.tensors, display)
 
@@ -56,11 +59,13 @@ def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[Rend
     shown = groups[:_SHOWN] if brief else groups
     wide = display.width is None or display.width >= 130
     room = display.width is None or display.width >= 110
+    planned = any(t.cast_plan for t in tensors)
     columns = (
-        ("tensor", "left"), ("shape", "left"), ("dtype", "left"), *(("mean",) if wide else ()),
+        ("tensor", "left"), ("shape", "left"), ("dtype", "left"),
+        *((("cast to", "left"),) if planned else ()), *(("mean",) if wide else ()),
         "std", "abs max", "peak", "zeros", "health", *((("distribution", "left"),) if room else ()),
     )  # fmt: skip
-    rows = [_row(group, display, wide) for group in shown]
+    rows = [_row(group, display, wide, planned) for group in shown]
     if shown:
         yield Text("")
         yield _grid(columns, rows) if _in_file(display) else _table(columns, rows, shown)
@@ -89,7 +94,9 @@ def _table(
     return made
 
 
-def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[str | Text]:
+def _row(
+    group: Sequence[TensorResult], display: Display, wide: bool, planned: bool
+) -> list[str | Text]:
     first = min(group, key=_score)
     many = f"  ×{len(group)}" if len(group) > 1 else ""
     name = shortened(pattern(first.name) if many else first.name)
@@ -101,6 +108,7 @@ def _row(group: Sequence[TensorResult], display: Display, wide: bool) -> list[st
         name + many,
         "×".join(map(str, first.shape)) or "scalar",
         first.dtype,
+        *([first.cast_plan or "–"] if planned else []),
     ]
     if s is None:
         return [*row, *["–"] * (6 if wide else 5), ""]
@@ -118,7 +126,7 @@ def _brief(tensors: Sequence[TensorResult]) -> list[list[TensorResult]]:
     for tensor in tensors:
         if tensor.role in MATRICES | {Role.QUANTIZED} or _score(tensor) < 100:
             band = tensor.health.status if tensor.health else ""
-            key = (pattern(tensor.name), tensor.shape, tensor.dtype, band)
+            key = (pattern(tensor.name), tensor.shape, tensor.dtype, tensor.cast_plan, band)
             groups.setdefault(key, []).append(tensor)
     return sorted(groups.values(), key=lambda g: (min(map(_score, g)), -sum(t.numel for t in g)))
 

@@ -1,0 +1,65 @@
+"""The tables of ``--cast``: what each type costs and saves, and the plan that keeps enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from gradscope.report.formats import Display
+from gradscope.report.formats.cells import table
+from gradscope.text import listed, plural, shortened, size
+from gradscope.weights.result import Casting, CastPlan, CastSummary
+
+_NAMED = 3
+
+
+def casts(found: Casting, display: Display) -> Iterator[RenderableType]:
+    """A row for each type, then the plan."""
+    yield Text.assemble("\nCasts", f"   stored {size(found.stored_bytes)}")
+    yield _formats(found)
+    if found.plan is not None:
+        most = len(found.plan.kept) if display.detail > 1 else _NAMED
+        yield from _plan(found.plan, most)
+
+
+def _formats(found: Casting) -> RenderableType:
+    below = [] if found.plan is None else [f"< {found.plan.snr_db:g} dB"]
+    made = table(
+        ("type", "left"), "tensors", "size", "saved", "SNR dB", "worst dB", "overflow", "to zero",
+        *below, ("worst tensor", "left"),
+    )  # fmt: skip
+    for s in found.formats:
+        made.add_row(*_row(s, below=bool(below)))
+    return made
+
+
+def _row(s: CastSummary, below: bool) -> Iterator[str]:
+    yield from (s.format, f"{s.tensors:,}", size(s.bytes), _share(s.saved_fraction))
+    yield from (_level(s.snr_db), "overflows" if s.overflow_count else _level(s.worst_snr_db))
+    yield from (f"{s.overflow_count:,}", f"{s.underflow_count:,}")
+    if below:
+        yield f"{s.below or 0:,}"
+    yield shortened(s.worst_tensor or "–")
+
+
+def _level(decibels: float | None) -> str:
+    return "–" if decibels is None else "exact" if decibels == float("inf") else f"{decibels:.1f}"
+
+
+def _share(fraction: float) -> str:
+    return f"{fraction:.0%}"
+
+
+def _plan(plan: CastPlan, most: int) -> Iterator[RenderableType]:
+    """What to take for which tensors, and which to keep."""
+    taken = ", ".join(f"{name} {count:,}" for name, count in plan.tensors.items())
+    yield Text.assemble(
+        f"At {plan.snr_db:g} dB or better, tensor by tensor: ",
+        (f"{size(plan.bytes)}, {_share(plan.saved_fraction)} saved", "bold"),
+        f"   {taken}" if taken else "",
+    )
+    if plan.kept:
+        names = listed(map(shortened, plan.kept), len(plan.kept), most)
+        yield Text(f"keep {plural(len(plan.kept), 'tensor')} as stored: {names}", style="dim")
