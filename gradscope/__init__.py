@@ -14,6 +14,7 @@ __all__ = [
     "analyze_weights",
     "attribute",
     "explain",
+    "read_report",
     "visualize",
 ]
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gradscope.attribution.visualize import visualize
     from gradscope.flow.analysis import analyze_flow
     from gradscope.recording.recorder import GradientRecorder
+    from gradscope.saved import read_report
     from gradscope.weights.analysis import analyze_weights
 
 _HOMES = {
@@ -31,6 +33,7 @@ _HOMES = {
     "analyze_weights": "gradscope.weights.analysis",
     "attribute": "gradscope.attribution.attribute",
     "explain": "gradscope.attribution.explain",
+    "read_report": "gradscope.saved",
     "visualize": "gradscope.attribution.visualize",
 }
 

@@ -7,6 +7,7 @@ Names come from strangers' files. Whatever goes into a message or a table passes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from itertools import islice
 
 
@@ -37,6 +38,12 @@ def listed(items: Iterable[object], total: int, most: int = 3) -> str:
     shown = [str(item) for item in islice(items, most)]
     more = f" and {total - len(shown):,} more" if total > len(shown) else ""
     return ", ".join(shown) + more
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """``; did you mean a or b?``, the known words nearest to one that is not; empty without any."""
+    close = get_close_matches(word, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def runs(numbers: Iterable[int], total: int, most: int = 10) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from gradscope.cli import explain, flow, layers, methods, rules, schema, visualize, weights
+from gradscope.cli import explain, flow, layers, methods, render, rules, schema, visualize, weights
 from gradscope.cli.terminal import end_process, hold_streams, say
 from gradscope.docstrings import docstring
 from gradscope.errors import OutputError
@@ -39,6 +39,7 @@ for run in (
     methods.methods,
     rules.rules,
     schema.schema,
+    render.render,
 ):
     said = docstring(run)
     app.command(run.__name__, help=said, short_help=said.split("\n", 1)[0])(run)

@@ -11,7 +11,7 @@ import inspect
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from glob import glob
@@ -38,7 +38,7 @@ class Reported(Protocol):
 
     @property
     def gate(self) -> Any:
-        """Holds the exit code."""
+        """Holds the exit code and notes."""
         ...
 
     @property
@@ -119,11 +119,22 @@ def analysis(body: Callable[..., Reported]) -> Callable[..., None]:
     @functools.wraps(body)
     def run(**given: Any) -> int:
         output: Output = given["output"]
-        reports = _checked(output, given.get("gate"), _texts(given))
+        gate: Gate | None = given.get("gate")
+        if gate is not None:
+            _check_rules(gate)
+        files = checked(output, _texts(given))
         report = body(**given)
-        return min(_published(report, output, reports), key=PRECEDENCE.index)
+        codes = (report.gate.exit_code, *published(report, output, files))
+        for failure in report.errors:
+            say(f"error: {failure.input}: {failure.message}")
+        return worst(codes)
 
     return command(run)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code that counts; 0 of none."""
+    return min(codes, key=PRECEDENCE.index, default=0)
 
 
 # --- before the work ------------------------------------------------------------------------------
@@ -137,13 +148,15 @@ _DATA = (
 )
 
 
-def _checked(output: Output, gate: Gate | None, inputs: Iterable[str]) -> list[tuple[str, Path]]:
-    """Refuse a wrong request before anything heavy is imported. Raises UsageError."""
+def _check_rules(gate: Gate) -> None:
     from gradscope.report.rules import load_rules, select
 
+    select(load_rules().values(), split_commas(gate.select), split_commas(gate.ignore))
+
+
+def checked(output: Output, inputs: Iterable[str]) -> list[tuple[str, Path]]:
+    """The files to write, in which format each. Raises UsageError before anything heavy is done."""
     renderer(output.format_)
-    if gate is not None:
-        select(load_rules().values(), split_commas(gate.select), split_commas(gate.ignore))
     reports = [_report_path(value) for value in output.report or ()]
     _spare(reports, [path for path in inputs if os.path.exists(path)])
     return reports
@@ -211,18 +224,17 @@ def _spelled(text: str) -> tuple[str, ...]:
 # --- after the work -------------------------------------------------------------------------------
 
 
-def _published(
-    report: Reported, output: Output, reports: Iterable[tuple[str, Path]]
-) -> Iterator[int]:
-    """Print the report, write the others, say what could not be read; the codes of each."""
-    yield report.gate.exit_code
+def published(report: Reported, output: Output, files: Iterable[tuple[str, Path]]) -> Iterator[int]:
+    """Print the report and write the files; the codes of what failed."""
+    shown = replace(screen(output.color, output.detail), anchor=output.sarif_anchor)
     try:
-        emit(renderer(output.format_)(report, screen(output.color, output.detail)))
+        emit(renderer(output.format_)(report, shown))
     except OutputError as error:
         say(f"error: {error}")
         yield error.exit_code
-    for name, path in reports:
-        text: str = renderer(name)(report, Display(detail=2))
+    written = Display(detail=2, root=shown.root, anchor=shown.anchor)
+    for name, path in files:
+        text: str = renderer(name)(report, written)
         try:
             write_whole(path, partial(_write, text))
         except OutputError as error:
@@ -231,8 +243,6 @@ def _published(
         else:
             if output.detail:
                 say(f"wrote {path}")
-    for failure in report.errors:
-        say(f"error: {failure.input}: {failure.message}")
 
 
 def _write(text: str, file: BinaryIO) -> None:

@@ -80,6 +80,15 @@ class Output:
     ] = False
     color: Annotated[Color, typer.Option("--color", help="Colour the table.")] = Color.AUTO
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False
+    sarif_anchor: Annotated[
+        str | None,
+        typer.Option(
+            "--sarif-anchor",
+            metavar="FILE",
+            help="Where SARIF and annotations stand: a text file of the repository, such as the "
+            "pointer or the configuration of a model that is not in it.",
+        ),
+    ] = None
 
     @property
     def detail(self) -> int:

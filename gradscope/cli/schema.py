@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
 import typer
 
@@ -32,10 +32,8 @@ def report_schema() -> dict[str, Any]:
     from pydantic import TypeAdapter
     from pydantic.json_schema import GenerateJsonSchema
 
-    from gradscope.attribution.result import ExplainReport, VisualizeReport
-    from gradscope.flow.result import FlowReport
     from gradscope.report.model import NUMBER_SCHEMA, SCHEMA_VERSION
-    from gradscope.weights.result import WeightsReport
+    from gradscope.saved import KINDS, kind
 
     class AnyFloat(GenerateJsonSchema):
         """Any float may be beyond the numbers that JSON has: float64 weights have such norms."""
@@ -43,9 +41,8 @@ def report_schema() -> dict[str, Any]:
         def float_schema(self, schema: Any) -> dict[str, Any]:  # noqa: ARG002
             return dict(NUMBER_SCHEMA)
 
-    reports: TypeAdapter[Any] = TypeAdapter(
-        WeightsReport | FlowReport | ExplainReport | VisualizeReport
-    )
+    written: Any = Union[tuple(map(kind, KINDS))]  # noqa: UP007
+    reports: TypeAdapter[Any] = TypeAdapter(written)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:gradscope:report:{SCHEMA_VERSION}",

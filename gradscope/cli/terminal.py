@@ -113,7 +113,15 @@ def emit(text: str) -> bool:
 def screen(color: str, detail: int) -> Display:
     """How a report is shown on stdout."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
-    return Display(columns(sys.stdout), coloured(sys.stdout, color), unicode, detail)
+    root = os.getcwd()
+    return Display(columns(sys.stdout), coloured(sys.stdout, color), unicode, detail, root)
+
+
+def saved(path: str) -> Any:
+    """A saved report, of a file or of stdin (``-``). Raises InputError."""
+    from gradscope.saved import read_report
+
+    return read_report(sys.stdin.buffer if path == "-" else path)
 
 
 def coloured(stream: TextIO, wish: str) -> bool:

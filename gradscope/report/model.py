@@ -73,6 +73,10 @@ class Coverage(Record):
     total: int
     unit: Literal["tensors", "layers", "images"]
     bytes: int
+    #: Names of the rules that were asked, those not evaluated included.
+    rules: tuple[str, ...] = ()
+    #: The options by which only a part was looked at.
+    narrowed: tuple[str, ...] = ()
     skipped: tuple[Skip, ...] = ()
     not_evaluated: tuple[NotEvaluated, ...] = ()
 
@@ -91,7 +95,10 @@ class Finding(Record):
     threshold: Number | None
     recommendation: str
     fingerprint: str
+    #: To the baseline and the allow-list: an unchanged one does not fail the run.
     state: Literal["new", "unchanged", "worsened"] = "new"
+    #: Why it is allowed, in the words of the configuration.
+    allowed: str | None = None
 
 
 class Gate(Record):
@@ -101,6 +108,8 @@ class Gate(Record):
     failed: bool
     exit_code: int
     reasons: tuple[str, ...]
+    #: What became of the baseline and the allow-list: entries that are stale or have expired.
+    notes: tuple[str, ...] = ()
 
 
 class InputFailure(Record):
@@ -159,4 +168,5 @@ def fingerprint(rule: str, subject: str, artefact: str = "") -> str:
 
     ``artefact`` tells several inputs of one run apart.
     """
-    return hashlib.sha256("\0".join((rule, artefact, subject)).encode()).hexdigest()[:32]
+    named = "\0".join((rule, artefact, subject)).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(named).hexdigest()[:32]

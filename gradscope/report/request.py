@@ -69,7 +69,8 @@ class Request:
         findings = _told_apart(f for j in judged for f in j.findings)
         findings.sort(key=lambda f: -f.severity.rank)
         absent = dict.fromkeys(n for j in judged for n in j.not_evaluated)
-        coverage = coverage.model_copy(update={"not_evaluated": tuple(absent)})
+        asked = tuple(r.name for r in self.rules)
+        coverage = coverage.model_copy(update={"rules": asked, "not_evaluated": tuple(absent)})
         return kind(
             command=self.command,
             inputs=tuple(inputs),

@@ -12,7 +12,6 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from enum import StrEnum
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
@@ -21,6 +20,7 @@ from gradscope.docstrings import docstring
 from gradscope.errors import UsageError
 from gradscope.plugins import loaded
 from gradscope.report.model import Fact, Finding, NotEvaluated, Severity, fingerprint
+from gradscope.text import meant, quoted
 
 
 class Subject(Protocol):
@@ -39,7 +39,11 @@ class Subject(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a rule yields; the registry adds the rule's identity and makes it a Finding."""
+    """What a rule yields; the registry adds the rule's identity and makes it a Finding.
+
+    The first number of ``evidence``, and ``affected_fraction``, are what a baseline compares: put
+    what is measured against ``threshold`` first.
+    """
 
     subject: str
     message: str
@@ -74,12 +78,16 @@ class Rule:
     reads: type[Subject]
     #: The kind of facts without which it cannot be evaluated.
     needs: StrEnum
+    #: Thresholds that a configuration gives in the place of the check's own.
+    given: Mapping[str, float] = field(default_factory=dict)
+    #: The severity of all its findings, where a configuration gives one.
+    always: Severity | None = None
 
     @property
     def thresholds(self) -> dict[str, Any]:
-        """Name and default of each threshold."""
+        """Name and value of each threshold."""
         parameters = inspect.signature(self.check).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | {**self.given}
 
     @property
     def summary(self) -> str:
@@ -165,9 +173,10 @@ def _check_pattern(pattern: str, rules: Sequence[Rule]) -> None:
     if any(r.selected_by(pattern) for r in rules):
         return
     names = [r.name for r in rules] + [r.code for r in rules]
-    close = get_close_matches(pattern, names, n=3)
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    raise UsageError(f"no rule is called or begins with {pattern!r}{hint} (see `gradscope rules`)")
+    raise UsageError(
+        f"no rule is called or begins with {quoted(pattern)}{meant(pattern, names)} "
+        "(see `gradscope rules`)"
+    )
 
 
 def select_for(
@@ -179,7 +188,7 @@ def select_for(
     read something else: selecting them here would check nothing and pass.
     """
     everything = list(load_rules().values())
-    ours = [r for r in everything if issubclass(reads, r.reads)]
+    ours = rules_of(reads)
     chosen = select(everything, selected, ignored)
     for pattern in (*selected, *ignored):
         if not any(r.selected_by(pattern) for r in ours):
@@ -191,6 +200,11 @@ def select_for(
     return [r for r in chosen if r in ours]
 
 
+def rules_of(reads: type[Subject]) -> list[Rule]:
+    """The rules that read this type, plugins' included."""
+    return [r for r in load_rules().values() if issubclass(reads, r.reads)]
+
+
 def evaluate(
     rules: Iterable[Rule], subject: Subject, input_: str
 ) -> Iterator[Finding | NotEvaluated]:
@@ -199,7 +213,7 @@ def evaluate(
         if r.needs not in subject.measured:
             yield NotEvaluated(rule=r.name, reason=f"needs {r.needs}, which was not measured")
             continue
-        for seen in r.check(subject):
+        for seen in r.check(subject, **r.given):
             if isinstance(seen, Unknown):
                 yield NotEvaluated(rule=r.name, reason=seen.reason)
             else:
@@ -210,12 +224,13 @@ def _finding(r: Rule, seen: Observation, input_: str) -> Finding:
     return Finding(
         rule=r.code,
         name=r.name,
-        severity=seen.severity or r.severity,
+        severity=r.always or seen.severity or r.severity,
         subject=seen.subject,
         input=seen.input or input_,
         message=seen.message,
         evidence=seen.evidence,
         threshold=seen.threshold,
         recommendation=seen.recommendation,
-        fingerprint=fingerprint(r.code, seen.subject),
+        # Of a whole input whatever its path: a run's next checkpoint has the same fault.
+        fingerprint=fingerprint(r.code, "" if seen.subject == input_ else seen.subject),
     )

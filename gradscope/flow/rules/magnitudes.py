@@ -318,7 +318,7 @@ def gradient_spike(
         f"{plural(worst.layers, 'layer')}, most in {worst.layer_name}, at step {worst.step}"
         + (f" (tallest first: {steps})" if count > 1 else ""),
         "log the batches of these steps; if the loss follows, clip the total norm",
-        {"step": worst.step, "ratio": worst.ratio, "z": worst.z, "spikes": count},
+        {"ratio": worst.ratio, "step": worst.step, "z": worst.z, "spikes": count},
         threshold=tall,
         severity=_spike_severity(worst, small, tall),
     )

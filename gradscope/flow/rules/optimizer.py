@@ -127,6 +127,6 @@ def epsilon_damped(
             else f"lower epsilon well below {found.epsilon:g}, or scale the loss up (a mean over "
             "too many elements?)"
         ),
-        {"epsilon": found.epsilon, "left": found.left, "share_of_parameters": found.share},
+        {"left": found.left, "epsilon": found.epsilon, "share_of_parameters": found.share},
         threshold=left,
     )

@@ -129,7 +129,11 @@ def _narrow_layers(
             "below both neighbours",
             "look at what it multiplies: a tiny gain or initial scale, a saturated "
             "activation behind it",
-            {"bottleneck_score": score, "connectivity": node.connectivity or 0},
+            {
+                "decades": below,
+                "bottleneck_score": score,
+                "connectivity": node.connectivity or 0,
+            },
             threshold=decades,
             severity=Severity.MEDIUM if below >= decades else Severity.LOW,
         )

@@ -16,7 +16,8 @@ from gradscope.plugins import load, plugins
 
 #: The built-in formats and the modules they live in, imported when one is asked for.
 BUILT_IN: Mapping[str, str] = {
-    name: f"gradscope.report.formats.{name}_" for name in ("table", "json", "jsonl", "csv")
+    name: f"gradscope.report.formats.{name}_"
+    for name in ("table", "json", "jsonl", "csv", "markdown", "github", "sarif", "junit")
 }
 
 
@@ -30,6 +31,10 @@ class Display:
     unicode: bool = True
     #: 0 findings and verdict, 1 the usual, 2 every tensor.
     detail: int = 1
+    #: The folder that paths in annotations are relative to.
+    root: str = ""
+    #: The text file that annotations are shown at; by default the input itself.
+    anchor: str | None = None
 
 
 FILE = Display()

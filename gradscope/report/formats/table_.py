@@ -92,6 +92,8 @@ def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
     if section is not None:
         yield from section(report.result, display)
     yield from _coverage(report, display)
+    for note in report.gate.notes:
+        yield Text.assemble(("\nnote ", "yellow"), escaped(note))
     yield _verdict(report)
 
 
@@ -112,7 +114,7 @@ def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for finding in findings:
         place = re.sub(r"\d+", "*", finding.subject)
-        key = (finding.rule, finding.severity, finding.input, place)
+        key = (finding.rule, finding.severity, finding.input, place, _state(finding))
         groups.setdefault(key, []).append(finding)
     return list(groups.values())
 
@@ -130,10 +132,16 @@ def _finding(group: Sequence[Finding], several: bool) -> Iterator[RenderableType
         f"  {shortened(first.subject)}",
         (more, "dim"),
         where,
-        ("  known" if first.state == "unchanged" else "", "dim"),
+        (_state(first), "dim"),
     )
     yield Padding(Text(escaped(first.message)), (0, 0, 0, 11))
     yield Padding(Text("→ " + escaped(first.recommendation), style="dim"), (0, 0, 0, 11))
+
+
+def _state(finding: Finding) -> str:
+    if finding.allowed:
+        return f"  allowed: {escaped(finding.allowed)}"
+    return {"new": "", "unchanged": "  known", "worsened": "  worsened"}[finding.state]
 
 
 def _others(group: Sequence[Finding]) -> str:
@@ -160,8 +168,6 @@ def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
 
 def _verdict(report: AnyReport) -> RenderableType:
     gate, coverage = report.gate, report.coverage
-    counts = {s: sum(f.severity is s for f in report.findings) for s in reversed(Severity)}
-    found = ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "no findings"
     analysed = f"{coverage.analyzed:,} of {coverage.total:,} {coverage.unit}"
     style = "bold red" if gate.failed else "bold green"
     # Failed inputs are written out above; here they are counted.
@@ -170,5 +176,14 @@ def _verdict(report: AnyReport) -> RenderableType:
     reasons = "".join(f": {shortened(r)}" for r in (*unread, *gate.reasons[failed:]))
     return Text.assemble(
         ("\nFAILED" if gate.failed else "\nPASSED", style),
-        f"  {found} · {analysed}, {size(coverage.bytes)} · exit {gate.exit_code}{reasons}",
+        f"  {counted(report)} · {analysed}, {size(coverage.bytes)} · exit {gate.exit_code}",
+        reasons,
     )
+
+
+def counted(report: AnyReport) -> str:
+    """How many findings of each severity there are, and how many are known."""
+    counts = {s: sum(f.severity is s for f in report.findings) for s in reversed(Severity)}
+    found = ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "no findings"
+    known = sum(f.state == "unchanged" for f in report.findings)
+    return found + (f" ({known} known)" if known else "")
