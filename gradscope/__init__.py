@@ -10,6 +10,7 @@ from gradscope.version import __version__
 __all__ = [
     "GradientRecorder",
     "__version__",
+    "analyze_drift",
     "analyze_flow",
     "analyze_weights",
     "attribute",
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gradscope.attribution.attribute import attribute
     from gradscope.attribution.explain import explain
     from gradscope.attribution.visualize import visualize
+    from gradscope.drift.analysis import analyze_drift
     from gradscope.flow.analysis import analyze_flow
     from gradscope.recording.recorder import GradientRecorder
     from gradscope.saved import read_report
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "GradientRecorder": "gradscope.recording.recorder",
+    "analyze_drift": "gradscope.drift.analysis",
     "analyze_flow": "gradscope.flow.analysis",
     "analyze_weights": "gradscope.weights.analysis",
     "attribute": "gradscope.attribution.attribute",

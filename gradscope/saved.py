@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 #: Each command that writes reports, and the type of its own.
 KINDS: Mapping[str, str] = {
     "weights": "gradscope.weights.result:WeightsReport",
+    "drift": "gradscope.drift.result:DriftReport",
     "flow": "gradscope.flow.result:FlowReport",
     "explain": "gradscope.attribution.result:ExplainReport",
     "visualize": "gradscope.attribution.result:VisualizeReport",

@@ -19,6 +19,8 @@ ALLOWED = {
     "report": set(),
     "casts": {"checkpoints", "statistics"},
     "weights": {"casts", "checkpoints", "statistics", "quantization", "report"},
+    # What tensors are for is known there; two checkpoints are compared on top of it.
+    "drift": {"checkpoints", "statistics", "quantization", "report", "weights"},
     "histories": {"containers", "checkpoints", "statistics"},
     "flow": {"histories", "report"},
     "recording": {"histories"},

@@ -41,15 +41,16 @@ class Tile:
     start: int
     stop: int
 
-    def pieces(self) -> Iterator[tuple[int, Array]]:
+    def pieces(self, lane: int = 0) -> Iterator[tuple[int, Array]]:
         """Yield (flat index, stored elements) piece by piece.
 
-        The array is a view of a buffer of this thread that the next piece overwrites. Floats of
-        16 bits or fewer come as their codes, in the machine's byte order.
+        The array is a view of a buffer of this thread that the next piece of the same ``lane`` (0
+        or 1) overwrites: two tensors can be read side by side. What is computed is read through
+        lane 0. Floats of 16 bits or fewer come as their codes, in the machine's byte order.
         Raises InputError when the file has become shorter than its headers said.
         """
         for first in range(self.start, self.stop, PIECE):
-            yield first, _read(self.ref, first, min(first + PIECE, self.stop))
+            yield first, _read(self.ref, first, min(first + PIECE, self.stop), lane)
 
 
 def tiles(ref: TensorRef, elements: int = 16 * PIECE) -> Iterator[Tile]:
@@ -65,11 +66,12 @@ def read_range(ref: TensorRef, start: int, stop: int) -> Array:
     return _read(ref, start, stop).copy()
 
 
-def _read(ref: TensorRef, start: int, stop: int) -> Array:
+def _read(ref: TensorRef, start: int, stop: int, lane: int = 0) -> Array:
     if ref.decoding is not None:
         return ref.decoding.read(start, stop)
-    read = _read_strided if ref.strides is not None else _read_contiguous
-    return read(ref, start, stop)
+    if ref.strides is not None:
+        return _read_strided(ref, start, stop)
+    return _read_contiguous(ref, start, stop, _lanes[lane])
 
 
 class _Local(threading.local):
@@ -98,13 +100,13 @@ class _Local(threading.local):
         self.close()
 
 
-_local = _Local()
+_lanes = (_Local(), _Local())
 
 
-def _read_contiguous(ref: TensorRef, start: int, stop: int) -> Array:
+def _read_contiguous(ref: TensorRef, start: int, stop: int, lane: _Local) -> Array:
     bits = DTYPE_BITS[ref.dtype]
     offset, size = ref.offset + start * bits // 8, -(-(stop - start) * bits // 8)
-    raw = _read_bytes(ref, offset, size)
+    raw = _read_bytes(ref, offset, size, lane)
     if bits == 4:
         return _unpack4(raw)[: stop - start]
     if bits == 6:
@@ -113,11 +115,11 @@ def _read_contiguous(ref: TensorRef, start: int, stop: int) -> Array:
     return values.byteswap() if ref.big_endian else values
 
 
-def _read_bytes(ref: TensorRef, offset: int, size: int) -> npt.NDArray[np.uint8]:
-    buffer = _local.buffer[:size]
+def _read_bytes(ref: TensorRef, offset: int, size: int, lane: _Local) -> npt.NDArray[np.uint8]:
+    buffer = lane.buffer[:size]
     done = 0
     try:
-        descriptor = _local.open(ref.source)
+        descriptor = lane.open(ref.source)
         while done < size:
             got = os.preadv(descriptor, [buffer[done:].data], offset + done)
             if got == 0:

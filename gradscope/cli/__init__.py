@@ -10,7 +10,18 @@ from pathlib import Path
 
 import typer
 
-from gradscope.cli import explain, flow, layers, methods, render, rules, schema, visualize, weights
+from gradscope.cli import (
+    drift,
+    explain,
+    flow,
+    layers,
+    methods,
+    render,
+    rules,
+    schema,
+    visualize,
+    weights,
+)
 from gradscope.cli.terminal import end_process, hold_streams, say
 from gradscope.docstrings import docstring
 from gradscope.errors import OutputError
@@ -32,6 +43,7 @@ app = typer.Typer(
 )
 for run in (
     weights.weights,
+    drift.drift,
     flow.flow,
     explain.explain,
     visualize.visualize,

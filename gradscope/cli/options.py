@@ -133,6 +133,42 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Tensors:
+    """Which tensors of a checkpoint are looked at, and how far."""
+
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Only tensors with such names (repeatable)."),
+    ] = None
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="No tensors with such names (repeatable)."),
+    ] = None
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Which nested dict is the state dict, e.g. model.state_dict."
+        ),
+    ] = None
+    headers_only: Annotated[
+        bool,
+        typer.Option(
+            "--headers-only", help="Read no data: names, shapes and consistency, in milliseconds."
+        ),
+    ] = False
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """As the functions of the Python API take it."""
+        return {
+            "include": self.include or (),
+            "exclude": self.exclude or (),
+            "key": self.key,
+            "headers_only": self.headers_only,
+        }
+
+
+@dataclass(frozen=True)
 class Model:
     """A saved vision model, and how it is loaded."""
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Device, Gate, Jobs, Output, split_commas
+from gradscope.cli.options import Device, Gate, Jobs, Output, Tensors, split_commas
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -23,26 +23,7 @@ def weights(
         ),
     ],
     *,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Only tensors with such names (repeatable)."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="No tensors with such names (repeatable)."),
-    ] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", help="Which nested dict is the state dict, e.g. model.state_dict."
-        ),
-    ] = None,
-    headers_only: Annotated[
-        bool,
-        typer.Option(
-            "--headers-only", help="Read no data: names, shapes and consistency, in milliseconds."
-        ),
-    ] = False,
+    tensors: Tensors,
     keep_going: Annotated[
         bool,
         typer.Option(
@@ -73,7 +54,7 @@ def weights(
     """Statistics, outliers, dead units, numerics and health of checkpoints of any size."""
     from gradscope.cli.terminal import load_compiler, progress_bar
 
-    if not headers_only:
+    if not tensors.headers_only:
         load_compiler()
     from gradscope.weights.analysis import analyze_weights
 
@@ -81,15 +62,12 @@ def weights(
     with progress_bar("reading", wanted=output.progress) as tick:
         return analyze_weights(
             *checkpoints,
-            key=key,
-            include=include or (),
-            exclude=exclude or (),
-            headers_only=headers_only,
             keep_going=keep_going,
             cast=split_commas(cast),
             snr=snr,
             device=device,
             jobs=jobs,
             progress=tick,
+            **tensors.wanted,
             **gate.wanted,
         )

@@ -109,7 +109,12 @@ RULES: dict[str, Rule] = {}
 
 #: The packages whose import registers ours. By name rather than by entry point: with a stale or
 #: broken installation the latter finds no rule, and everything passes.
-BUILT_IN = ("gradscope.weights.rules", "gradscope.flow.rules", "gradscope.attribution.rules")
+BUILT_IN = (
+    "gradscope.weights.rules",
+    "gradscope.drift.rules",
+    "gradscope.flow.rules",
+    "gradscope.attribution.rules",
+)
 
 
 def rule(

@@ -6,24 +6,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.documents import folder_of
 from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.open import open_checkpoint
-from gradscope.checkpoints.tensors import Checkpoint, Failure, Skipped, TensorRef
+from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.errors import UsageError
 from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
-from gradscope.text import listed, plural, quoted
 from gradscope.weights.adapter_config import described
 from gradscope.weights.casting import Wanted, casting, wanted_casts, with_casts
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
+from gradscope.weights.left_out import part_failures
 from gradscope.weights.patterns import filtered
 from gradscope.weights.result import (
     Examined,
@@ -41,9 +40,6 @@ from gradscope.weights.tables import codebooks, table_rows
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.statistics import Engine, Pool, Scan
     from gradscope.weights.measuring import Measured
-
-#: Reasons for what was left out that are told in an error.
-_MOST_REASONS = 4
 
 Progress = Callable[[int, int], None]
 
@@ -126,7 +122,7 @@ def _headers(checkpoint: Checkpoint) -> _Examination:
     )
     examined = Examined(checkpoint, tensors, frozenset({Need.HEADERS}))
     examined = replace(examined, adapters=described(examined))
-    return _Examination(examined, {}, _part_failures(checkpoint))
+    return _Examination(examined, {}, part_failures(checkpoint))
 
 
 def _measure_all(
@@ -177,7 +173,7 @@ def _measured(
     with failures.caught():
         seen = with_casts(seen, casts, engine, meter)
         seen = replace(_read_again(seen, engine), masters=compare_masters(refs))
-    errors = (*_part_failures(checkpoint, failed=bool(failures)), *failures)
+    errors = (*part_failures(checkpoint, failed=bool(failures)), *failures)
     return _Examination(seen, result.pools, errors)
 
 
@@ -242,34 +238,6 @@ def _without_unread(
     reason = f"not read: {failures[0].input} failed ({failures[0].kind})"
     lost = tuple(Skipped(ref.name, reason) for ref in checkpoint.tensors if ref not in kept)
     return replace(checkpoint, tensors=tuple(read), skipped=(*checkpoint.skipped, *lost))
-
-
-def _part_failures(checkpoint: Checkpoint, failed: bool = False) -> tuple[InputFailure, ...]:
-    """What of a checkpoint could not be read: what is left out unasked is a failure by itself.
-
-    Where something ``failed``, what was lost with it is told already.
-    """
-    told = failed or checkpoint.failures
-    return tuple(
-        InputFailure(input=checkpoint.path, kind=f.kind, message=f.message)
-        for f in (checkpoint.failures if told else _left_out(checkpoint))
-    )
-
-
-def _left_out(checkpoint: Checkpoint) -> Iterator[Failure]:
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for skip in checkpoint.skipped:
-        if not skip.deliberate:
-            by_reason[skip.reason].append(skip.subject)
-    lost = sum(map(len, by_reason.values()))
-    if lost:
-        total = len(checkpoint.tensors) + lost
-        told = (f"{listed(map(quoted, names), len(names))}: {r}" for r, names in by_reason.items())
-        shown = "; ".join(islice(told, _MOST_REASONS))
-        more = len(by_reason) - _MOST_REASONS
-        rest = f"; {plural(more, 'more reason')} under skipped" if more > 0 else ""
-        what = plural(total, "tensor")
-        yield Failure("unsupported", f"{lost:,} of {what} could not be analysed: {shown}{rest}")
 
 
 def _judged(examination: _Examination, request: Request) -> _Examination:

@@ -110,11 +110,12 @@ def _findings(report: AnyReport, display: Display) -> Iterator[RenderableType]:
 
 
 def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """Findings of one rule and severity about one place of different layers of an input."""
-    groups: dict[tuple[str, ...], list[Finding]] = {}
+    """Findings of one rule, kind and severity about one place of different layers of an input."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
     for finding in findings:
         place = re.sub(r"\d+", "*", finding.subject)
-        key = (finding.rule, finding.severity, finding.input, place, _state(finding))
+        kind = finding.evidence.get("kind")
+        key = (finding.rule, kind, finding.severity, finding.input, place, _state(finding))
         groups.setdefault(key, []).append(finding)
     return list(groups.values())
 

@@ -1,0 +1,37 @@
+"""A checkpoint as the tensors that its model computes with: quantised weights by their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gradscope.checkpoints.tensors import Checkpoint, TensorRef
+from gradscope.quantization.recognise import recognise
+from gradscope.quantization.weights import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """The tensors in file order, and the quantised weight that each of some is."""
+
+    tensors: tuple[TensorRef, ...]
+    quantized: Mapping[str, QuantizedWeight]
+
+
+def logical(checkpoint: Checkpoint) -> Logical:
+    """Codes become the values that they stand for; their scales and tables are part of those.
+
+    Weights whose values cannot be computed stay as they are stored. Raises InputError as a tile
+    does.
+    """
+    known = [w for w in recognise(checkpoint).weights if w.values is not None]
+    values = {w.codes.name: _named(w) for w in known}
+    beside = {c.name for w in known for c in w.companions} - set(values)
+    tensors = (values.get(ref.name, ref) for ref in checkpoint.tensors if ref.name not in beside)
+    return Logical(tuple(tensors), {values[w.codes.name].name: w for w in known})
+
+
+def _named(weight: QuantizedWeight) -> TensorRef:
+    values = weight.values
+    assert values is not None
+    return replace(values, name=weight.name.removesuffix("._data"))

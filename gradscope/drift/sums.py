@@ -1,0 +1,350 @@
+"""What one pass over two tensors leaves behind, and the measures that follow from it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
+from gradscope.checkpoints.tiles import PIECE, Tile
+from gradscope.drift import kernels
+from gradscope.statistics import codings
+from gradscope.statistics.dtypes import FORMATS, FloatFormat
+
+Array = npt.NDArray[Any]
+
+#: Largest changes that are kept.
+LARGEST = 10
+#: Distances are counted by the bits that they take, 0 to 62.
+_WIDTHS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums, counts and tables of one piece of two tensors of one shape.
+
+    The grid of pieces is fixed, so the same bits come out for any tile size and number of threads.
+    """
+
+    sums: Array
+    counts: Array
+    octaves: Array
+    #: Counts of distances between codes of one type; how many differ and the greatest distance.
+    distances: tuple[Array, Array] | None
+    roundings: Array | None
+    #: By row: squares, squared changes, changed elements, from ``first_row`` on.
+    first_row: int
+    rows: tuple[Array, Array, Array]
+    #: The largest changes, where they are, and from what to what they go [2, LARGEST].
+    values: Array
+    places: Array
+    ends: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """A format that one side may be the other rounded to."""
+
+    dtype: str
+    #: Whether ``base`` is the rounded side: the new checkpoint has more precision.
+    reverse: bool = False
+
+    @property
+    def form(self) -> FloatFormat:
+        """Field widths and bias."""
+        return FORMATS[self.dtype]
+
+
+def rounding_between(base: str, new: str) -> Rounding | None:
+    """The cast that a change of float type is, if values may be lost by it."""
+    if base == new or base not in FORMATS or new not in FORMATS:
+        return None
+    if not (FORMATS[base].signed and FORMATS[new].signed):
+        return None
+    reverse = FORMATS[new].mantissa_bits > FORMATS[base].mantissa_bits and (
+        FORMATS[new].exponent_bits >= FORMATS[base].exponent_bits
+    )
+    return Rounding(base if reverse else new, reverse)
+
+
+_scratch = threading.local()
+
+
+def _buffer(name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
+    key = f"{name}{np.dtype(dtype).name}"
+    if not hasattr(_scratch, key):
+        setattr(_scratch, key, np.empty(shape, dtype))
+    array: Array = getattr(_scratch, key)
+    return array
+
+
+def floats(ref: TensorRef, stored: Array, lane: int) -> Array:
+    """Stored elements as float32 where that holds their type exactly, else as float64.
+
+    Complex elements come as twice as many floats. The array is overwritten by the next call of the
+    same ``lane``, or is ``stored`` itself.
+    """
+    if ref.dtype in codings.COMPLEX:
+        return stored.view(f"f{stored.itemsize // 2}")
+    if stored.dtype.kind == "f":
+        return stored
+    n = len(stored)
+    if ref.dtype not in codings.CODED:
+        return stored.astype(np.float64)
+    out = _buffer(f"floats{lane}", np.float32, (PIECE,))[:n]
+    if ref.dtype == "BF16":
+        kernels.decode_bf16(stored, out.view(np.uint32))
+    elif ref.dtype == "F16":
+        kernels.decode_f16(stored, out.view(np.uint32), out)
+    else:
+        codes = stored.view(f"u{stored.itemsize}")
+        kernels.decode_table(codes, codings.code_values(ref.dtype).astype(np.float32), out)
+    return out
+
+
+def compared(base: Tile, new: Tile, rounding: Rounding | None) -> list[Sums]:
+    """Compare two tiles of the same elements of tensors of one shape. Raises InputError."""
+    return [
+        _piece(base.ref, new.ref, first, one, two, rounding)
+        for (first, one), (_, two) in zip(base.pieces(1), new.pieces(0), strict=True)
+    ]
+
+
+def _piece(
+    base: TensorRef, new: TensorRef, first: int, one: Array, two: Array, rounding: Rounding | None
+) -> Sums:
+    x, y = floats(base, one, 1), floats(new, two, 0)
+    if x.dtype != y.dtype:
+        x, y = x.astype(np.float64), y.astype(np.float64)
+    parts = 2 if base.dtype in codings.COMPLEX and new.dtype in codings.COMPLEX else 1
+    length = row_numel(base) * parts
+    first_row = first * parts // length
+    count = (first * parts + len(x) - 1) // length - first_row + 1
+    found = Sums(
+        np.zeros(6),
+        np.zeros(5, np.int64),
+        np.zeros(kernels.OCTAVES + 1, np.int64),
+        _distances(base, new, one, two),
+        _roundings(x, y, rounding),
+        first_row,
+        (np.zeros(count), np.zeros(count), np.zeros(count, np.int64)),
+        np.zeros(LARGEST),
+        np.full(LARGEST, -1),
+        np.zeros((2, LARGEST)),
+    )
+    kernels.compare(
+        x, y, first * parts, length, _buffer("odd", x.dtype, (2, kernels.BLOCK)), found.sums,
+        found.counts, found.octaves, *found.rows, found.values, found.places,
+        found.ends,
+    )  # fmt: skip
+    return found
+
+
+def row_numel(ref: TensorRef) -> int:
+    """Elements a row; below two dimensions all is one row."""
+    return max(ref.row_numel if ref.rows is not None else ref.numel, 1)
+
+
+def _distances(
+    base: TensorRef, new: TensorRef, one: Array, two: Array
+) -> tuple[Array, Array] | None:
+    """Counts of distances between codes of one type, and how many differ."""
+    if base.dtype != new.dtype or base.decoding is not None or new.decoding is not None:
+        return None
+    table, counts = np.zeros(_WIDTHS, np.int64), np.zeros(2, np.int64)
+    if base.dtype not in FORMATS:
+        counts[0] = np.count_nonzero(_bits(one) != _bits(two))
+        return table, counts
+    bits = DTYPE_BITS[base.dtype]
+    sign = 1 << (bits - 1) if FORMATS[base.dtype].signed else 0
+    kernels.distances(
+        _bits(one), _bits(two), _signed(sign), np.int64(_limit(base.dtype)), table, counts
+    )
+    return table, counts
+
+
+def _signed(sign: int) -> np.int64:
+    return np.int64(sign - (1 << 64) if sign == 1 << 63 else sign)
+
+
+def _bits(stored: Array) -> Array:
+    size = stored.itemsize
+    return stored.view(f"u{size}") if size <= 8 else stored.view(np.uint64)
+
+
+def _limit(dtype: str) -> int:
+    """The code of a float type's greatest finite value."""
+    greatest = codings.greatest_finite(dtype)
+    if dtype in ("F32", "F64"):
+        return int(
+            np.array(greatest, f"f{DTYPE_BITS[dtype] // 8}").view(f"u{DTYPE_BITS[dtype] // 8}")
+        )
+    return int(np.flatnonzero(codings.code_values(dtype) == greatest)[0])
+
+
+def _roundings(x: Array, y: Array, rounding: Rounding | None) -> Array | None:
+    if rounding is None:
+        return None
+    counts = np.zeros(4, np.int64)
+    form = rounding.form
+    exact, rounded = (y, x) if rounding.reverse else (x, y)
+    greatest = codings.greatest_finite(rounding.dtype)
+    kernels.roundings(exact, rounded, form.mantissa_bits, 1 - form.bias, greatest, counts)
+    return counts
+
+
+# -- what follows ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Change:
+    """One element that changed: its flat index, and from what to what."""
+
+    place: int
+    base: float
+    new: float
+
+
+#: The greatest distance in units in the last place, and counts by the bits that distances take.
+Ulps = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is known of two tensors of one shape; None where it is undefined."""
+
+    numel: int
+    #: Elements that differ: codes of one type, values of two.
+    changed: int
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+    octaves: tuple[int, ...]
+    ulps: Ulps | None = None
+    roundings: tuple[int, ...] | None = None
+    #: By row: norm of the base, norm of the change, changed elements.
+    row_norms: Array = field(default_factory=lambda: np.zeros(0))
+    row_changes: Array = field(default_factory=lambda: np.zeros(0))
+    row_changed: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    largest: tuple[Change, ...] = ()
+
+    @property
+    def identical(self) -> bool:
+        """Whether nothing differs."""
+        return self.changed == 0
+
+    @property
+    def base_norm(self) -> float:
+        """‖base‖ over the pairs that are finite."""
+        return math.sqrt(self.sums[kernels.SQUARES_BASE])
+
+    @property
+    def new_norm(self) -> float:
+        """‖new‖ over the pairs that are finite."""
+        return math.sqrt(self.sums[kernels.SQUARES_NEW])
+
+    @property
+    def distance(self) -> float:
+        """‖new − base‖ over the pairs that are finite."""
+        return math.sqrt(self.sums[kernels.SQUARES_CHANGE])
+
+    @property
+    def relative_drift(self) -> float | None:
+        """‖new − base‖ / ‖base‖."""
+        return _ratio(self.distance, self.base_norm) if self.numel else None
+
+    @property
+    def cosine(self) -> float | None:
+        """⟨base, new⟩ / ‖base‖‖new‖."""
+        if self.identical and self.base_norm > 0:
+            return 1.0
+        # One root of a quotient: the product of the norms may be beyond the numbers.
+        found = _ratio(_ratio(self.sums[kernels.PRODUCTS], self.base_norm) or 0.0, self.new_norm)
+        return None if found is None or not self.base_norm else max(-1.0, min(1.0, found))
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """‖new‖ / ‖base‖."""
+        return _ratio(self.new_norm, self.base_norm)
+
+    @property
+    def changed_fraction(self) -> float | None:
+        """The share of elements that differ."""
+        return self.changed / self.numel if self.numel else None
+
+    @property
+    def sign_flip_fraction(self) -> float | None:
+        """The share of elements that crossed zero."""
+        return self.counts[kernels.FLIPPED] / self.numel if self.numel else None
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element of both is finite."""
+        return self.counts[kernels.ODD_BASE] == self.counts[kernels.ODD_NEW] == 0
+
+
+def _ratio(a: float, b: float) -> float | None:
+    found = a / b if b else math.nan
+    return found if math.isfinite(found) else None
+
+
+def measures(numel: int, pieces: Sequence[Sums]) -> Measures:
+    """The measures of ``numel`` elements from their pieces, in order."""
+    if not pieces:
+        return Measures(0, 0, (0.0,) * 6, (0,) * 5, (0,) * (kernels.OCTAVES + 1))
+    counts = _total([p.counts for p in pieces])
+    changed, ulps = _units([p.distances for p in pieces if p.distances is not None])
+    roundings = [p.roundings for p in pieces if p.roundings is not None]
+    squares, changes, row_changed = _rows(pieces)
+    return Measures(
+        numel,
+        counts[kernels.CHANGED] if changed is None else changed,
+        tuple(map(math.fsum, zip(*(p.sums.tolist() for p in pieces), strict=True))),
+        counts,
+        _total([p.octaves for p in pieces]),
+        ulps,
+        _total(roundings) if roundings else None,
+        np.sqrt(squares),
+        np.sqrt(changes),
+        row_changed,
+        tuple(_largest(pieces)),
+    )
+
+
+def _total(found: Sequence[Array]) -> tuple[int, ...]:
+    return tuple(map(int, np.sum(found, axis=0)))
+
+
+def _units(found: Sequence[tuple[Array, Array]]) -> tuple[int | None, Ulps | None]:
+    if not found:
+        return None, None
+    table = np.array(_total([table for table, _ in found]))
+    changed = sum(int(counts[0]) for _, counts in found)
+    if not np.any(table):
+        return changed, None
+    most = max(int(counts[1]) for _, counts in found)
+    return changed, (most, tuple(map(int, np.trim_zeros(table, "b"))))
+
+
+def _rows(pieces: Sequence[Sums]) -> tuple[Array, Array, Array]:
+    """The rows of all pieces; those that pieces share are summed in order."""
+    count = pieces[-1].first_row + len(pieces[-1].rows[0])
+    whole = np.zeros(count), np.zeros(count), np.zeros(count, np.int64)
+    for piece in pieces:
+        for total, part in zip(whole, piece.rows, strict=True):
+            total[piece.first_row : piece.first_row + len(part)] += part
+    return whole
+
+
+def _largest(pieces: Sequence[Sums]) -> Iterator[Change]:
+    values = np.concatenate([p.values for p in pieces])
+    places = np.concatenate([p.places for p in pieces])
+    ends = np.concatenate([p.ends for p in pieces], axis=1)
+    for at in np.lexsort((places, -values))[:LARGEST]:
+        if places[at] >= 0:
+            yield Change(int(places[at]), float(ends[0, at]), float(ends[1, at]))

@@ -1,0 +1,155 @@
+"""What ``gradscope drift`` shows of its result in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from gradscope.drift.result import DriftResult, Pooled, TensorDrift
+from gradscope.report.formats import Display
+from gradscope.report.formats.cells import Grid, number, sparkline, table
+from gradscope.report.severity import Severity
+from gradscope.text import escaped, shortened
+from gradscope.weights.names import pattern
+
+_SHOWN = 24
+#: In the order in which a reader wants to know.
+_STATUSES = (
+    "identical", "retyped", "rounding", "changed", "replaced", "reshaped", "added", "removed",
+    "not compared",
+)  # fmt: skip
+_STYLES = {
+    "identical": "green", "retyped": "green", "rounding": "green", "changed": "yellow",
+    "replaced": "bold red", "reshaped": "red", "added": "cyan", "removed": "red",
+}  # fmt: skip
+#: Octaves of relative change that a sparkline shows, two a character.
+_OCTAVES = range(-24, 2, 2)
+
+
+def drift(result: DriftResult, display: Display) -> Iterator[RenderableType | Grid]:
+    """Notes, what became of how many tensors, drift by role, then tensors."""
+    for note in result.notes:
+        yield Text.assemble(("note ", "dim"), escaped(note))
+    yield _summary(result)
+    if result.by_role and any(p.identical < p.tensors for p in result.by_role.values()):
+        yield Text("")
+        yield _pools("role", result.by_role)
+    yield from _tensors(result.tensors, display)
+
+
+def _summary(result: DriftResult) -> RenderableType:
+    counted = [(s, result.counts[s]) for s in _STATUSES if result.counts.get(s)]
+    parts: list[str | tuple[str, str]] = ["\n"]
+    for status, count in counted:
+        parts += [(f"{count:,} {status}", _STYLES.get(status, "")), "  "]
+    if result.max_drift:
+        parts.append(
+            f" drift {number(result.mean_drift)} on average, {number(result.max_drift)} at most"
+        )
+    return Text.assemble(*parts)
+
+
+def _pools(heading: str, pools: Mapping[str, Pooled]) -> RenderableType:
+    made = table(
+        (heading, "left"), "tensors", "identical", "elements", "changed", "drift", "cosine"
+    )
+    for name, pool in pools.items():
+        made.add_row(
+            shortened(name), str(pool.tensors), str(pool.identical), f"{pool.numel:,}",
+            _share(pool.changed_fraction), number(pool.relative_drift), _cosine(pool.cosine),
+        )  # fmt: skip
+    return made
+
+
+def _tensors(tensors: Sequence[TensorDrift], display: Display) -> Iterator[RenderableType | Grid]:
+    """What is not identical, the farthest first; tensors of one place of a stack together."""
+    brief = display.width is not None and display.detail < 2
+    differing = [t for t in tensors if t.status != "identical"]
+    groups = _grouped(differing) if brief else [[t] for t in tensors]
+    shown = groups[:_SHOWN] if brief else groups
+    if not shown:
+        return
+    wide = display.width is None or display.width >= 130
+    columns = (
+        ("tensor", "left"), *((("shape", "left"), ("dtype", "left")) if wide else ()),
+        ("status", "left"), "drift", "cosine", "changed", *(("flipped",) if wide else ()),
+        ("2^-24…2^1", "left"), ("why", "left"),
+    )  # fmt: skip
+    rows = [_row(group, display, wide) for group in shown]
+    yield Text("")
+    if display.width is None and not display.colour:
+        yield Grid([(c, "right") if isinstance(c, str) else c for c in columns], rows)
+    else:
+        made = table(*columns)
+        made.columns[-1].no_wrap = False
+        for row in rows:
+            made.add_row(*row)
+        yield made
+    rest = len(differing) - sum(map(len, shown))
+    if rest > 0 and brief:
+        yield Text(f"… {rest:,} more tensors differ; -v shows every one", style="dim")
+
+
+def _grouped(tensors: Sequence[TensorDrift]) -> list[list[TensorDrift]]:
+    groups: dict[object, list[TensorDrift]] = {}
+    for t in tensors:
+        kind = t.explanation.kind if t.explanation is not None else None
+        key = (pattern(t.name), t.base_shape, t.shape, t.base_dtype, t.dtype, t.status, kind)
+        groups.setdefault(key, []).append(t)
+    return sorted(groups.values(), key=lambda g: (-max(map(_rank, g)), -max(map(_drift, g))))
+
+
+def _rank(tensor: TensorDrift) -> int:
+    return list(Severity).index(tensor.severity)
+
+
+def _drift(tensor: TensorDrift) -> float:
+    return tensor.relative_drift or 0.0
+
+
+def _row(group: Sequence[TensorDrift], display: Display, wide: bool) -> list[str | Text]:
+    worst = max(group, key=_drift)
+    many = f"  ×{len(group)}" if len(group) > 1 else ""
+    name = shortened(pattern(worst.name) if many else worst.name) + many
+    status = worst.status or "–"
+    where = [_between(_shape(worst.base_shape), _shape(worst.shape)),
+             _between(worst.base_dtype, worst.dtype)]  # fmt: skip
+    arrow = "←" if display.unicode else "<-"
+    was = f"{arrow} {shortened(worst.base_name)}" if worst.base_name and not many else ""
+    why = "; ".join(x for x in (worst.explanation.text if worst.explanation else "", was) if x)
+    return [
+        name, *(where if wide else ()), Text(status, style=_STYLES.get(status, "")),
+        number(worst.relative_drift), _cosine(worst.cosine), _share(worst.changed_fraction),
+        *([_share(worst.sign_flip_fraction)] if wide else ()),
+        sparkline(_changes(worst), display.unicode), escaped(why),
+    ]  # fmt: skip
+
+
+def _between(base: str | None, new: str | None) -> str:
+    if base is None or new is None or base == new:
+        return new or base or ""
+    return f"{base} → {new}"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str | None:
+    return None if shape is None else "×".join(map(str, shape)) or "scalar"
+
+
+def _changes(tensor: TensorDrift) -> list[int]:
+    found = tensor.relative_changes
+    if not found:
+        return []
+    return [found.get(f"2^{k}", 0) + found.get(f"2^{k + 1}", 0) for k in _OCTAVES]
+
+
+def _cosine(value: float | None) -> str:
+    """Near 1, what it lacks says more."""
+    if value is None:
+        return "–"
+    return "1" if value > 1 - 1e-12 else f"1-{1 - value:.1g}" if value > 0.9999 else f"{value:.4f}"
+
+
+def _share(fraction: float | None) -> str:
+    return "–" if fraction is None else "0" if fraction == 0 else f"{fraction:.2%}"
