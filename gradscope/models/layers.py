@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradscope.errors import UsageError
 from gradscope.models.layout import Layout, layout_of
 from gradscope.models.model import Model, Tap
 from gradscope.models.probe import logits_of
+from gradscope.models.stream import Flow, on_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,11 @@ class Layer:
     receives: float | None
     #: Equal for outputs that are one tensor or views of it.
     tensor: tuple[int, int] = (0, 0)
+    #: Whether it is the residual stream, or a form of it without mixing.
+    stream: bool = False
+    #: The operation that it came from, and as bits all that it was computed from.
+    made_by: int = 0
+    above: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +50,11 @@ class _Seen:
     output: Tensor
     shape: tuple[int, ...]
     tensor: tuple[int, int]
-    operator: str
+    made_by: int | None
     calls: int = 1
 
 
-class _Operators(TorchDispatchMode):
-    """Remembers the last operator that computed something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = ""
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = function._schema.name.removeprefix("aten::")
-        if name not in _VIEWS:
-            self.last = name
-        return function(*args, **(kwargs or {}))
-
-
-_VIEWS = frozenset(
-    ("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand", "select",
-     "slice", "alias", "detach", "t", "transpose", "permute", "split", "chunk", "unbind",
-     "_reshape_alias", "split_with_sizes", "as_strided", "clone", "contiguous")
-)  # fmt: skip
 _POOLING = ("pool", "mean", "upsample", "_softmax")
-#: Operators that return a transformer's residual stream, or (by part of a name) normalise it.
-_STREAM = ("add", "add_", "addcmul", "mul", "mul_", "cat")
-_NORM = "norm"
 
 
 def survey(model: Model, inputs: Tensor, target: int | None = None) -> list[Layer]:
@@ -84,26 +64,33 @@ def survey(model: Model, inputs: Tensor, target: int | None = None) -> list[Laye
     returns no scores.
     """
     leaf = inputs[:1].expand(model.batch or 1, *inputs.shape[1:]).detach().clone().requires_grad_()
-    operators, seen = _Operators(), dict[str, _Seen]()
+    flow, seen = Flow(leaf), dict[str, _Seen]()
 
     def observer(name: str) -> Tap:
         def observe(output: Tensor) -> None:
             before = seen.pop(name, None)
             tensor = (output.untyped_storage()._cdata, output._version)
             calls = 1 if before is None else before.calls + 1
-            seen[name] = _Seen(output, tuple(output.shape), tensor, operators.last, calls)
+            seen[name] = _Seen(output, tuple(output.shape), tensor, flow.maker(output), calls)
 
         return observe
 
-    with torch.enable_grad(), operators:
+    with torch.enable_grad(), flow:
         answer = model.forward(leaf, {name: observer(name) for name in model.layers})
     logits, _ = logits_of(answer)
     score = logits.max(1).values.sum() if target is None else logits[:, target].sum()
     known = [s.output for s in seen.values() if s.output.requires_grad]
     found = iter(torch.autograd.grad(score, known, allow_unused=True) if known else ())
     gradients = [next(found) if s.output.requires_grad else None for s in seen.values()]
-    pairs = zip(seen.items(), gradients, strict=True)
-    return [_layer(name, s, gradient, tuple(leaf.shape)) for (name, s), gradient in pairs]
+    stream = on_stream(flow.operations)
+    layers = []
+    for (name, one), gradient in zip(seen.items(), gradients, strict=True):
+        layer = _layer(name, one, gradient, tuple(leaf.shape))
+        layers.append(layer if one.made_by is None else replace(
+            layer, operator=flow.operations[one.made_by].name, stream=stream[one.made_by],
+            made_by=one.made_by, above=flow.operations[one.made_by].above,
+        ))  # fmt: skip
+    return layers
 
 
 def _layer(name: str, seen: _Seen, gradient: Tensor | None, images: tuple[int, ...]) -> Layer:
@@ -112,16 +99,17 @@ def _layer(name: str, seen: _Seen, gradient: Tensor | None, images: tuple[int, .
     if layout is not None:
         received = None if gradient is None else layout.maps(gradient).abs().amax(1)
         receives = 0.0 if received is None else float((received > 0).double().mean())
-    return Layer(name, seen.shape, layout, seen.calls, seen.operator, receives, seen.tensor)
+    return Layer(name, seen.shape, layout, seen.calls, "", receives, seen.tensor)
 
 
 def choose(layers: Sequence[Layer]) -> AutoLayer:
     """The last layer with more than one position that the score's gradient reaches.
 
-    Pooling layers do not count; among token outputs only the residual stream and its normalised
-    forms do. Raises UsageError when no layer has positions.
+    Pooling layers and what is split into attention heads do not count; among token outputs only
+    the residual stream and its normalised forms do. Raises UsageError when no layer has positions.
     """
-    placed = [layer for layer in layers if _has_places(layer)]
+    # A block may return what an early one made.
+    placed = sorted(_placed(layers), key=lambda layer: layer.made_by)
     if not placed:
         raise UsageError(
             "no layer returns maps or patch tokens; name one with --layer, or use a method that "
@@ -129,16 +117,46 @@ def choose(layers: Sequence[Layer]) -> AutoLayer:
         )
     reached = [layer for layer in placed if layer.receives]
     last = (reached or placed)[-1]
-    return AutoLayer(_owner(last, layers), _reason(last, placed, bool(reached)))
+    why = _reason(last, placed[placed.index(last) + 1 :], bool(reached), layers)
+    return AutoLayer(_owner(last, layers), why + _beside(last, reached, layers))
+
+
+def _placed(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """The layers whose outputs have positions, and each position what the model knows of it."""
+    tokens = [
+        layer for layer in layers if layer.layout is not None and "tokens" in layer.layout.kind
+    ]
+    sizes = {size for layer in tokens for size in _token_sizes(layer)}
+    streams = any(layer.stream for layer in tokens)
+    for layer in layers:
+        passed = layer.stream or not streams or layer not in tokens
+        if passed and _has_places(layer) and not _is_of_heads(layer, sizes):
+            yield layer
 
 
 def _has_places(layer: Layer) -> bool:
     if layer.layout is None or layer.layout.grid[0] * layer.layout.grid[1] < 2:
         return False
-    if any(word in layer.operator for word in _POOLING):
+    return not any(word in layer.operator for word in _POOLING)
+
+
+def _token_sizes(layer: Layer) -> Iterator[tuple[int, int]]:
+    """How many tokens with how many channels, with and without those that have no position."""
+    assert layer.layout is not None
+    count = layer.shape[1 - layer.layout.batch_dim]
+    yield count, layer.shape[-1]
+    yield count - layer.layout.prefix, layer.shape[-1]
+
+
+def _is_of_heads(layer: Layer, tokens: Collection[tuple[int, int]]) -> bool:
+    """Whether it is some tokens with their channels split, [N, heads, tokens, d] or the like.
+
+    By its shape alone, that may look like maps.
+    """
+    if len(layer.shape) != 4:
         return False
-    stream = layer.operator in _STREAM or _NORM in layer.operator
-    return stream or "tokens" not in layer.layout.kind
+    _, one, other, d = layer.shape
+    return (other, one * d) in tokens or (one, other * d) in tokens
 
 
 def _owner(last: Layer, layers: Sequence[Layer]) -> Layer:
@@ -146,7 +164,9 @@ def _owner(last: Layer, layers: Sequence[Layer]) -> Layer:
 
     A block, its last activation and the stage they end return one tensor under three names.
     """
-    same = [layer for layer in layers if layer.tensor == last.tensor and layer.layout is not None]
+    same = [
+        layer for layer in layers if layer.tensor == last.tensor and _grid(layer) == _grid(last)
+    ]
     convolutions = [layer.name for layer in layers if "conv" in layer.operator]
     around = [
         layer for layer in same if any(name.startswith(layer.name + ".") for name in convolutions)
@@ -154,13 +174,25 @@ def _owner(last: Layer, layers: Sequence[Layer]) -> Layer:
     return max(around, key=lambda layer: layer.name.count("."), default=same[0])
 
 
-def _reason(last: Layer, placed: Sequence[Layer], reached: bool) -> str:
+def _grid(layer: Layer) -> tuple[int, int] | None:
+    return None if layer.layout is None else layer.layout.grid
+
+
+def _reason(last: Layer, after: Sequence[Layer], reached: bool, layers: Sequence[Layer]) -> str:
     what = "patch tokens" if last.layout and "tokens" in last.layout.kind else "maps"
     if not reached:
         return f"the last layer with {what}; the score's gradient reaches none of them"
-    after = placed[placed.index(last) + 1 :]
-    unreached = f" ({after[-1].name} gets none)" if after else ""
+    unreached = f" ({_owner(after[-1], layers).name} gets none)" if after else ""
     return f"the last layer with {what} that the score's gradient reaches{unreached}"
+
+
+def _beside(last: Layer, reached: Sequence[Layer], layers: Sequence[Layer]) -> str:
+    """What to say of a branch that the score rests on as well, and that this layer knows not of."""
+    others = [layer for layer in reached if not last.above >> layer.made_by & 1]
+    if not others:
+        return ""
+    other = _owner(others[-1], layers).name
+    return f"; one of several branches, {other} is the last of another (--layer takes it)"
 
 
 def auto_layer(model: Model, inputs: Tensor) -> AutoLayer:

@@ -91,9 +91,14 @@ TOKENS = Layout("tokens", (7, 7), 1)
         ([layer("a"), layer("b", receives=None)], "a", r"reaches \(b gets none\)"),
         ([layer("a", receives=0.0), layer("b", receives=0.0)], "b", "reaches none of them"),
         # Of tokens, only the residual stream and its normalised forms.
-        ([layer("a", "add", layout=TOKENS), layer("b", "gelu", layout=TOKENS)], "a", "patch tok"),
-        ([layer("a", "native_layer_norm", layout=TOKENS), layer("b", "addmm", layout=TOKENS)], "a",
-         "patch tokens"),
+        ([layer("a", stream=True, layout=TOKENS), layer("b", layout=TOKENS)], "a", "patch tokens"),
+        ([layer("a", stream=True, layout=TOKENS), layer("b")], "b", "maps"),
+        ([layer("a", layout=TOKENS), layer("b", layout=TOKENS)], "b", "patch tokens"),
+        # What was made last counts, not what is returned last.
+        ([layer("a", made_by=2), layer("b", made_by=1, above=2)], "a", "maps"),
+        ([layer("a", made_by=1, above=2), layer("b", made_by=2, above=4)], "b",
+         r"one of several branches, a is the last of another"),
+        ([layer("a", made_by=1, above=2), layer("b", made_by=2, above=6)], "b", "reaches$"),
     ],
 )  # fmt: skip
 def test_auto_is_the_last_layer_with_positions_that_the_gradient_reaches(

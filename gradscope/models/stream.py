@@ -1,0 +1,134 @@
+"""How a model's tensors come from each other, and which of them its residual stream passes through.
+
+A transformer's blocks add what they computed to what they were given. That sum, and its normalised
+forms, keep a place's own contents; queries, hidden layers and what attention returns do not. Names
+of operators cannot tell them apart, the flow of data can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: Operators that compute nothing.
+_VIEWS = frozenset(
+    ("view", "_unsafe_view", "reshape", "flatten", "squeeze", "unsqueeze", "expand", "select",
+     "slice", "alias", "detach", "t", "transpose", "permute", "split", "chunk", "unbind",
+     "_reshape_alias", "split_with_sizes", "as_strided", "clone", "contiguous")
+)  # fmt: skip
+#: Parts of the names of operators that mix channels or places, rather than treat each value alone.
+_MIXING = ("mm", "conv", "linear", "attention", "einsum", "rnn", "lstm", "gru", "fft", "pool")
+_ADDING = ("add", "addcmul")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operator that ran; others are told by their numbers, in the order of execution."""
+
+    name: str
+    mixes: bool
+    #: Those whose results it read.
+    read: tuple[int, ...]
+    #: Those whose results, of its own result's shape, it added up.
+    added: tuple[int, ...]
+    #: As bits: itself and all that it was computed from, and of these what was not mixed since.
+    above: int
+    near: int
+
+
+class Flow(TorchDispatchMode):
+    """Follows every operator from the images on, in a model of any form, while it is entered."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.operations = [Operation("image", True, (), (), 1, 1)]
+        self._makers = {_storage(images): 0}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Runs an operator and notes what it read."""
+        name = function._schema.name.removeprefix("aten::")
+        # Before it runs: it may write to what it reads.
+        read = [(self.maker(t), t) for t in _tensors((args, kwargs or {}))]
+        found = function(*args, **(kwargs or {}))
+        same = {_storage(tensor) for _, tensor in read} if name in _VIEWS else set()
+        made = [tensor for tensor in _tensors(found) if _storage(tensor) not in same]
+        known = [(maker, tensor) for maker, tensor in read if maker is not None]
+        self._note(name, known, made)
+        return found
+
+    def maker(self, tensor: Tensor) -> int | None:
+        """The operation that a tensor, or what it is a view of, came from; None for parameters."""
+        return self._makers.get(_storage(tensor))
+
+    def _note(self, name: str, read: Sequence[tuple[int, Tensor]], made: Sequence[Tensor]) -> None:
+        if not read:
+            # Made of parameters, perhaps in the place of a tensor that is gone.
+            for tensor in made:
+                self._makers.pop(_storage(tensor), None)
+        if not read or not made:
+            return
+        number = len(self.operations)
+        above = near = 1 << number
+        for maker, _ in read:
+            above |= self.operations[maker].above
+            near |= self.operations[maker].near
+        # A copy is told by what it copies.
+        name = self.operations[read[0][0]].name if name in _VIEWS else name
+        mixes = any(part in name for part in _MIXING)
+        adds = name.rstrip("_") in _ADDING
+        self.operations.append(
+            Operation(
+                name,
+                mixes,
+                tuple(maker for maker, _ in read),
+                tuple(maker for maker, t in read if adds and t.shape == made[0].shape),
+                above,
+                1 << number if mixes else near,
+            )
+        )
+        self._makers |= dict.fromkeys(map(_storage, made), number)
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def on_stream(operations: Sequence[Operation]) -> list[bool]:
+    """Whether each operation's result is the residual stream, or a form of it without mixing.
+
+    The stream begins where something is added to what was computed from it by mixing (a branch);
+    it goes on through further sums, and through whatever treats each of its values alone.
+    """
+    begins = {
+        one
+        for operation in operations
+        for one, other in permutations(operation.added, 2)
+        if operations[other].above >> one & ~(operations[other].near >> one) & 1
+    }
+    found: list[bool] = []
+    for number, operation in enumerate(operations):
+        before = [found[one] for one in operation.read]
+        added = len(operation.added) > 1 and (
+            any(found[one] for one in operation.added) or not begins.isdisjoint(operation.added)
+        )
+        alone = not operation.mixes and bool(before) and all(before)
+        found.append(number in begins or added or alone)
+    return found
