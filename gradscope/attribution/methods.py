@@ -46,6 +46,8 @@ class Method:
     channels: Literal["sum", "max-abs"] = "sum"
     #: Whether it reads one layer.
     reads_layer: bool = False
+    #: What to do where its values do not add up to the score.
+    refine: str = "compare with integrated-gradients"
 
     @property
     def compute(self) -> Callable[..., Any]:
@@ -120,6 +122,7 @@ _BUILT_IN = (
         "integrated-gradients", "path integral of the gradient from a reference image",
         "Sundararajan et al. 2017, arXiv:1703.01365", "gradients",
         sign="signed",
+        refine="refine: --steps 256, or --tolerance 0.01, which doubles the steps until it is met",
         options={
             "steps": Option(32, "points on the path"),
             "reference": Option(
@@ -130,6 +133,23 @@ _BUILT_IN = (
                 0.0, "double the steps, up to 4,096, until the relative delta is within this; 0 off"
             ),
             "draws": Option(4, "random references to average over"),
+        },
+    ),
+    _input(
+        "lrp", "the score handed back layer by layer, in proportion to contributions",
+        "Bach et al. 2015, doi:10.1371/journal.pone.0130140; Montavon et al. 2019", "lrp",
+        sign="signed",
+        refine="stabilisers swallow what weak activations carry: lower --option epsilon=1e-6, try "
+        "--option composite=epsilon, or use integrated-gradients",
+        options={
+            "composite": Option(
+                "epsilon-plus", "the rules of dense layers and convolutions",
+                ("epsilon-plus", "epsilon-plus-flat", "epsilon-gamma", "epsilon-gamma-box",
+                 "epsilon-alpha2-beta1", "epsilon-alpha2-beta1-flat", "epsilon", "gamma"),
+            ),
+            "epsilon": Option(1e-6, "stabiliser of the epsilon rule"),
+            "gamma": Option(0.25, "how much more the gamma rule counts positive weights"),
+            "biases": Option(True, "biases get their share; false hands it on to the pixels"),
         },
     ),
     _cam(

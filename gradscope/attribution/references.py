@@ -50,6 +50,14 @@ def _normalised(subject: Subject, pixels: Tensor) -> Tensor:
     return (pixels.to(subject.inputs) - mean) / std
 
 
+def pixel_range(subject: Subject) -> tuple[Tensor, Tensor]:
+    """Black and white [1, C, H, W]: the least and the greatest inputs that a picture can become.
+
+    Raises UsageError where the normalisation is not known.
+    """
+    return _black(subject, 0)[:1], _white(subject, 0)[:1]
+
+
 def _black(subject: Subject, _draw: int) -> Tensor:
     return _normalised(subject, torch.zeros_like(subject.inputs))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from gradscope.attribution.methods import method_named
 from gradscope.attribution.result import Control, ExplainResult, Explanation, Need
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
@@ -36,7 +37,8 @@ def incomplete_attribution(
 
     Integrated gradients must add up (Sundararajan et al. 2017, completeness). Where they do not,
     the path was sampled too coarsely: medium above ``tolerance`` of the change, high above
-    ``gross``. The relative delta is undefined where the score does not change at all.
+    ``gross``. Relevance must be conserved: what arrives at the pixels and at constants is the
+    score. The relative delta is undefined where the score does not change at all.
     """
     for e in result.explanations:
         delta, share = e.diagnostics.completeness_delta, e.diagnostics.relative_delta
@@ -49,7 +51,7 @@ def incomplete_attribution(
                 e,
                 f"the attribution's sum misses the change of the score by {share:.1%} "
                 f"({delta:+.3g})",
-                "refine: --steps 256, or --tolerance 0.01, which doubles the steps until it is met",
+                method_named(e.method).refine,
                 {"relative_delta": share, "completeness_delta": delta},
                 threshold=tolerance,
                 severity=Severity.MEDIUM if share <= gross else Severity.HIGH,

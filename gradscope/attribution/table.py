@@ -80,6 +80,11 @@ def _image(
     )
     yield Padding(Text(_predictions(image.predictions), style="dim"), (0, 0, 0, 2))
     yield Padding(_maps(explanations, result.evaluated), (0, 0, 0, 2))
+    for e in explanations:
+        share = e.diagnostics.method.get("relevance_of_constants")
+        if share is not None:
+            said = f"{e.method}: biases and constants hold {share:.0%} of the score"
+            yield Padding(Text(said, style="dim"), (0, 0, 0, 2))
     reasons = {e.layer: e.layer_reason for e in explanations if e.layer_reason}
     for layer, reason in reasons.items():
         yield Padding(Text(f"{layer}: {reason}", style="dim"), (0, 0, 0, 2))
