@@ -44,7 +44,7 @@ def gradient(tape: Tape, at: int) -> Tensor:
     [
         lambda x: (x * x).sin().flatten(1),
         lambda x: (x + x.view(1, 3, 2, 2) * x.reshape(1, 3, -1).view_as(x)).flatten(1),
-        lambda x: torch.cat([x.flatten(1), (x * 2).relu_().neg_().flatten(1)], 1).exp(),
+        lambda x: torch.cat([x.flatten(1), (x * 2).neg_().mul_(3).flatten(1)], 1).exp(),
         lambda x: sum((part * i).flatten(1) for i, part in enumerate((x * x).unbind(2))),
         lambda x: (x.clone().mul_(2) + x).square_().mean((2, 3)),
     ],
