@@ -201,6 +201,9 @@ _BUILT_IN = (
             "masks": Option(1000, "random masks"),
             "grid": Option(7, "cells along each side of a mask"),
             "keep": Option(0.5, "fraction of the cells that a mask keeps"),
+            "coverage": Option(
+                True, "divide by what the masks leave of each pixel; false: by keep, as the paper"
+            ),
         },
     ),
     _attended(

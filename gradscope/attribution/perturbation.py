@@ -61,10 +61,13 @@ def _corners(height: int, width: int, window: int, stride: int) -> Iterator[tupl
     yield from ((top, left) for top in starts(height) for left in starts(width))
 
 
-def rise(subject: Subject, *, masks: int, grid: int, keep: float) -> Result:
-    """Mean of random smooth masks, weighted by the probability of what they leave, over ``keep``.
+def rise(subject: Subject, *, masks: int, grid: int, keep: float, coverage: bool) -> Result:
+    """The mean probability of what random smooth masks leave, weighted by each mask at a pixel.
 
-    Masks are drawn on the CPU, one generator each, so neither chunk nor device changes them.
+    Divided by what the masks leave of each pixel, sum(p M) / sum(M). The paper divides by what
+    they leave on average (``coverage=False``): masks leave less of the border, and no two pixels
+    as often, so that a constant model gives a map, too. Masks are drawn on the CPU, one generator
+    each, so neither chunk nor device changes them.
     """
     if masks < 1 or grid < 1 or not 0 < keep < 1:
         raise UsageError("masks and grid have to be at least 1, and keep between 0 and 1")
@@ -78,10 +81,22 @@ def rise(subject: Subject, *, masks: int, grid: int, keep: float) -> Result:
     def points(which: Tensor, images: Tensor) -> Tensor:
         return inputs[images] * drawn(which)[:, None]
 
+    # Sums of differences from one probability: of equal ones the map is equal to the last bit.
+    own = subject.scores(subject.own, ask=subject.probability)
+    whole = torch.cat([found for _, _, found in own])
     total = inputs.new_zeros((count, height, width))
+    covered, lost = torch.zeros_like(total), torch.zeros_like(whole)
     for which, images, found in subject.scores(points, masks, subject.probability):
-        total.index_add_(0, images, found[:, None, None] * drawn(which))
-    return total / (masks * keep), {"forwards": count * masks}
+        mask, change = drawn(which), found - whole[images]
+        total.index_add_(0, images, change[:, None, None] * mask)
+        covered.index_add_(0, images, mask)
+        lost.index_add_(0, images, change)
+    whole, lost = whole[:, None, None], lost[:, None, None] / masks
+    facts = {"forwards": count * (masks + 1)}
+    if not coverage:
+        return (total + whole * covered) / (masks * keep), facts
+    # What no mask leaves is as good as any other part.
+    return whole + torch.where(covered > 0, total / covered, lost), facts
 
 
 def _mask(seed: int, grid: int, keep: float, height: int, width: int) -> Tensor:

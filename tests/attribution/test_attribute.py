@@ -186,21 +186,43 @@ def test_a_square_is_a_seventh_of_the_image_and_moves_by_half() -> None:
 
 
 @oracle("rise")
-def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk() -> None:
+@pytest.mark.parametrize("coverage", [True, False])
+def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk(coverage: bool) -> None:
     model, x = conv_net().eval(), images(2)
+    asked: dict[str, Any] = {"target": 2, "masks": 20, "grid": 3, "coverage": coverage}
 
-    values = attribute(model, x, "rise", target=2, masks=20, grid=3, chunk=1).values
+    values = attribute(model, x, "rise", chunk=1, **asked).values
 
-    total = torch.zeros(2, 6, 6).double()
+    total, covered = torch.zeros(2, 6, 6).double(), torch.zeros(6, 6).double()
     for number in range(20):
         mask = _mask(number, 3, 0.5, 6, 6)
         assert mask.min() >= 0
         assert mask.max() <= 1
+        covered += mask
         with torch.no_grad():
             total += model(x * mask).softmax(1)[:, 2, None, None] * mask
-    torch.testing.assert_close(values, total / 10)
-    many = attribute(model, x, "rise", target=2, masks=20, grid=3, chunk=64).values
+    torch.testing.assert_close(values, total / (covered if coverage else 10))
+    many = attribute(model, x, "rise", chunk=64, **asked).values
     torch.testing.assert_close(values, many)
+
+
+@pytest.mark.parametrize("masks", [1, 30, 300])
+def test_rise_gives_a_constant_model_a_constant_map(masks: int) -> None:
+    """With the paper's divisor it shows where the masks happened to be open."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 40 * 56, 3))
+    with torch.no_grad():
+        model[1].weight.zero_()
+    x = torch.rand((1, 3, 40, 56), generator=torch.Generator().manual_seed(0))
+
+    flat, papers = (
+        attribute(model, x, "rise", target=1, masks=masks, coverage=coverage).values
+        for coverage in (True, False)
+    )
+
+    chance = float(model[1].bias.detach().softmax(0)[1])
+    assert float(flat.max() - flat.min()) < 1e-6
+    assert float(flat.mean()) == pytest.approx(chance, rel=1e-5)
+    assert float(papers.max() - papers.min()) > 0.05
 
 
 @oracle("rise")
