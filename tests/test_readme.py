@@ -45,6 +45,8 @@ def test_every_example_prints_what_is_shown(command: str, shown: str, tmp_path: 
     program = [sys.executable, "-m", *shlex.split(command)]
     if "--method" in command or "--target" in command:
         program += ["--output", str(tmp_path)]
+    if "accepted.json" in program:
+        program[program.index("accepted.json")] = str(tmp_path / "accepted.json")
     plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")}
 
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=plain)

@@ -20,6 +20,7 @@ from gradscope.models.labels import Labels
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held
 from gradscope.models.vision import open_vision
+from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, InputFailure
 from gradscope.report.request import Failures, Request, failure, requested
 
@@ -45,8 +46,10 @@ def explain(
     chunk: int | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    fail_on: str = "high",
+    fail_on: str | None = None,
     allow_empty: bool = False,
+    config: ConfigLike = None,
+    baseline: str | Path | None = None,
     progress: Tick | None = None,
     **options: Any,
 ) -> ExplainReport:
@@ -63,7 +66,13 @@ def explain(
     everything else that is wrong with the request.
     """
     wanted = requested(
-        ExplainResult, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+        ExplainResult,
+        select=select,
+        ignore=ignore,
+        fail_on=fail_on,
+        allow_empty=allow_empty,
+        config=config,
+        baseline=baseline,
     )
     methods = asked(method, options)
     if colormap is not None and colormap not in COLORMAPS:

@@ -282,7 +282,10 @@ def _takes_channels_last(subject: Subject) -> bool:
     except RuntimeError:
         return False
     wanted = subject.answered.logits[:1].detach()
-    return torch.allclose(found[:1], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    scale = float(wanted.abs().max())
+    if not math.isfinite(scale):
+        return False
+    return torch.allclose(found[:1], wanted, rtol=1e-3, atol=1e-4 * scale)
 
 
 def _budget(device: torch.device) -> int:

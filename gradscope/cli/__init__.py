@@ -11,6 +11,8 @@ from pathlib import Path
 import typer
 
 from gradscope.cli import (
+    baseline,
+    config,
     drift,
     explain,
     flow,
@@ -52,6 +54,8 @@ for run in (
     rules.rules,
     schema.schema,
     render.render,
+    baseline.baseline,
+    config.config,
 ):
     said = docstring(run)
     app.command(run.__name__, help=said, short_help=said.split("\n", 1)[0])(run)

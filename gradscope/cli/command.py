@@ -20,7 +20,7 @@ from typing import Annotated, Any, BinaryIO, Protocol
 
 import typer
 
-from gradscope.cli.options import Gate, Output, split_commas
+from gradscope.cli.options import Gate, Output
 from gradscope.cli.terminal import emit, leave, say, screen
 from gradscope.errors import GradscopeError, OutputError, UsageError
 from gradscope.files import write_whole
@@ -120,13 +120,14 @@ def analysis(body: Callable[..., Reported]) -> Callable[..., None]:
     def run(**given: Any) -> int:
         output: Output = given["output"]
         gate: Gate | None = given.get("gate")
-        if gate is not None:
-            _check_rules(gate)
-        files = checked(output, _texts(given))
+        read = [] if gate is None else _check_gate(gate)
+        files = checked(output, (*_texts(given), *read))
         report = body(**given)
         codes = (report.gate.exit_code, *published(report, output, files))
         for failure in report.errors:
             say(f"error: {failure.input}: {failure.message}")
+        for note in report.gate.notes if output.format_ != "table" else ():
+            say(f"note: {note}")
         return worst(codes)
 
     return command(run)
@@ -148,10 +149,16 @@ _DATA = (
 )
 
 
-def _check_rules(gate: Gate) -> None:
+def _check_gate(gate: Gate) -> list[str]:
+    """The files of a gate that can be what it says. Raises UsageError."""
+    from gradscope.report.baseline import read_baseline
     from gradscope.report.rules import load_rules, select
 
-    select(load_rules().values(), split_commas(gate.select), split_commas(gate.ignore))
+    wanted = gate.wanted
+    select(load_rules().values(), wanted["select"], wanted["ignore"])
+    if accepted := wanted["baseline"] or wanted["config"].baseline:
+        read_baseline(accepted)
+    return list(gate.files)
 
 
 def checked(output: Output, inputs: Iterable[str]) -> list[tuple[str, Path]]:

@@ -4,9 +4,10 @@ record's options (``cli.command``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,6 @@ from gradscope.report.formats import BUILT_IN
 from gradscope.report.severity import Severity
 
 FailOn = StrEnum("FailOn", [*((s.name, s.value) for s in Severity), ("NEVER", "never")])  # type: ignore[misc]
-_DEFAULT = FailOn("high")
 
 
 class Color(StrEnum):
@@ -55,6 +55,25 @@ Jobs = Annotated[
         metavar="N",
         help="Threads; by default one per core. Results do not depend on it.",
     ),
+]
+
+
+AcceptedIn = Annotated[
+    str | None,
+    typer.Option(
+        "--baseline", metavar="FILE", help="Accepted findings, which fail nothing until worse."
+    ),
+]
+ConfigFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        metavar="FILE|KEY=VALUE",
+        help="A configuration file in the place of gradscope.toml, or one value (repeatable).",
+    ),
+]
+Isolated = Annotated[
+    bool, typer.Option("--isolated", help="Look for no configuration file.", show_default=False)
 ]
 
 
@@ -106,8 +125,13 @@ class Gate:
     """Which rules are evaluated, and when the run fails."""
 
     fail_on: Annotated[
-        FailOn, typer.Option("--fail-on", help="Exit 1 when a finding is at least this severe.")
-    ] = _DEFAULT
+        FailOn | None,
+        typer.Option(
+            "--fail-on",
+            help="Exit 1 when a finding is at least this severe. [default: high]",
+            show_default=False,
+        ),
+    ] = None
     select: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,16 +144,34 @@ class Gate:
     allow_empty: Annotated[
         bool, typer.Option("--allow-empty", help="Exit 0, not 4, when there is nothing to analyse.")
     ] = False
+    baseline: AcceptedIn = None
+    config: ConfigFrom = None
+    isolated: Isolated = False
 
-    @property
+    @cached_property
     def wanted(self) -> dict[str, Any]:
-        """As the functions of the Python API take it."""
+        """As the functions of the Python API take it. Raises UsageError for the configuration."""
         return {
-            "fail_on": self.fail_on.value,
+            "fail_on": None if self.fail_on is None else self.fail_on.value,
             "select": split_commas(self.select),
             "ignore": split_commas(self.ignore),
             "allow_empty": self.allow_empty,
+            "baseline": self.baseline,
+            "config": self._configuration[0],
         }
+
+    @property
+    def files(self) -> Iterator[str]:
+        """The files that it reads, over which nothing may be written."""
+        config, origins = self._configuration
+        yield from filter(None, (self.baseline, config.baseline))
+        yield from set(origins.values())
+
+    @cached_property
+    def _configuration(self) -> tuple[Any, Mapping[tuple[str, ...], str]]:
+        from gradscope.cli.configuration import in_force
+
+        return in_force(self.config or (), self.isolated)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ class Subject(StrEnum):
     """What has a schema."""
 
     REPORT = "report"
+    CONFIG = "config"
     HISTORY = "history"
 
 
 @command
 def schema(subject: Annotated[Subject, typer.Argument(help="Whose schema.")]) -> int:
-    """The JSON Schema of what gradscope writes."""
+    """The JSON Schema of what gradscope writes and of its configuration."""
     emit(json.dumps(_SCHEMAS[subject](), indent=1) + "\n")
     return 0
 
@@ -56,7 +57,46 @@ def _history() -> dict[str, Any]:
     return meta_schema()
 
 
+def config_schema() -> dict[str, Any]:
+    """The schema of gradscope.toml, with every rule and threshold there is."""
+    from gradscope.report.config import Config
+    from gradscope.report.rules import load_rules
+    from gradscope.report.severity import Severity
+
+    schema = Config.model_json_schema()
+    severity = {"enum": list(Severity), "description": "The severity of all its findings."}
+    rules = {
+        name: {
+            "type": "object",
+            "description": rule.summary,
+            "additionalProperties": False,
+            "properties": {
+                "severity": severity,
+                **{
+                    threshold: {
+                        "type": "integer" if isinstance(value, int) else "number",
+                        "default": value,
+                    }
+                    for threshold, value in rule.thresholds.items()
+                },
+            },
+        }
+        for rule in load_rules().values()
+        for name in (rule.name, rule.code)
+    }
+    schema["properties"]["rules"] |= {"additionalProperties": False, "properties": rules}
+    return (
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "$id": "urn:gradscope:config:1.0",
+        }
+        | schema
+        | {"title": "gradscope.toml"}
+    )
+
+
 _SCHEMAS: Mapping[Subject, Callable[[], dict[str, Any]]] = {
     Subject.REPORT: report_schema,
+    Subject.CONFIG: config_schema,
     Subject.HISTORY: _history,
 }

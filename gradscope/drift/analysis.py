@@ -14,11 +14,12 @@ from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.drift.matching import Matched, Matching, matched, renamed
 from gradscope.drift.result import Drifted, DriftReport, DriftResult, Explanation, Need, TensorDrift
+from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
 from gradscope.report.request import Failures, requested
 from gradscope.report.severity import Severity
 from gradscope.weights.left_out import part_failures
-from gradscope.weights.patterns import filtered
+from gradscope.weights.patterns import filtered, narrowed
 from gradscope.weights.roles import AUXILIARY, TRAINING, Role, roles
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
@@ -39,8 +40,10 @@ def analyze_drift(
     headers_only: bool = False,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    fail_on: str = "high",
+    fail_on: str | None = None,
     allow_empty: bool = False,
+    config: ConfigLike = None,
+    baseline: str | Path | None = None,
     jobs: int | None = None,
     progress: Progress = lambda _done, _total: None,
 ) -> DriftReport:
@@ -48,13 +51,21 @@ def analyze_drift(
 
     ``include`` and ``exclude`` are shell patterns of tensor names, ``key`` the dotted path of the
     nested dict that is the state dict of either, ``select`` and ``ignore`` rule codes, prefixes or
-    names. ``progress`` is called with bytes done and bytes in all. An input that cannot be read is
-    an entry of ``errors``, never an exception.
+    names, ``config`` a configuration or its file, ``baseline`` the file of accepted findings.
+    ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
+    entry of ``errors``, never an exception.
 
     Raises UsageError for an unknown rule, key or severity.
     """
     request = requested(
-        Drifted, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+        Drifted,
+        select=select,
+        ignore=ignore,
+        fail_on=fail_on,
+        allow_empty=allow_empty,
+        config=config,
+        baseline=baseline,
+        narrowed=narrowed(include, exclude),
     )
     failures = Failures()
     opened: list[Checkpoint] = []

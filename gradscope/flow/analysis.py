@@ -41,6 +41,7 @@ from gradscope.flow.temporal import WINDOW, directions, recent_records, temporal
 from gradscope.flow.vanishing import vanishing, vanishing_candidates
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
+from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Request, failure, requested
 from gradscope.text import plural
@@ -64,8 +65,10 @@ def analyze_flow(
     against: str | Path | History | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    fail_on: str = "high",
+    fail_on: str | None = None,
     allow_empty: bool = False,
+    config: ConfigLike = None,
+    baseline: str | Path | None = None,
 ) -> FlowReport:
     """Diagnose a recorded training run.
 
@@ -80,7 +83,18 @@ def analyze_flow(
     does not say what it holds.
     """
     request = requested(
-        FlowResult, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+        FlowResult,
+        select=select,
+        ignore=ignore,
+        fail_on=fail_on,
+        allow_empty=allow_empty,
+        config=config,
+        baseline=baseline,
+        narrowed=[
+            f"{option} {step}"
+            for option, step in (("--from", from_step), ("--to", to_step))
+            if step is not None
+        ],
     )
     if window < 8:
         raise UsageError(f"a window of {window} records says nothing; it takes at least 8")

@@ -9,11 +9,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gradscope.errors import InputError, UsageError
+from gradscope.report.allowances import allowed, remarks
+from gradscope.report.baseline import (
+    Baseline,
+    Compared,
+    compared,
+    partial_run,
+    read_baseline,
+    stale,
+    stale_remark,
+)
+from gradscope.report.config import Allowance, Config, ConfigLike, configured, given_config
 from gradscope.report.gate import gate
 from gradscope.report.model import (
     Coverage,
@@ -24,7 +36,7 @@ from gradscope.report.model import (
     Report,
     fingerprint,
 )
-from gradscope.report.rules import Rule, Subject, evaluate, select_for
+from gradscope.report.rules import Rule, Subject, evaluate, load_rules, rules_of, select_for
 from gradscope.report.severity import Severity
 
 R = TypeVar("R")
@@ -40,12 +52,18 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Which rules are asked, and when the run fails."""
+    """Which rules are asked, what is accepted, and when the run fails."""
 
     command: str
     rules: tuple[Rule, ...] = ()
     fail_on: str = "high"
     allow_empty: bool = False
+    allowances: tuple[Allowance, ...] = ()
+    baseline: Baseline = field(default_factory=Baseline)
+    #: Where the baseline lies.
+    accepted_in: str = ""
+    #: The options by which only a part is looked at.
+    narrowed: tuple[str, ...] = ()
 
     def judged(self, subject: Subject, input_: str) -> Judged:
         """Ask the rules about what was measured of one input, named as it was given."""
@@ -66,22 +84,42 @@ class Request:
         errors: Sequence[InputFailure] = (),
     ) -> Report[R]:
         """The report: findings worst first, what was not evaluated once, the gate's decision."""
-        findings = _told_apart(f for j in judged for f in j.findings)
-        findings.sort(key=lambda f: -f.severity.rank)
+        given = tuple(inputs)
         absent = dict.fromkeys(n for j in judged for n in j.not_evaluated)
-        asked = tuple(r.name for r in self.rules)
-        coverage = coverage.model_copy(update={"rules": asked, "not_evaluated": tuple(absent)})
+        facts = {
+            "rules": tuple(r.name for r in self.rules),
+            "narrowed": self.narrowed,
+            "not_evaluated": tuple(absent),
+        }
+        coverage = coverage.model_copy(update=facts)
+        found = _told_apart(f for j in judged for f in j.findings)
+        found.sort(key=lambda f: -f.severity.rank)
+        today = date.today()
+        known = compared(allowed(found, self.allowances, today), self.command, self.baseline)
+        whole = not partial_run(self.command, given, coverage, errors, self.baseline)
         return kind(
             command=self.command,
-            inputs=tuple(inputs),
+            inputs=given,
             coverage=coverage,
-            findings=tuple(findings),
+            findings=tuple(known.findings),
             result=result,
             gate=gate(
-                findings, errors, coverage, fail_on=self.fail_on, allow_empty=self.allow_empty
+                known.findings,
+                errors,
+                coverage,
+                fail_on=self.fail_on,
+                allow_empty=self.allow_empty,
+                notes=tuple(self._notes(known, coverage, whole, today)),
             ),
             errors=tuple(errors),
         )
+
+    def _notes(
+        self, known: Compared, coverage: Coverage, whole: bool, today: date
+    ) -> Iterator[str]:
+        yield from remarks(known.findings, self.allowances, self.rules, whole, today)
+        if whole:
+            yield from stale_remark(stale(known.gone, coverage), self.accepted_in)
 
 
 def requested(
@@ -89,16 +127,56 @@ def requested(
     *,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    fail_on: str = "high",
+    fail_on: str | None = None,
     allow_empty: bool = False,
+    config: ConfigLike = None,
+    baseline: str | Path | None = None,
+    narrowed: Sequence[str] = (),
 ) -> Request:
     """The request of a command whose rules read ``reads``.
 
-    Raises UsageError for an unknown severity or rule.
+    ``config`` is a configuration or its file, over which ``select``, ``fail_on`` and ``baseline``
+    win, and to which ``ignore`` adds. ``baseline`` is the file of accepted findings.
+
+    Raises UsageError for an unknown severity or rule, for a selection that leaves no rule, and for
+    a configuration or baseline that cannot be read.
     """
-    if fail_on not in (*Severity, "never"):
+    if fail_on not in (None, *Severity, "never"):
         raise UsageError(f"fail_on is {fail_on!r}; it is one of {', '.join(Severity)} or never")
-    return Request(reads.command, tuple(select_for(reads, select, ignore)), fail_on, allow_empty)
+    settings = given_config(config)
+    path = baseline or settings.baseline
+    return Request(
+        command=reads.command,
+        rules=tuple(_asked(reads, select, ignore, settings)),
+        fail_on=fail_on or settings.fail_on,
+        allow_empty=allow_empty or settings.allow_empty,
+        allowances=settings.allow,
+        baseline=read_baseline(path) if path else Baseline(),
+        accepted_in=str(path or ""),
+        narrowed=tuple(narrowed),
+    )
+
+
+def _asked(
+    reads: type[Subject], selected: Sequence[str], ignored: Sequence[str], config: Config
+) -> list[Rule]:
+    """The rules that a request and its configuration leave.
+
+    A configuration is of all commands: what it says of other commands' rules is passed over, and
+    a selection of those alone selects nothing here.
+    """
+    ours = rules_of(reads)
+
+    def of_ours(patterns: Sequence[str]) -> list[str]:
+        return [p for p in patterns if any(r.selected_by(p) for r in ours)]
+
+    left = select_for(
+        reads, selected or of_ours(config.select), (*ignored, *of_ours(config.ignore))
+    )
+    if ours and not left:
+        raise UsageError(f"no rule of `gradscope {reads.command}` is left: nothing could fail")
+    codes = {r.code for r in left}
+    return [r for r in configured(load_rules().values(), config) if r.code in codes]
 
 
 class Failures(list[InputFailure]):

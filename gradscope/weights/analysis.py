@@ -16,6 +16,7 @@ from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.errors import UsageError
 from gradscope.quantization.weights import Quantization
+from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.weights.adapter_config import described
@@ -23,7 +24,7 @@ from gradscope.weights.casting import Wanted, casting, wanted_casts, with_casts
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.left_out import part_failures
-from gradscope.weights.patterns import filtered
+from gradscope.weights.patterns import filtered, narrowed
 from gradscope.weights.result import (
     Examined,
     Need,
@@ -52,8 +53,10 @@ def analyze_weights(
     headers_only: bool = False,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
-    fail_on: str = "high",
+    fail_on: str | None = None,
     allow_empty: bool = False,
+    config: ConfigLike = None,
+    baseline: str | Path | None = None,
     keep_going: bool = False,
     cast: Sequence[str] = (),
     snr: str | float | None = None,
@@ -64,7 +67,8 @@ def analyze_weights(
     """Diagnose one or more checkpoints.
 
     ``include`` and ``exclude`` are shell patterns of tensor names, ``key`` the dotted path of the
-    nested dict that is the state dict, ``select`` and ``ignore`` rule codes, prefixes or names.
+    nested dict that is the state dict, ``select`` and ``ignore`` rule codes, prefixes or names,
+    ``config`` a configuration or its file, ``baseline`` the file of accepted findings.
     ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
     entry of ``errors``, never an exception; with ``keep_going`` the other shards of a checkpoint
     one of whose files fails while it is read are still analysed. ``cast`` are types that casting
@@ -73,7 +77,14 @@ def analyze_weights(
     Raises UsageError for an unknown rule, key, device, severity or type.
     """
     request = requested(
-        Examined, select=select, ignore=ignore, fail_on=fail_on, allow_empty=allow_empty
+        Examined,
+        select=select,
+        ignore=ignore,
+        fail_on=fail_on,
+        allow_empty=allow_empty,
+        config=config,
+        baseline=baseline,
+        narrowed=narrowed(include, exclude),
     )
     casts = wanted_casts(cast, snr)
     if casts.targets and headers_only:

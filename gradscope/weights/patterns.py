@@ -40,6 +40,11 @@ def filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     )
 
 
+def narrowed(include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """The options by which only a part of a checkpoint is looked at."""
+    return [*(f"--include {p}" for p in include), *(f"--exclude {p}" for p in exclude)]
+
+
 def _any(patterns: Sequence[str]) -> Match:
     return re.compile("|".join(translate(p) for p in patterns) or r"(?!)").match
 

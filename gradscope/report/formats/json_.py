@@ -16,7 +16,12 @@ def render(report: AnyReport, display: Display = FILE) -> str:  # noqa: ARG001
     Each finding, tensor and section is a line of its own: readable with ``less``, small in a diff,
     and written by the C encoder, which indentation would bypass at ten times the cost.
     """
-    return _object(as_json(report), 0) + "\n"
+    return lined(as_json(report)) + "\n"
+
+
+def lined(value: Mapping[str, Any]) -> str:
+    """JSON with a line for each section, and for each record of a list."""
+    return _object(value, 0)
 
 
 def _object(value: Mapping[str, Any], depth: int) -> str:

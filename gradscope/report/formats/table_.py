@@ -92,8 +92,9 @@ def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
     if section is not None:
         yield from section(report.result, display)
     yield from _coverage(report, display)
-    for note in report.gate.notes:
-        yield Text.assemble(("\nnote ", "yellow"), escaped(note))
+    if report.gate.notes:
+        yield Text("\nNotes", style="bold")
+    yield from (Text(f"  {escaped(note)}") for note in report.gate.notes)
     yield _verdict(report)
 
 

@@ -1,0 +1,61 @@
+"""``gradscope config``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from gradscope.cli.command import command
+from gradscope.cli.options import ConfigFrom, Isolated, ListFormat, Listing
+from gradscope.cli.terminal import emit
+
+if TYPE_CHECKING:
+    from gradscope.report.config import Config, Origins
+
+
+@command
+def config(
+    config: ConfigFrom = None, isolated: Isolated = False, format_: ListFormat = Listing.TABLE
+) -> int:
+    """The configuration in force, as a gradscope.toml that says where each value comes from."""
+    from gradscope.cli.configuration import in_force
+
+    found, origins = in_force(config or (), isolated)
+    if format_ is Listing.JSON:
+        shown = {key: {"value": v, "origin": o} for key, v, o in _settings(found, origins)}
+        emit(json.dumps(shown, indent=1, default=str) + "\n")
+    else:
+        emit("".join(_lines(found, origins)))
+    return 0
+
+
+def _settings(config: Config, origins: Origins) -> Iterator[tuple[str, Any, str]]:
+    """Key, value and origin of everything, thresholds by their whole names."""
+    for name, value in config.model_dump(by_alias=True, exclude_none=True).items():
+        if name != "rules":
+            yield name, value, origins.get((name,), "default")
+    for rule, given in config.rules.items():
+        for name, value in given.items():
+            yield f"rules.{rule}.{name}", value, origins.get(("rules", rule, name), "default")
+
+
+def _lines(config: Config, origins: Origins) -> Iterator[str]:
+    allow: list[Mapping[str, Any]] = []
+    for key, value, origin in _settings(config, origins):
+        if key == "allow":
+            allow = list(value)
+            continue
+        yield f"{f'{key} = {_toml(value)}':<40}  # {origin}\n"
+    for entry in allow:
+        yield f"\n[[allow]]  # {origins.get(('allow',), 'default')}\n"
+        yield from (f"{name} = {_toml(value)}\n" for name, value in entry.items())
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML, which is JSON's spelling but for lists, dates and infinity."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str | bool):
+        return json.dumps(value)
+    return str(value)

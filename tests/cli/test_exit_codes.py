@@ -1,0 +1,214 @@
+"""The exit codes of the contract for every command with a report, and what stdout carries."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+from typer.testing import CliRunner, Result
+
+from gradscope.cli import app
+from gradscope.cli.schema import config_schema, report_schema
+from gradscope.report.formats import BUILT_IN
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    return CliRunner(env=environment).invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of everything: healthy, faulty, empty and broken inputs of each command."""
+    made = tmp_path_factory.mktemp("inputs")
+    weight = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    save_file({"fc.weight": weight}, made / "good.safetensors")
+    weight[0, 0] = np.nan
+    save_file({"fc.weight": weight}, made / "bad.safetensors")
+    save_file({}, made / "empty.safetensors")
+    (made / "broken.safetensors").write_bytes((made / "bad.safetensors").read_bytes()[:-9])
+    _history(made / "good.csv", lambda step: 1 + 0.1 * np.sin(step))
+    _history(made / "bad.csv", lambda step: float("nan") if step > 150 else 1.0)
+    (made / "empty.csv").write_text("step,layer,norm\n")
+    (made / "broken.csv").write_text("step;layer\n\x00")
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 3),
+    )  # fmt: skip
+    _model(net, made / "good.jit")
+    torch.nn.init.constant_(net[4].weight, float("nan"))
+    _model(net, made / "bad.jit")
+    (made / "broken.jit").write_bytes(b"no model")
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(made / "i.png")
+    (made / "none").mkdir()
+    return made
+
+
+def _history(path: Path, norm: Callable[[int], float]) -> None:
+    rows = [f"{t},{layer},{norm(t)}" for t in range(200) for layer in ("a", "b", "c")]
+    path.write_text("\n".join(["step,layer,norm", *rows]))
+
+
+def _model(net: torch.nn.Module, path: Path) -> None:
+    torch.jit.trace(net.eval(), torch.zeros(1, 3, 16, 16)).save(path)
+
+
+#: Of each command: a line, with INPUT for the input.
+LINES = {
+    "weights": "weights INPUT.safetensors",
+    "drift": "drift good.safetensors INPUT.safetensors",
+    "flow": "flow INPUT.csv --as norms",
+    "explain": "explain -m saliency INPUT.jit i.png --preprocess size=16x16,image_mean=0.5/0.5/0.5,"
+    "image_std=0.5/0.5/0.5 -o out",
+}
+EMPTY = LINES | {"explain": LINES["explain"].replace("i.png", "none")}
+
+MATRIX = [
+    (0, "good", ""),
+    (0, "good", "--fail-on critical"),
+    (1, "bad", ""),
+    (1, "bad", "--fail-on critical"),
+    (0, "bad", "--fail-on never"),
+    (0, "bad", "--config fail-on=never"),
+    (1, "bad", "--config fail-on=never --fail-on high"),
+    (2, "bad", "--no-such-option"),
+    (2, "bad", "--fail-on sometimes"),
+    (2, "bad", "--format yaml"),
+    (2, "bad", "--select no-such-rule"),
+    (2, "bad", "--ignore ALL"),
+    (2, "bad", "--config nowhere.toml"),
+    (2, "bad", "--config fail_on=low"),
+    (2, "bad", "--baseline nowhere.json"),
+    (2, "bad", "--report json=no/such/folder/r.json"),
+    (3, "missing", ""),
+    (3, "missing", "--allow-empty"),
+    (3, "broken", ""),
+    (3, "broken", "--fail-on never"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(("code", "input_", "options"), MATRIX)
+@pytest.mark.parametrize("command", LINES)
+def test_every_command_ends_with_the_code_of_the_contract(
+    command, code, input_, options, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+
+    done = run(*LINES[command].replace("INPUT", input_).split(), "-f", "json", *options.split())
+
+    assert done.exit_code == code, done.output
+    if code == 2:
+        assert done.stdout == ""
+        assert done.stderr
+    else:
+        gate = json.loads(done.stdout)["gate"]
+        assert (gate["exit_code"], gate["failed"]) == (code, code != 0)
+        assert bool(gate["reasons"]) is (code != 0)
+
+
+@pytest.mark.parametrize("command", EMPTY)
+def test_nothing_analysed_is_inconclusive_unless_that_is_allowed(
+    command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    input_ = "good" if command == "explain" else "empty"
+    line = EMPTY[command].replace("INPUT", input_).split()
+
+    codes = [run(*line, *more).exit_code for more in ([], ["--allow-empty"])]
+
+    # An empty folder of pictures and a table without rows cannot be told from a wrong path.
+    assert codes in ([4, 0], [3, 3]), codes
+    assert command != "weights" or codes == [4, 0]
+
+
+def test_good_inputs_are_reported_beside_a_broken_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+
+    done = run("weights", "good.safetensors", "broken.safetensors", "bad.safetensors", "-f", "json")
+
+    report = json.loads(done.stdout)
+    assert done.exit_code == report["gate"]["exit_code"] == 3
+    assert [f["input"] for f in report["findings"] if f["rule"] == "W101"] == ["bad.safetensors"]
+    assert [e["input"] for e in report["errors"]] == ["broken.safetensors"]
+
+
+# --- stdout ---------------------------------------------------------------------------------------
+
+REPORTS = jsonschema.Draft202012Validator(report_schema())
+
+
+def _is_json(text: str) -> None:
+    REPORTS.validate(json.loads(text, parse_constant=lambda token: pytest.fail(token)))
+
+
+PARSERS: dict[str, Callable[[str], object]] = {
+    "json": _is_json,
+    "jsonl": lambda text: [json.loads(line) for line in text.splitlines()],
+    "csv": lambda text: list(csv.DictReader(io.StringIO(text), strict=True)),
+    "sarif": json.loads,
+    "junit": lambda text: ElementTree.fromstring(text.encode()),
+    "github": lambda text: [
+        re.fullmatch(r"::(error|warning|notice) .*", line)[0] for line in text.splitlines()
+    ],
+    "markdown": lambda text: text.index("## gradscope "),
+    "table": lambda text: re.search(r"^(PASSED|FAILED|\x1b\[.*(PASSED|FAILED))", text, re.M)[0],
+}
+
+
+@pytest.mark.parametrize("options", ["", "-q", "-v", "--color always", "--no-progress", "--debug"])
+@pytest.mark.parametrize("format_", BUILT_IN)
+def test_stdout_is_the_report_whole_and_alone_under_every_option(
+    format_, options, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    line = ["weights", "bad.safetensors", "missing.pt", "-f", format_]
+    allow = '--config=allow=[{rules=["W113"],reason="x",expires=2020-01-01}]'
+
+    done = run(*line, allow, "--report", "json=r.json", *options.split(), FORCE_COLOR="1")
+
+    PARSERS[format_](done.stdout)
+    assert ("\x1b" in done.stdout) is (format_ == "table")
+    assert "gradscope: " not in done.stdout
+    assert done.exit_code == 3
+
+
+@pytest.mark.parametrize("command", LINES)
+@pytest.mark.parametrize("format_", BUILT_IN)
+def test_so_it_is_for_every_command(
+    command, format_, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+
+    done = run(*LINES[command].replace("INPUT", "bad").split(), "-f", format_)
+
+    PARSERS[format_](done.stdout)
+    assert done.exit_code == 1
+
+
+def test_schemas_and_the_configuration_are_machine_readable_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+
+    assert json.loads(run("schema", "config").stdout) == config_schema()
+    jsonschema.Draft202012Validator.check_schema(config_schema())
+    shown = tomllib.loads(run("config", "--isolated").stdout)
+    jsonschema.Draft202012Validator(config_schema()).validate(shown)
