@@ -27,7 +27,7 @@ from gradscope.flow.motion import convergence, leap, missing, stagnation, update
 from gradscope.flow.network import flows, network
 from gradscope.flow.nonfinite import nonfinite
 from gradscope.flow.norms import above, explosion
-from gradscope.flow.optimizer import accumulation, clipping, damping, unoptimized
+from gradscope.flow.optimizer import accumulation, captures, clipping, damping, unoptimized
 from gradscope.flow.oscillation import current_rate, oscillations
 from gradscope.flow.paths import critical_paths
 from gradscope.flow.recent import recent
@@ -255,6 +255,7 @@ def _analyzed(
         damping=damping(s, against, window),
         clipping=clipping(s),
         accumulation=accumulation(s, compared, alone),
+        captures=captures(s),
         measured=tuple(_measured(s, graph, compared)),
         rows_omitted=(total - len(shown)) * len(s.layers),
         notes=tuple(_notes(s)),

@@ -38,10 +38,12 @@ def depth_of(series: Series, graph: Graph) -> Depth | None:
     fit = r_squared(away[known], level[known], *line)
     lost = -line[0]
     decades = abs(lost) * float(np.ptp(away[known])) / DECADE
-    systemic = fit > SYSTEMIC_FIT and decades >= _LEAST_DECADES and abs(lost) > SYSTEMIC_NATS
+    gradual = fit > SYSTEMIC_FIT and decades >= _LEAST_DECADES
+    systemic = gradual and abs(lost) > SYSTEMIC_NATS
     return Depth(
         nats_per_layer=lost,
         r_squared=fit,
         layers=len(known),
         systemic=None if not systemic else "vanishing" if lost > 0 else "exploding",
+        gradual=gradual,
     )

@@ -25,6 +25,8 @@ class VanishingFacts:
     #: The whole stack loses its gradient, by ``nats_per_layer``.
     systemic: bool
     nats_per_layer: float | None
+    #: What depth takes is lost little by little, not in one place.
+    gradual: bool
     #: Decades lost by depth or time, held; minus infinity when they are not.
     decades: float
     #: Share of its full step that epsilon leaves, held where the update test fires, and the median.

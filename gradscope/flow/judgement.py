@@ -18,6 +18,7 @@ from gradscope.flow.limits import CLIMBING, LEAVE_DECADES
 from gradscope.flow.result import (
     LEVELS,
     Accumulation,
+    Captures,
     DeadZone,
     Divergence,
     LearningRateAdvice,
@@ -141,6 +142,16 @@ def _vanishing_cause(facts: VanishingFacts) -> tuple[Words, Words]:
             "use an activation that does not saturate (ReLU, GELU) or an initialisation that keeps "
             "the variance (He, Xavier, orthogonal)",
             "add normalisation or residual connections",
+        ]
+    elif "depth" in facts.tests and facts.gradual and facts.nats_per_layer is not None:
+        causes.append(
+            f"every layer keeps {math.exp(-facts.nats_per_layer):.2g} of the gradient, and the "
+            "stack is deep"
+        )
+        advice += [
+            "give the gradient a way around: residual connections that nothing normalises "
+            "(pre-norm instead of post-norm)",
+            "warm the learning rate up, or scale the residual branches down with depth",
         ]
     elif "depth" in facts.tests:
         causes.append("the gradient drops here, not along the whole stack")
@@ -486,16 +497,25 @@ def _why(factor: float | None, growth: float) -> str:
 
 def adds_up(
     found: Accumulation | None,
+    counted: Captures | None,
     *,
+    unfinished: float,
     cosine: float,
     growth: float,
     added: float,
     steady: float,
     doubled: float,
 ) -> bool:
-    """Whether gradients carry over from step to step, by the limits of F115."""
+    """Whether gradients carry over from record to record, by the limits of F115."""
+    if captured_unfinished(counted, unfinished):
+        return True
     if found is None or found.cosine <= cosine or found.growth <= growth:
         return False
     adds = found.added_growth is not None and found.added_growth < steady
     adds |= found.doubled is not None and found.doubled > doubled
     return 1 / added < found.added < added and adds
+
+
+def captured_unfinished(counted: Captures | None, unfinished: float) -> bool:
+    """Whether records are of gradients that still added up over micro-batches."""
+    return counted is not None and counted.calls > unfinished * max(counted.steps, 1)

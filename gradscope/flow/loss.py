@@ -16,6 +16,7 @@ from gradscope.flow.limits import (
     MIN_TREND,
     SHORTEST,
 )
+from gradscope.flow.precursors import precursors
 from gradscope.flow.result import Divergence, LossLevel
 from gradscope.flow.robust import GAUSSIAN, Array, nanmedian
 from gradscope.flow.series import Series
@@ -75,7 +76,7 @@ def loss_level(series: Series) -> LossLevel | None:
         last=found.end,
         constant=_constant(found.loss),
         lost=lost,
-        divergence=_divergence(series, found, lost is not None),
+        divergence=_divergence(series, loss, found, lost is not None),
     )
 
 
@@ -108,7 +109,7 @@ def _lost(series: Series, loss: Array) -> tuple[int, int] | None:
     return int(series.steps[known[-1]]), int(series.steps[known[-1] + 1])
 
 
-def _divergence(series: Series, found: _Levels, nonfinite: bool) -> Divergence | None:
+def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) -> Divergence | None:
     """A loss that rose from its best level for good, or far above it for a while."""
     best = int(np.argmin(found.rolling))
     if not _risen(found, best, found.end):
@@ -130,6 +131,7 @@ def _divergence(series: Series, found: _Levels, nonfinite: bool) -> Divergence |
         ends="non-finite" if nonfinite else ends,
         fell=bool(found.loss[0] - before > LOSS_SPREADS * found.spread(best)),
         progressed=bool(after < found.loss[0] - LOSS_LOST * abs(found.loss[0])),
+        precursors=precursors(series, loss, int(found.records[best]), int(found.records[top])),
         **_company(series, record),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from gradscope.flow.directions import Cosines
 from gradscope.flow.levels import Levels
 from gradscope.flow.limits import ATTENUATED, MIN_TREND, MIN_WINDOW
-from gradscope.flow.result import Accumulation, Clipping, Damping, Unoptimized
+from gradscope.flow.result import Accumulation, Captures, Clipping, Damping, Unoptimized
 from gradscope.flow.robust import Array, nanmedian, theil_sen
 from gradscope.flow.series import Mask, Series
 
@@ -87,6 +87,14 @@ def clipping(series: Series) -> Clipping | None:
         return None
     top = float(known.max())
     return Clipping(share=float((known > top * (1 - _PINNED)).mean()), median=None, limit=top)
+
+
+def captures(series: Series) -> Captures | None:
+    """Calls of the recorder and steps that followed; None where the file does not count both."""
+    calls, steps = (series.history.meta.get(key) for key in ("captures", "optimizer_steps"))
+    if not isinstance(calls, int) or not isinstance(steps, int):
+        return None
+    return Captures(calls=calls, steps=steps)
 
 
 def accumulation(

@@ -298,6 +298,8 @@ class Depth(Record):
     r_squared: float
     layers: int
     systemic: Literal["vanishing", "exploding"] | None
+    #: Nothing is lost in one place: a line explains decades, however little a layer takes.
+    gradual: bool = False
 
 
 class LearningRateAdvice(Record):
@@ -370,6 +372,17 @@ class Convergence(Record):
     loss_fell: bool | None
 
 
+Precursed = Literal["updates", "gradients", "loss"]
+
+
+class Precursor(Record):
+    """Something that rose out of its range before or as a loss did."""
+
+    what: Precursed
+    #: After the first and by the second of these steps.
+    onset: tuple[int, int]
+
+
 class Divergence(Record):
     """A loss that left its best level upwards."""
 
@@ -391,6 +404,8 @@ class Divergence(Record):
     update_ratio: float | None
     #: Median cosine of the steps from then on to the negative gradient.
     descent: float | None
+    #: What rose out of its range on the way, in the order in which it did.
+    precursors: tuple[Precursor, ...] = ()
 
 
 class Unoptimized(Record):
@@ -436,6 +451,13 @@ class Accumulation(Record):
     added_growth: float | None
     #: The second norm over the first, at the very beginning of the run.
     doubled: float | None
+
+
+class Captures(Record):
+    """How often a recorder was called, and how many steps of an optimizer followed."""
+
+    calls: int
+    steps: int
 
 
 class LossLevel(Record):
@@ -551,6 +573,7 @@ class FlowResult(Record):
     damping: Damping | None = None
     clipping: Clipping | None = None
     accumulation: Accumulation | None = None
+    captures: Captures | None = None
     convergence: Convergence | None = None
     #: What differs from another run, where one was given.
     against: Against | None = None

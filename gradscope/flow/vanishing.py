@@ -182,6 +182,7 @@ def _facts(
         held_tests=held_tests(found.tests, part),
         systemic=systemic,
         nats_per_layer=None if depth is None else depth.nats_per_layer,
+        gradual=depth is not None and depth.gradual and depth.nats_per_layer > 0,
         decades=held(found.decades, part),
         attenuation_held=faintest,
         attenuation=typical,

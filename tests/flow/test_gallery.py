@@ -15,9 +15,9 @@ from gradscope.report.severity import Severity
 
 pytest.importorskip("torch")
 
-from faults import FAULTS
+from faults import FAULTS, deep_transformer
 from healthy import HEALTHY
-from runs import recorded_fault, recorded_healthy
+from runs import recorded, recorded_fault, recorded_healthy
 
 from .made import RECORDED
 
@@ -79,3 +79,15 @@ def test_a_healthy_run_of_any_kind_is_not_alarming(name: str, seed: int, tmp_pat
     for every in (1, 10):
         report = analyze_flow(thinned(history, every))
         assert [f for f in report.findings if f.severity.rank >= Severity.HIGH.rank] == []
+
+
+def test_a_deep_transformer_with_pre_norm_is_not_starved(tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    recorded(*deep_transformer(norm_first=True, rate=1e-4), tmp_path / "run", 60)
+
+    report = analyze_flow(str(tmp_path / "run"))
+
+    assert [f for f in report.findings if f.name == "vanishing-gradient"] == []
+    assert [f for f in report.findings if f.severity.rank >= Severity.HIGH.rank] == []

@@ -23,6 +23,7 @@ LOST = VanishingFacts(
     held_tests=("depth",),
     systemic=False,
     nats_per_layer=0.1,
+    gradual=False,
     decades=3.5,
     attenuation_held=math.inf,
     attenuation=None,
@@ -153,6 +154,9 @@ def test_the_causes_of_vanishing_are_those_of_its_tests_each_with_its_remedy() -
         return "; ".join(text), "; ".join(advice)
 
     assert "not along the whole stack" in cause()[0]
+    text, advice = cause(gradual=True, nats_per_layer=0.05)
+    assert "keeps 0.95 of the gradient" in text
+    assert "pre-norm" in advice
     text, advice = cause(systemic=True, nats_per_layer=math.log(7))
     assert "divides the gradient by 7.0" in text
     assert "does not saturate" in advice

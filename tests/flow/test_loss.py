@@ -184,3 +184,48 @@ def test_a_history_of_few_losses_is_not_judged() -> None:
     assert level(np.ones(7)) is None
     assert level(np.full(60, np.nan)) is None
     assert level([3.0, 1.0] + [0.5] * 20).constant == 0.5
+
+
+# --- what came first ------------------------------------------------------------------------------
+
+
+def rising(records: int, at: int, seed: int, level: float = 1.0) -> np.ndarray:
+    """Noise around a level, thirty times as high from some record on."""
+    values = noise(records, 1, 0.1, seed, level)[:, 0]
+    values[at:] *= 30
+    return values
+
+
+def in_turn(updates: int, gradients: int, loss: int) -> dict[str, Any]:
+    """A history of one layer whose steps, gradients and loss rise at these records."""
+    return {
+        "loss": rising(160, loss, 1, 0.5),
+        "norms": rising(160, gradients, 2)[:, None],
+        "update_l2": rising(160, updates, 3, 1e-3)[:, None],
+        "param_l2": np.ones((160, 1)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ((100, 104, 110), "out of range first: updates since step 100, then gradients since step"),
+        ((110, 110, 104), "out of range first: loss since step 104, then updates since step 110, "),
+    ],
+)
+def test_what_left_its_range_first_is_told(at: tuple[int, int, int], said: str) -> None:
+    (found,) = diverged(**in_turn(*at))
+
+    assert said in found.message
+    assert found.recommendation.startswith(f"go back to a checkpoint of step {min(at) - 1} or")
+
+
+def test_no_order_is_told_of_what_rose_between_the_same_two_records() -> None:
+    (together,) = diverged(**in_turn(104, 104, 104))
+    parts = in_turn(100, 104, 110)
+    parts["update_l2"][96:110] = np.nan  # may have risen before the gradients, or after
+    (unknown,) = diverged(**parts)
+
+    assert "out of range first" not in together.message
+    assert "out of range first" not in unknown.message
+    assert unknown.evidence["precursors"] == "gradients 104, updates 110, loss 110"

@@ -328,6 +328,12 @@ def test_a_stack_is_systemic_by_a_factor_of_three_a_layer_over_three_decades(
     assert found.nats_per_layer == pytest.approx(math.log(factor), rel=1e-5)
 
 
+def test_a_deep_stack_may_lose_as_much_little_by_little() -> None:
+    assert depth(steady(*1.06 ** -np.arange(150.0)[::-1])).gradual  # 3.8 decades
+    assert not depth(steady(*1.06 ** -np.arange(90.0)[::-1])).gradual
+    assert not depth(steady(*np.r_[np.full(75, 1e-4), np.ones(75)])).gradual  # in one place
+
+
 def test_a_stack_that_no_line_explains_is_not_systemic() -> None:
     logs = -np.array([12.0, 1, 9, 0, 8, 2, 7, 0])
 

@@ -169,3 +169,16 @@ def test_a_gradient_that_agrees_with_itself_does_not_add_up() -> None:
     for vectors in (steady, batches(80, 1.0), growing):
         assert "carried-over" not in rules(of_vectors([[v] for v in vectors]))
     assert added(steady[:4]) is None
+
+
+@pytest.mark.parametrize(
+    ("calls", "steps", "told"), [(40, 10, 1), (40, 20, 1), (40, 0, 1), (40, 34, 0), (40, 40, 0)]
+)
+def test_captures_of_micro_batches_are_told_from_steps_that_mixed_precision_skipped(
+    calls: int, steps: int, told: int
+) -> None:
+    report = analyze_flow(made(noise(40, 3), meta={"captures": calls, "optimizer_steps": steps}))
+
+    found = [f for f in report.findings if f.name == "carried-over"]
+    assert [f.severity for f in found] == ["medium"] * told
+    assert all("micro-batch" in f.recommendation for f in found)

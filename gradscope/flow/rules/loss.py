@@ -47,7 +47,7 @@ def diverged(
     why = f": {', '.join(course.evidence)}" if course.evidence else ""
     yield Observation(
         "loss",
-        f"the loss {_course(found)}, {since(found.onset)}{why}{went}",
+        f"the loss {_course(found)}, {since(found.onset)}{why}{_order(found)}{went}",
         _advice(found, steered),
         _facts(found),
         threshold=level,
@@ -84,10 +84,20 @@ def _course(found: Divergence) -> str:
     return f"{rise} and is still {found.after:.3g}"
 
 
+def _order(found: Divergence) -> str:
+    """Which of steps, gradients and loss left its range before the others, where that is sure."""
+    first, *later = found.precursors or (None,)
+    if first is None or not later or any(p.onset[0] < first.onset[1] for p in later):
+        return ""
+    rest = ", ".join(f"{p.what} {since(p.onset)}" for p in later)
+    return f"; out of range first: {first.what} {since(first.onset)}, then {rest}"
+
+
 def _advice(found: Divergence, steered: float) -> str:
     if found.descent is not None and found.descent < CLIMBING:
         return "check the sign of the loss and the optimizer's maximize"
-    back = f"go back to a checkpoint of step {found.onset[0]} or before; " if found.onset[0] else ""
+    sound = min([found.onset[0] or 0, *(p.onset[0] for p in found.precursors)])
+    back = f"go back to a checkpoint of step {sound} or before; " if sound else ""
     if (found.learning_rate_factor or 0) >= steered:
         return f"{back}check the schedule: raise the learning rate slowly, or not so far"
     first = "warm the learning rate up, or " if (found.onset[0] or 0) < 10 else ""
@@ -102,6 +112,8 @@ def _facts(found: Divergence) -> dict[str, Fact]:
         "onset": since(found.onset),
         "ends": found.ends,
     }
+    if found.precursors:
+        facts["precursors"] = ", ".join(f"{p.what} {p.onset[1]}" for p in found.precursors)
     known = {
         "learning_rate_factor": found.learning_rate_factor,
         "gradient_factor": found.gradient_factor,

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import ATTENUATED
-from gradscope.flow.result import FlowResult, Need
+from gradscope.flow.result import Captures, FlowResult, Need
 from gradscope.flow.rules.say import place, several
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
+from gradscope.text import plural
 
 
 @rule("F112", "not-in-optimizer", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
@@ -65,28 +66,38 @@ def always_clipped(result: FlowResult, *, share: float = 0.99) -> Iterator[Obser
     )
 
 
-@rule("F115", "carried-over", Severity.MEDIUM, reads=FlowResult, needs=Need.DIRECTIONS)
+@rule("F115", "carried-over", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
 def carried_over(
     result: FlowResult,
     *,
+    unfinished: float = 1.5,
     cosine: float = 0.97,
     growth: float = 5.0,
     added: float = 5.0,
     steady: float = 0.6,
     doubled: float = 1.25,
-) -> Iterator[Observation]:
-    """Gradients add up from step to step, as they do without `zero_grad`.
+) -> Iterator[Observation | Unknown]:
+    """Gradients add up from step to step, as they do without `zero_grad`, or from record to record.
 
-    Over the first records successive gradients agree to more than ``cosine``, their norm climbs
+    A recorder that was called ``unfinished`` times as often as the optimizer stepped saw the sums
+    of some micro-batches, not the gradient of a step; the file counts both.
+
+    Else by the first records: successive gradients agree to more than ``cosine``, their norm climbs
     more than ``growth`` times, and what each step adds stays as large as the first gradient
-    (within ``added`` times): a gradient that grows by itself grows in what it adds, too (as the
+    (within ``added`` times). A gradient that grows by itself grows in what it adds, too (as the
     norm to the power ``steady`` and more), and does not grow ``doubled``-fold at the first step,
     where the sum of two batches is up to twice the first.
     """
+    if result.captures and judgement.captured_unfinished(result.captures, unfinished):
+        yield _unfinished(result.captures, unfinished)
+        return
+    if Need.DIRECTIONS not in result.measured:
+        yield Unknown("needs the directions of gradients: a recording with sketches, or vectors")
+        return
     found = result.accumulation
     limits = {"cosine": cosine, "growth": growth, "added": added, "steady": steady}
-    limits["doubled"] = doubled
-    if found is None or not judgement.adds_up(found, **limits):
+    limits |= {"doubled": doubled, "unfinished": unfinished}
+    if found is None or not judgement.adds_up(found, None, **limits):
         return
     yield Observation(
         "network",
@@ -96,6 +107,18 @@ def carried_over(
         "capture once per optimizer step",
         {"cosine": found.cosine, "growth": found.growth, "added": found.added},
         threshold=cosine,
+    )
+
+
+def _unfinished(found: Captures, limit: float) -> Observation:
+    return Observation(
+        "network",
+        f"capture() was called {found.calls:,} times for {plural(found.steps, 'optimizer step')}: "
+        "these are gradients that still add up over micro-batches, not those of a step",
+        "call capture() once a step, after the last micro-batch, and record again: trends and "
+        "levels of this history mix full and partial sums",
+        {"captures": found.calls, "optimizer_steps": found.steps},
+        threshold=limit,
     )
 
 

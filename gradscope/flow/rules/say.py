@@ -75,7 +75,9 @@ def own(
     ``always`` has them, nor those of layers that no optimizer holds: other rules tell those.
     """
     left = told(result)
-    adds_up = judgement.adds_up(result.accumulation, **judgement.limits(_rules()[1]))
+    adds_up = judgement.adds_up(
+        result.accumulation, result.captures, **judgement.limits(_rules()[1])
+    )
     loose = set(result.unoptimized.layers) if result.unoptimized else set()
     for region in regions:
         follows = (left is not None and begins_after(region, left)) or (
