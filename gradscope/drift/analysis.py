@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.integrity import check_unchanged, verified
+from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.drift.matching import Matched, Matching, matched, renamed
 from gradscope.drift.result import Drifted, DriftReport, DriftResult, Explanation, Need, TensorDrift
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
-from gradscope.report.request import Failures, requested
+from gradscope.report.request import Failures, part_failures, requested
 from gradscope.report.severity import Severity
-from gradscope.weights.left_out import part_failures
 from gradscope.weights.patterns import filtered, narrowed
 from gradscope.weights.roles import AUXILIARY, TRAINING, Role, roles
 
@@ -82,7 +82,10 @@ def analyze_drift(
                 else _compared(first, second, jobs, progress)
             )
     drifted = Drifted(str(base), str(new), found.result, found.measured) if found.result else None
-    errors = (*failures, *(e for c in found.checkpoints for e in part_failures(c, bool(failures))))
+    errors = [
+        *failures,
+        *(e for c in found.checkpoints for e in part_failures(c.path, unread(c, bool(failures)))),
+    ]
     return request.report(
         DriftReport,
         found.result,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -42,8 +42,8 @@ from gradscope.flow.vanishing import vanishing, vanishing_candidates
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 from gradscope.report.config import ConfigLike
-from gradscope.report.model import Coverage, Input, InputFailure, Skip
-from gradscope.report.request import Failures, Request, failure, requested
+from gradscope.report.model import Coverage, Input, Skip
+from gradscope.report.request import Failures, Request, failure, part_failures, requested
 from gradscope.text import plural
 
 #: Rows of (layer, record) that the report holds unless all are asked for.
@@ -127,7 +127,7 @@ def analyze_flow(
         inputs=[Input(path=h.path, format=h.format, bytes=h.nbytes) for h in inputs],
         coverage=coverage,
         judged=[judged],
-        errors=[*_unread(inputs), *failures],
+        errors=[*(e for h in inputs for e in part_failures(h.path, h.failures)), *failures],
     )
 
 
@@ -135,12 +135,6 @@ def _read(history: str | Path | History, as_: Literal["norms", "vectors"] | None
     read = history if isinstance(history, History) else open_history(str(history), as_=as_)
     _refuse_negative(read)
     return read
-
-
-def _unread(histories: Iterable[History]) -> Iterator[InputFailure]:
-    for history in histories:
-        for f in history.failures:
-            yield InputFailure(input=history.path, kind=f.kind, message=f.message)
 
 
 def _against(

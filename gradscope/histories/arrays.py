@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.checkpoints.integrity import verified
+from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import sniff
 from gradscope.checkpoints.statedict import WHOLE
@@ -256,7 +257,7 @@ def _of_gradients(
         steps=steps[chosen],
         notes=(*notes, *more),
         skipped_parts=tuple((s.subject, s.reason) for s in checkpoint.skipped),
-        failures=checkpoint.failures,
+        failures=unread(checkpoint),
         **measure([table[step] for step in records[chosen].tolist()], names),
         **_by_record(refs, len(records), chosen),
     )
@@ -286,7 +287,7 @@ def _of_norms(
         status=np.where(absent, Status.NOT_RECORDED, Status.RECORDED).astype(np.uint8)[chosen],
         notes=(*checkpoint.notes, *notes, *more, "arrays were taken as L2 norms, one a step"),
         skipped_parts=tuple((s.subject, s.reason) for s in checkpoint.skipped),
-        failures=checkpoint.failures,
+        failures=unread(checkpoint),
         **_by_record(refs, len(norms), chosen),
     )
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gradscope.errors import InputError, UsageError
 from gradscope.report.allowances import allowed, remarks
@@ -189,6 +189,26 @@ class Failures(list[InputFailure]):
             yield
         except InputError as error:
             self.append(failure(error))
+
+
+class Told(Protocol):
+    """Why a part of an input could not be read."""
+
+    @property
+    def kind(self) -> str:
+        """One of the kinds of ``errors``."""
+        ...
+
+    @property
+    def message(self) -> str:
+        """What and why."""
+        ...
+
+
+def part_failures(input_: str, told: Iterable[Told]) -> Iterator[InputFailure]:
+    """Why parts of an input could not be read, as the report shows it."""
+    for part in told:
+        yield InputFailure(input=input_, kind=part.kind, message=part.message)
 
 
 def failure(error: InputError) -> InputFailure:

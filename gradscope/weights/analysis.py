@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.documents import folder_of
 from gradscope.checkpoints.integrity import check_unchanged, verified
+from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
@@ -18,12 +19,11 @@ from gradscope.errors import UsageError
 from gradscope.quantization.weights import Quantization
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
-from gradscope.report.request import Failures, Judged, Request, requested
+from gradscope.report.request import Failures, Judged, Request, part_failures, requested
 from gradscope.weights.adapter_config import described
 from gradscope.weights.casting import Wanted, casting, wanted_casts, with_casts
 from gradscope.weights.experts import concerns
 from gradscope.weights.health import health, overall_health
-from gradscope.weights.left_out import part_failures
 from gradscope.weights.patterns import filtered, narrowed
 from gradscope.weights.result import (
     Examined,
@@ -133,7 +133,7 @@ def _headers(checkpoint: Checkpoint) -> _Examination:
     )
     examined = Examined(checkpoint, tensors, frozenset({Need.HEADERS}))
     examined = replace(examined, adapters=described(examined))
-    return _Examination(examined, {}, part_failures(checkpoint))
+    return _Examination(examined, {}, tuple(part_failures(checkpoint.path, unread(checkpoint))))
 
 
 def _measure_all(
@@ -184,7 +184,8 @@ def _measured(
     with failures.caught():
         seen = with_casts(seen, casts, engine, meter)
         seen = replace(_read_again(seen, engine), masters=compare_masters(refs))
-    errors = (*part_failures(checkpoint, failed=bool(failures)), *failures)
+    lost = unread(checkpoint, failed=bool(failures))
+    errors = (*part_failures(checkpoint.path, lost), *failures)
     return _Examination(seen, result.pools, errors)
 
 

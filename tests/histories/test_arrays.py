@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gradscope import analyze_flow
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.open import open_history
 
@@ -206,3 +208,26 @@ def test_the_order_of_the_entries_changes_nothing_but_the_order_of_the_layers(
     assert one.sketches is not None
     assert other.sketches is not None
     np.testing.assert_array_equal(one.sketches.values, other.sketches.values[:, rows])
+
+
+@pytest.mark.parametrize("kind", ["quantised", "plain"])
+def test_gradients_that_cannot_be_read_are_a_failure_of_the_history(
+    kind: str, tmp_path: Path
+) -> None:
+    import torch
+
+    def gradients() -> dict[str, Any]:
+        odd = torch.randn(4)
+        if kind == "quantised":
+            odd = torch.quantize_per_tensor(odd, 0.1, 0, torch.qint8)
+        return {"a.weight": torch.randn(4, 4), "odd": odd}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of its quantised tensors
+        torch.save([gradients() for _ in range(6)], tmp_path / "grads.pt")
+
+    report = analyze_flow(tmp_path / "grads.pt")
+
+    assert report.gate.exit_code == (3 if kind == "quantised" else 0)
+    assert report.coverage.analyzed == (1 if kind == "quantised" else 2)
+    assert ["6 of 12 tensors" in e.message for e in report.errors] == [True] * (kind == "quantised")

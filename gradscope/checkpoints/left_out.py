@@ -1,4 +1,4 @@
-"""What of a checkpoint could not be read, as the report shows it."""
+"""What of a checkpoint could not be read: silence would claim that all was seen."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Iterator
 from itertools import islice
 
 from gradscope.checkpoints.tensors import Checkpoint, Failure
-from gradscope.report.model import InputFailure
 from gradscope.text import listed, plural, quoted
 
 #: Reasons for what was left out that are told in an error.
 _MOST_REASONS = 4
 
 
-def part_failures(checkpoint: Checkpoint, failed: bool = False) -> tuple[InputFailure, ...]:
-    """What of a checkpoint could not be read: what is left out unasked is a failure by itself.
+def unread(checkpoint: Checkpoint, failed: bool = False) -> tuple[Failure, ...]:
+    """Why a checkpoint was not read in full: what is skipped unasked is a failure by itself.
 
     Where something ``failed``, what was lost with it is told already.
     """
-    told = failed or checkpoint.failures
-    return tuple(
-        InputFailure(input=checkpoint.path, kind=f.kind, message=f.message)
-        for f in (checkpoint.failures if told else _left_out(checkpoint))
-    )
+    return checkpoint.failures or (() if failed else tuple(_left_out(checkpoint)))
 
 
 def _left_out(checkpoint: Checkpoint) -> Iterator[Failure]:
