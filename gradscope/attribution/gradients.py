@@ -48,11 +48,9 @@ def vargrad(subject: Subject, *, samples: int, noise: float) -> Result:
 
 
 def _noisy(subject: Subject, samples: int, noise: float) -> tuple[Tensor, Tensor]:
-    if samples < 1 or noise < 0:
-        raise UsageError("samples has to be at least 1, and noise at least 0")
+    _check_samples(samples, noise)
     inputs = subject.inputs
-    flat = inputs.flatten(1)
-    width = noise * (flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
+    width = _ranges(inputs, noise)
 
     def points(which: Tensor, images: Tensor) -> Tensor:
         drawn = {s: _drawn(subject, s).to(inputs) for s in set(which.tolist())}
@@ -65,6 +63,17 @@ def _noisy(subject: Subject, samples: int, noise: float) -> tuple[Tensor, Tensor
             mean[image] += before / (sample + 1)
             scatter[image] += before * (values - mean[image])
     return mean, scatter / samples
+
+
+def _check_samples(samples: int, noise: float) -> None:
+    if samples < 1 or noise < 0:
+        raise UsageError("samples has to be at least 1, and noise at least 0")
+
+
+def _ranges(inputs: Tensor, share: float) -> Tensor:
+    """A share of each image's range [N, 1, 1, 1]."""
+    flat = inputs.flatten(1)
+    return share * (flat.amax(1) - flat.amin(1)).view(-1, 1, 1, 1)
 
 
 def _drawn(subject: Subject, sample: int) -> Tensor:
@@ -96,18 +105,68 @@ def integrated_gradients(
     ):
         steps *= 2
         values, deltas, changes = _integrated(subject, bases, steps, rule)
+    return values, {"steps": steps} | added_up(deltas, changes)
+
+
+def added_up(deltas: Tensor, changes: Tensor) -> dict[str, Any]:
+    """How far values miss the change of the score, from each reference's [references, N]."""
     delta, change = deltas.mean(0), changes.mean(0)
-    facts = {
-        "steps": steps,
+    facts: dict[str, Any] = {
         "completeness_delta": delta.tolist(),
         # Undefined where the score does not change at all.
         "relative_delta": [
             abs(d / c) if c else None for d, c in zip(delta.tolist(), change.tolist(), strict=True)
         ],
     }
-    if len(bases) > 1:
+    if len(deltas) > 1:
         facts["reference_spread"] = deltas.std(0, correction=0).tolist()
-    return values, facts
+    return facts
+
+
+def gradient_shap(
+    subject: Subject, *, samples: int, reference: str | Tensor, noise: float
+) -> Result:
+    """The mean of (x + e - x') dS/dx at random points between a random reference x' and x + e.
+
+    Positions on the path are drawn one in each of ``samples`` equal parts of it, which leaves their
+    distribution uniform and most of their variance out. ``reference`` is one, several tensors to
+    draw from, or "random", which is another one for every sample.
+    """
+    _check_samples(samples, noise)
+    bases = references(subject, reference, samples)
+    positions, picks = _placed(subject.seed, samples, len(bases))
+    width = _ranges(subject.inputs, noise)
+
+    def ends(which: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        drawn = {s: _drawn(subject, s) for s in set(which.tolist())} if noise else {}
+        pairs = list(zip(which.tolist(), images.tolist(), strict=True))
+        end = subject.inputs[images]
+        if noise:
+            end = end + width[images] * torch.stack([drawn[s] for s, _ in pairs]).to(end)
+        return torch.stack([bases[picks[s]][i] for s, i in pairs]), end
+
+    def points(which: Tensor, images: Tensor) -> Tensor:
+        start, end = ends(which, images)
+        return start + positions[which].view(-1, 1, 1, 1).to(end) * (end - start)
+
+    total = torch.zeros_like(subject.inputs)
+    for which, images, found in subject.gradients(points, samples):
+        start, end = ends(which, images)
+        total.index_add_(0, images, (end - start) * found / samples)
+    before = torch.stack([_all_scores(subject, base) for base in bases])[picks].mean(0)
+    change = (subject.own_scores.double() - before)[None]
+    return total, added_up(total.flatten(1).double().sum(1) - change, change)
+
+
+def _placed(seed: int, samples: int, references: int) -> tuple[Tensor, list[int]]:
+    """Each sample's position on its path, and the reference it starts from."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randperm(samples, generator=generator)
+    positions = (parts + torch.rand(samples, generator=generator)) / samples
+    if references == samples:
+        return positions, list(range(samples))
+    picks = torch.randint(references, (samples,), generator=generator)
+    return positions, picks.tolist()
 
 
 def _relative(deltas: Tensor, changes: Tensor) -> Tensor:

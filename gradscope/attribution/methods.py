@@ -61,6 +61,8 @@ _SAMPLES = {
     "samples": Option(25, "noisy copies of each image"),
     "noise": Option(0.15, "standard deviation of the noise over the image's range"),
 }
+_REFERENCE = Option("mean", "black, white, mean, blurred or random (in pixels), or a picture file")
+_DRAWS = Option(4, "random references to average over")
 _FUSION = Option("mean", "how heads are combined", ("mean", "max", "min"))
 _RELU = {"relu": Option(False, "cut off negative values, as in the paper's last step")}
 
@@ -125,14 +127,27 @@ _BUILT_IN = (
         refine="refine: --steps 256, or --tolerance 0.01, which doubles the steps until it is met",
         options={
             "steps": Option(32, "points on the path"),
-            "reference": Option(
-                "mean", "black, white, mean, blurred or random (in pixels), or a picture file"
-            ),
+            "reference": _REFERENCE,
             "rule": Option("midpoint", "quadrature rule", ("midpoint", "gauss-legendre")),
             "tolerance": Option(
                 0.0, "double the steps, up to 4,096, until the relative delta is within this; 0 off"
             ),
-            "draws": Option(4, "random references to average over"),
+            "draws": _DRAWS,
+        },
+    ),
+    _input(
+        "deeplift", "slopes between image and reference, chained backwards (the rescale rule)",
+        "Shrikumar et al. 2017, arXiv:1704.02685", "deeplift", sign="signed",
+        options={"reference": _REFERENCE, "draws": _DRAWS},
+    ),
+    _input(
+        "gradient-shap", "gradients at random points between random references and noisy images",
+        "Lundberg & Lee 2017, arXiv:1705.07874; Erion et al. 2021", "gradients", sign="signed",
+        refine="average over more: --option samples=500",
+        options={
+            "samples": Option(50, "random points"),
+            "reference": _REFERENCE,
+            "noise": Option(0.0, "standard deviation of the noise over the image's range"),
         },
     ),
     _input(

@@ -1,8 +1,8 @@
-"""Reference inputs of integrated gradients, by name."""
+"""Reference inputs of integrated gradients and their relatives, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 
 
-def references(subject: Subject, wanted: str | Tensor, draws: int = 1) -> list[Tensor]:
-    """Inputs [N, C, H, W] to start from: one, or ``draws`` of them where they are random.
+def references(
+    subject: Subject, wanted: str | Tensor | Sequence[Tensor], draws: int = 1
+) -> list[Tensor]:
+    """Inputs [N, C, H, W] to start from: those given, or ``draws`` of them where they are random.
 
     Names describe pixels, which are then normalised: ``black`` 0, ``white`` 1, ``mean`` the image
     that becomes zeros, ``blurred`` the image itself under a Gaussian, ``random`` uniform noise.
@@ -21,8 +23,9 @@ def references(subject: Subject, wanted: str | Tensor, draws: int = 1) -> list[T
     Raises UsageError for an unknown name, a tensor of another shape, and a name that needs a
     normalisation that is not known.
     """
-    if isinstance(wanted, Tensor):
-        return [_fitting(subject, wanted)]
+    if not isinstance(wanted, str):
+        several = [wanted] if isinstance(wanted, Tensor) else wanted
+        return [_fitting(subject, one) for one in several]
     if wanted not in _NAMED:
         offered = ", ".join(_NAMED)
         raise UsageError(f"unknown reference {wanted!r}; it is one of {offered}, or an image")

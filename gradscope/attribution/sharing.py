@@ -63,15 +63,20 @@ def halved(step: Step, given: list[Tensor | None]) -> Shares:
 
 def normalised(step: Step, given: list[Tensor | None]) -> Shares:
     """In proportion to what each element adds to the result, the scale taken as given."""
-    x, y = step.taken[0], step.results[0]
-    each = arriving(given) / stabilised(y, _SMALL)
+    x, each = step.taken[0], arriving(given) / stabilised(step.results[0], _SMALL)
     weight, shift, dimensions = _affine(step)
-    scale = step.results[-1]
+    _, root, _, centred = normed(step)
     pulled = (weight * each).reshape(dimensions)
-    if step.name != "_fused_rms_norm":
-        pulled = pulled - pulled.mean(-1, keepdim=True)
-    pulled = pulled * scale.reshape(*pulled.shape[:-1], 1)
+    pulled = (pulled - pulled.mean(-1, keepdim=True) if centred else pulled) * root
     return [x * pulled.view_as(x)], _total([shift * each])
+
+
+def normed(step: Step) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """What a norm scales [groups…, M], by how much [groups…, 1], its weight, and if it centres."""
+    weight, _, dimensions = _affine(step)
+    x, centred = step.taken[0].reshape(dimensions), step.name != "_fused_rms_norm"
+    root = step.results[-1].reshape(*x.shape[:-1], 1)
+    return (x - x.mean(-1, keepdim=True) if centred else x), root, weight, centred
 
 
 def _affine(step: Step) -> tuple[Tensor, Tensor, tuple[int, ...]]:

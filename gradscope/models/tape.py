@@ -125,9 +125,12 @@ def record(model: Model, image: Tensor) -> Tape:
     answer = recorder.numbers.get(_place(logits))
     if answer is None:
         raise UsageError("the score does not depend on the image")
-    for step in recorder.steps:
+    # What is computed of the logits only tells what kind they are.
+    last = next((i for i, s in enumerate(recorder.steps, 1) if answer in s.outputs), 0)
+    steps = tuple(recorder.steps[:last])
+    for step in steps:
         step.leaves[:] = [t.detach() if isinstance(t, Tensor) else t for t in step.leaves]
-    return Tape(tuple(recorder.steps), image_value, answer, logits.detach(), head)
+    return Tape(steps, image_value, answer, logits.detach(), head)
 
 
 class _Recorder(TorchDispatchMode):
