@@ -32,10 +32,10 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
 
 
 def modules() -> nn.Module:
-    """What captum has rules for: every rectifier a module of its own, called once."""
+    """What captum has rules for: rectifiers as modules of their own, none next to a maximum."""
     torch.manual_seed(4)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.MaxPool2d(2),
         nn.Conv2d(6, 8, 3), nn.ELU(), nn.Conv2d(8, 8, 3), nn.Sigmoid(), nn.AvgPool2d(2),
         nn.Flatten(), nn.Linear(32, 10), nn.Tanh(), nn.Linear(10, 7), nn.LeakyReLU(0.2),
         nn.Linear(7, 5),
@@ -59,8 +59,8 @@ def test_multipliers_are_captums_where_it_has_rules() -> None:
     assert max(found.diagnostics["relative_delta"]) < 1e-9
 
 
-def test_unlike_captums_a_maximum_of_rectified_values_adds_up() -> None:
-    """Where two inputs are equal, captum's rule of max pooling takes another element's gradient."""
+def test_unlike_captums_a_maximum_next_to_a_rectifier_adds_up() -> None:
+    """captum's own delta is as large there."""
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(384, 5)
     ).double()  # fmt: skip
