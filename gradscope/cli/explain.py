@@ -44,7 +44,7 @@ def explain(
         str | None,
         typer.Option(
             metavar="black|white|mean|blurred|random|FILE",
-            help="Where integrated gradients start.",
+            help="What the image is compared with: integrated-gradients, deeplift, …",
         ),
     ] = None,
     steps: Annotated[

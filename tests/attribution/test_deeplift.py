@@ -35,7 +35,8 @@ def modules() -> nn.Module:
     """What captum has rules for: rectifiers as modules of their own, none next to a maximum."""
     torch.manual_seed(4)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.MaxPool2d(2),
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1),
+        nn.MaxPool2d(2),
         nn.Conv2d(6, 8, 3), nn.ELU(), nn.Conv2d(8, 8, 3), nn.Sigmoid(), nn.AvgPool2d(2),
         nn.Flatten(), nn.Linear(32, 10), nn.Tanh(), nn.Linear(10, 7), nn.LeakyReLU(0.2),
         nn.Linear(7, 5),
