@@ -190,15 +190,20 @@ def low_confidence(result: ExplainResult, *, likely: float = 0.1) -> Iterator[Ob
 
 @rule("E106", "assumed-preprocessing", Severity.LOW, reads=ExplainResult, needs=Need.MAPS)
 def assumed_preprocessing(result: ExplainResult) -> Iterator[Observation]:
-    """How images become inputs was not specified, so ImageNet's preprocessing was assumed.
+    """How images become inputs was not specified, or for which of several weights.
 
-    If the model was trained with another, it sees wrong colours or sizes, and every map is about
+    ImageNet's preprocessing is assumed, or that of the weights that a library takes by default. If
+    the model was trained with another, it sees wrong colours or sizes, and every map is about
     those.
     """
-    if result.preprocessing.assumed:
+    steps = result.preprocessing
+    if steps.assumed:
+        known = steps.source != "assumed"
+        what = f"the preprocessing of {steps.source}" if known else "ImageNet's preprocessing"
+        others = "; other weights of that model have another" if known else ""
         yield Observation(
             result.model.path,
-            f"ImageNet's preprocessing is assumed ({', '.join(result.preprocessing.steps)})",
+            f"{what} is assumed ({', '.join(steps.steps)}){others}",
             "specify it with --preprocess: imagenet, a preprocessor_config.json, or "
             "image_mean=…,image_std=…,size=…",
         )

@@ -273,7 +273,7 @@ def _measured(subject: Subject) -> Chunks:
 
 def _takes_channels_last(subject: Subject) -> bool:
     """Whether the model gives the same logits; some use views that this layout does not allow."""
-    if first_convolution(subject.model.module.parameters()) is None:
+    if first_convolution(subject.model.module) is None:
         return False
     image = subject.inputs[:1]
     two = image.expand(subject.model.batch or 2, *image.shape[1:])

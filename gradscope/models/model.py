@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -65,7 +65,7 @@ def module_model(module: nn.Module) -> Model:
         "module",
         tuple(name for name, _ in module.named_modules() if name),
         hooked(module, module),
-        size=(_channels(module), *_image_size(module)),
+        size=(_channels(module), *_built_size(module)),
     )
 
 
@@ -113,32 +113,40 @@ def _like(output: Any, parts: list[Any]) -> Any:
     )
 
 
-def first_convolution(parameters: Iterable[Tensor]) -> Tensor | None:
+def first_convolution(module: nn.Module) -> Tensor | None:
     """The first four-dimensional weight, which in vision models reads the image."""
-    return next((p for p in parameters if p.dim() == 4), None)
+    named = module.named_parameters()
+    return next((p for name, p in named if p.dim() == 4 and name.endswith("weight")), None)
 
 
 def _channels(module: nn.Module) -> int | None:
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             return child.in_channels
-    weight = first_convolution(module.parameters())
+    weight = first_convolution(module)
     return None if weight is None else int(weight.shape[1])
 
 
-def _image_size(module: nn.Module) -> tuple[int | None, int | None]:
-    """The image size of a vision transformer, under the names that libraries give it."""
-    config = getattr(module, "config", None)
-    embedding = getattr(module, "patch_embed", None)
-    for holder, name in (
-        (module, "image_size"),
-        (module, "img_size"),
-        (embedding, "img_size"),
-        (config, "image_size"),
-    ):
-        size = getattr(holder, name, None)
-        if isinstance(size, int) and size > 0:
-            return size, size
-        if isinstance(size, tuple | list) and len(size) == 2:
-            return int(size[0]), int(size[1])
+def _built_size(module: nn.Module) -> tuple[int, int] | tuple[None, None]:
+    """The size that a vision transformer is built for, under the names that libraries give it."""
+    for holder in module.modules():
+        # What cuts images into patches knows their size; a configuration says what it likes.
+        if any(isinstance(child, nn.Conv2d) for child in holder.children()):
+            for size in _named(holder):
+                return size
+    for size in _named(module):
+        return size
     return None, None
+
+
+def _named(holder: nn.Module) -> Iterator[tuple[int, int]]:
+    for name in ("img_size", "image_size", "input_resolution"):
+        yield from pair(getattr(holder, name, None))
+
+
+def pair(size: Any) -> Iterator[tuple[int, int]]:
+    """Height and width as libraries write them: one number, or two; nothing for anything else."""
+    if isinstance(size, int) and size > 0:
+        yield size, size
+    elif isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) for n in size):
+        yield size[0], size[1]

@@ -179,6 +179,19 @@ def fitted(
     return preprocessing
 
 
+def resized(preprocessing: Preprocessing, size: tuple[int, int]) -> Preprocessing:
+    """The steps for a model of another size, with the same share of the picture cropped."""
+    (height, width), resize, crop = size, preprocessing.resize, preprocessing.crop
+    if crop is None or resize is None or height != width:
+        return replace(preprocessing, resize=(height, width), crop=None)
+    if isinstance(resize, int):
+        return replace(
+            preprocessing, resize=round(resize * height / min(crop)), crop=(height, width)
+        )
+    scaled = (round(resize[0] * height / crop[0]), round(resize[1] * width / crop[1]))
+    return replace(preprocessing, resize=scaled, crop=(height, width))
+
+
 def _sized(preprocessing: Preprocessing, height: int, width: int) -> Preprocessing:
     edge: int | tuple[int, int]
     if height != width:

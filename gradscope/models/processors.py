@@ -1,7 +1,7 @@
-"""Preprocessing as it is specified: on the command line, in a file, or by a library.
+"""Preprocessing as it is specified on the command line or in a file.
 
-``--preprocess``, Hugging Face's ``preprocessor_config.json``, timm's ``config.json`` and model
-attributes, torchvision's weights: each becomes a ``Preprocessing``.
+``--preprocess``, Hugging Face's ``preprocessor_config.json``, timm's ``config.json``: each becomes
+a ``Preprocessing``. What libraries know of their own models is in ``published``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gradscope.errors import InputError, UsageError
 from gradscope.models.preprocessing import FILTERS, IMAGENET, Preprocessing
 from gradscope.text import plural, quoted
+
+#: Written with a model for its weights; what else libraries write is about an architecture.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def parse(text: str) -> Preprocessing:
@@ -33,7 +35,7 @@ def parse(text: str) -> Preprocessing:
         return read_preprocessing(text)
     if "=" in text:
         keys = _unique(_pairs(text))
-        timm = _from_timm(keys, _OPTION, _asked) if keys.keys() <= _TIMM else None
+        timm = from_timm(keys, _OPTION, _asked) if keys.keys() <= _TIMM else None
         return timm or _from_keys(keys, _OPTION, _asked)
     if not text:
         raise _asked(f"it is empty; {_FORMS}")
@@ -81,7 +83,7 @@ def read_preprocessing(path: str) -> Preprocessing:
     if not isinstance(keys, dict):
         raise wrong(f"it is not a JSON object of preprocessing keys; {_FORMS}")
     keys = _of_pictures(keys)
-    return _from_timm(keys, path, wrong) or _from_keys(keys, path, wrong)
+    return from_timm(keys, path, wrong) or _from_keys(keys, path, wrong)
 
 
 def beside(model: str) -> Preprocessing | None:
@@ -90,7 +92,7 @@ def beside(model: str) -> Preprocessing | None:
     Raises InputError for a processor's configuration with wrong values.
     """
     folder = Path(model) if Path(model).is_dir() else Path(model).parent
-    for name in ("preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSORS:
         keys = _of_pictures(_json(folder / name))
         if {"image_mean", "do_normalize", "size", "crop_size"} & keys.keys():
             return read_preprocessing(str(folder / name))
@@ -117,43 +119,13 @@ def _is_timms(keys: Mapping[str, Any]) -> bool:
     return isinstance(config, Mapping) and {"mean", "input_size"} <= config.keys()
 
 
-def of_module(module: object) -> Preprocessing | None:
-    """The steps in a timm model's own configuration."""
-    configs = (getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg"))
-    for config in configs:
-        keys = config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
-        try:
-            found = _from_timm({"pretrained_cfg": keys}, "timm's configuration", UsageError)
-        # Another library's attribute with this name.
-        except UsageError:
-            continue
-        if found is not None:
-            return found
-    return None
-
-
-def of_torchvision(factory: str) -> Preprocessing | None:
-    """The steps of torchvision's default weights for its model of this name."""
-    try:
-        known = import_module("torchvision.models")
-        steps = known.get_model_weights(factory).DEFAULT.transforms()
-        mean, std = tuple(steps.mean), tuple(steps.std)
-        resize, crop = int(steps.resize_size[0]), int(steps.crop_size[0])
-        name = _filter(getattr(steps.interpolation, "value", steps.interpolation), ValueError)
-    # Not installed, broken, or the name is unknown to it.
-    except Exception:
-        return None
-    source = f"torchvision's weights for {factory}"
-    return Preprocessing(resize, (crop, crop), mean, std, name, source=source)
-
-
 Wrong = Callable[[str], Exception]
 
 
 _TIMM = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
 
 
-def _from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing | None:
+def from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessing | None:
     """The steps of ``timm.data.transforms_imagenet_eval``; None where the keys are not timm's."""
     if not _is_timms(keys):
         return None
@@ -170,7 +142,7 @@ def _from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocess
         (height, width),
         _numbers(config["mean"], "mean", wrong, channels),
         _positive(_numbers(config.get("std"), "std", wrong, channels), "std", wrong),
-        _filter(config.get("interpolation") or "bilinear", wrong),
+        filter_named(config.get("interpolation") or "bilinear", wrong),
         source=source,
     )
     return _checked(found, wrong)
@@ -200,7 +172,7 @@ def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preproces
         crop,
         mean,
         std,
-        _filter(keys.get("resample", "bilinear"), wrong),
+        filter_named(keys.get("resample", "bilinear"), wrong),
         _positive(rescale, "rescale_factor", wrong)[0]
         if _flag(keys, "do_rescale", True, wrong)
         else 1.0,
@@ -304,7 +276,8 @@ def _positive(values: tuple[float, ...], key: str, wrong: Wrong) -> tuple[float,
     return values
 
 
-def _filter(value: Any, wrong: Wrong) -> str:
+def filter_named(value: Any, wrong: Wrong) -> str:
+    """The filter of a name or of Pillow's number. Raises what ``wrong`` makes of a message."""
     by_number = {f.value: name for name, f in FILTERS.items()}
     number = isinstance(value, int) and not isinstance(value, bool)
     name = by_number.get(value, "") if number else str(value).lower()

@@ -92,7 +92,7 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
     graph = _inlined(script)
     places = _places(script, graph)
     others = _defaults(script, graph)
-    weight = first_convolution(script.parameters())
+    weight = first_convolution(script)
     compiled: dict[frozenset[str], Callable[..., Any]] = {}
 
     def forward(inputs: Tensor, taps: Mapping[str, Tap]) -> Any:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from gradscope.errors import UsageError
 from gradscope.models import labels as names
-from gradscope.models import processors
 from gradscope.models.forms import as_model
 from gradscope.models.labels import Labels
 from gradscope.models.layers import AutoLayer, Layer, choose, survey
 from gradscope.models.load import Loaded, load_model
 from gradscope.models.model import Model
-from gradscope.models.preprocessing import IMAGENET, Preprocessing, fitted
+from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held
+from gradscope.models.recipes import recipe
 from gradscope.models.sizes import image_size
 
 
@@ -83,7 +83,9 @@ def open_vision(
     preprocessing that does not suit the model.
     """
     loaded = _loaded(model, arch, key, trust, device)
-    return Vision(loaded, _preprocessing(loaded, preprocess), _labels(loaded, labels))
+    steps, notes = recipe(loaded, preprocess)
+    loaded = replace(loaded, notes=(*loaded.notes, *notes))
+    return Vision(loaded, steps, _labels(loaded, labels))
 
 
 def _loaded(
@@ -100,34 +102,6 @@ def _loaded(
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     kind = type(model).__name__
     return Loaded(found, f"({kind})", found.format, digest.hexdigest(), kind, found.notes)
-
-
-def _preprocessing(loaded: Loaded, given: str | Preprocessing | None) -> Preprocessing:
-    depth, height, width = loaded.model.size
-    found = given if isinstance(given, Preprocessing) else None
-    if isinstance(given, str):
-        found = processors.parse(given)
-    found = found or _written_down(loaded)
-    if found is None:
-        found = replace(IMAGENET, source="assumed", assumed=True)
-    if found.size is None or found.assumed:
-        depth, height, width = image_size(loaded.model, depth)
-    found = fitted(found, (height, width), depth)
-    if depth not in (None, found.channels):
-        raise UsageError(
-            f"the model takes {depth} channels, the preprocessing makes {found.channels}"
-        )
-    return found
-
-
-def _written_down(loaded: Loaded) -> Preprocessing | None:
-    path = Path(loaded.path)
-    found = processors.beside(loaded.path) if path.exists() else None
-    found = found or processors.of_module(loaded.model.module)
-    if found is None and loaded.architecture and "torchvision" in loaded.architecture:
-        factory = loaded.architecture.partition(":")[2].partition("(")[0]
-        return processors.of_torchvision(factory)
-    return found
 
 
 def _labels(loaded: Loaded, given: str | Labels | None) -> Labels | None:

@@ -46,6 +46,7 @@ def result(
     probability: float = 0.9,
     sign: Any = "positive",
     assumed: bool = False,
+    source: str = "assumed",
     layer: str | None = "layer4",
 ) -> ExplainResult:
     explanation = Explanation(
@@ -71,7 +72,7 @@ def result(
             ends_in_softmax=False,
         ),
         preprocessing=Preprocessed(
-            size=(4, 4), mean=(0.5,), std=(0.5,), steps=("a",), source="x", assumed=assumed
+            size=(4, 4), mean=(0.5,), std=(0.5,), steps=("a",), source=source, assumed=assumed
         ),
         environment=Environment(seed=0, device="cpu", dtype="float32", versions={}),
         evaluated=True,
@@ -246,6 +247,21 @@ def test_an_unlikely_target_and_a_guessed_preprocessing_are_told() -> None:
         "low-confidence": "low",
         "assumed-preprocessing": "low",
     }
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("assumed", "ImageNet's preprocessing is assumed (a)"),
+        ("torchvision's IMAGENET1K_V2 for resnet50",
+         "the preprocessing of torchvision's IMAGENET1K_V2 for resnet50 is assumed (a); other "
+         "weights of that model have another"),
+    ],
+)  # fmt: skip
+def test_a_guess_and_a_doubt_between_weights_are_told_apart(source: str, said: str) -> None:
+    seen = evaluate(select_for(ExplainResult), result(assumed=True, source=source), "m.pt")
+
+    assert [f.message for f in seen if isinstance(f, Finding)] == [said]
 
 
 def test_what_was_not_measured_is_not_evaluated_rather_than_passed() -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from gradscope.errors import InputError, UsageError
 from gradscope.models.images import Picture
-from gradscope.models.preprocessing import IMAGENET, Preprocessing, fitted
-from gradscope.models.processors import beside, of_module, of_torchvision, parse
+from gradscope.models.preprocessing import IMAGENET, fitted
+from gradscope.models.processors import beside, parse
 
 
 def test_key_value_pairs_are_hugging_faces() -> None:
@@ -124,17 +122,6 @@ def test_timms_keys_are_taken_on_the_command_line() -> None:
     assert found.interpolation == "bicubic"
 
 
-def test_what_another_library_calls_its_configuration_is_let_be() -> None:
-    for config in ({"mean": np.ones(3), "std": (1,), "input_size": (3, 8, 8)}, object(), 3,
-                   {"mean": None, "std": None, "input_size": None}):  # fmt: skip
-        assert of_module(SimpleNamespace(default_cfg=config)) is None
-    good = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": (3, 8, 8)}
-    both = SimpleNamespace(pretrained_cfg={}, default_cfg=SimpleNamespace(**good))
-    assert of_module(both) == Preprocessing(
-        9, (8, 8), (0.5,) * 3, (0.5,) * 3, source="timm's configuration"
-    )
-
-
 def test_timm_says_it_in_its_configuration(tmp_path: Path) -> None:
     config = {
         "input_size": [3, 288, 288], "crop_pct": 0.95, "interpolation": "bicubic",
@@ -142,32 +129,10 @@ def test_timm_says_it_in_its_configuration(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
 
-    for found in (
-        beside(str(tmp_path / "m.pt")),
-        of_module(SimpleNamespace(pretrained_cfg=config)),
-    ):
-        assert found is not None
-        assert (found.resize, found.crop, found.std) == (303, (288, 288), (0.25,) * 3)
-    assert of_module(torch.nn.Linear(1, 1)) is None
-
-
-def test_torchvision_says_it_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = SimpleNamespace(
-        mean=[0.1] * 3, std=[0.2] * 3, resize_size=[232], crop_size=[224],
-        interpolation=SimpleNamespace(value="bilinear"),
-    )  # fmt: skip
-    fake = ModuleType("torchvision.models")
-    weights = SimpleNamespace(DEFAULT=SimpleNamespace(transforms=lambda: steps))
-    fake.get_model_weights = lambda _name: weights  # type: ignore[attr-defined]
-    monkeypatch.setitem(__import__("sys").modules, "torchvision", ModuleType("torchvision"))
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.models", fake)
-
-    found = of_torchvision("resnet50")
+    found = beside(str(tmp_path / "m.pt"))
 
     assert found is not None
-    assert (found.resize, found.crop, found.mean) == (232, (224, 224), (0.1,) * 3)
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.models", None)
-    assert of_torchvision("resnet50") is None
+    assert (found.resize, found.crop, found.std) == (303, (288, 288), (0.25,) * 3)
 
 
 @pytest.mark.parametrize(
