@@ -48,6 +48,9 @@ def _asked(model: Model, asked: Preprocessing) -> Preprocessing:
     own, wanted = built_size(model), _wanted(asked)
     if wanted is None:
         return fitted(asked, image_size(model, asked.channels)[1:], None)
+    if own is None and asked.size is not None:
+        # The first pass would say as much.
+        return asked
     if own is not None and asked.size is None and min(wanted) >= max(own):
         return replace(asked, crop=own)
     if wanted != own and (said := refusal(model, (asked.channels, *wanted))) is not None:
