@@ -7,9 +7,8 @@ distillation token, or the patches themselves in a model that averages them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,12 +88,16 @@ def gradient_rollout(subject: Subject) -> Result:
 
 
 def _mapped(subject: Subject, formula: Formula) -> Result:
-    found = [_one(subject, image, formula) for image in range(len(subject.inputs))]
+    return stacked([one_map(subject, image, formula) for image in range(len(subject.inputs))])
+
+
+def stacked(found: Sequence[Result]) -> Result:
+    """The maps of several images, with what is said of the first."""
     return torch.stack([values for values, _ in found]), found[0][1]
 
 
-def _one(subject: Subject, image: int, formula: Formula) -> tuple[Tensor, dict[str, Any]]:
-    """One image at a time: weights take memory quadratic in the tokens."""
+def one_map(subject: Subject, image: int, formula: Formula) -> Result:
+    """The map [h, w] of one image: weights take memory quadratic in the tokens."""
     seen = attentions(subject.model, subject.inputs[image : image + 1])
     objective = subject.objective(seen.logits, subject.images[image : image + 1]).sum()
     weights, gradients = seen.weights, seen.gradients(objective)

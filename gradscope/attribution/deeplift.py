@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradscope.attribution.gradients import Result, added_up
 from gradscope.attribution.operators import Kind, kind
-from gradscope.attribution.propagation import beginning
+from gradscope.attribution.propagation import beginning, slopes
 from gradscope.attribution.references import references
 from gradscope.attribution.sharing import arriving, normed
 from gradscope.attribution.subject import Subject
@@ -59,10 +59,7 @@ def _compared(subject: Subject, image: int, tape: Tape, other: Tape) -> tuple[Te
     twins = _twins(tape, other)
     value, logits = beginning(tape)
     _, before = beginning(other)
-    with torch.enable_grad():
-        leaf = logits.detach().clone().requires_grad_()
-        score = subject.objective(leaf[:1], subject.images[image : image + 1]).sum()
-    (start,) = torch.autograd.grad(score, leaf)
+    start = slopes(subject, image, logits)
     change = float(((logits - before) * start)[0].double().sum())
 
     def through(step: Step, given: list[Tensor | None]) -> Sequence[Tensor]:

@@ -61,6 +61,10 @@ _SAMPLES = {
     "samples": Option(25, "noisy copies of each image"),
     "noise": Option(0.15, "standard deviation of the noise over the image's range"),
 }
+_STABILISERS = (
+    "stabilisers swallow what weak activations carry: lower --option epsilon=1e-6, or use "
+    "integrated-gradients"
+)
 _REFERENCE = Option("mean", "black, white, mean, blurred or random (in pixels), or a picture file")
 _DRAWS = Option(4, "random references to average over")
 _FUSION = Option("mean", "how heads are combined", ("mean", "max", "min"))
@@ -154,8 +158,7 @@ _BUILT_IN = (
         "lrp", "the score handed back layer by layer, in proportion to contributions",
         "Bach et al. 2015, doi:10.1371/journal.pone.0130140; Montavon et al. 2019", "lrp",
         sign="signed",
-        refine="stabilisers swallow what weak activations carry: lower --option epsilon=1e-6, try "
-        "--option composite=epsilon, or use integrated-gradients",
+        refine=_STABILISERS,
         options={
             "composite": Option(
                 "epsilon-plus", "the rules of dense layers and convolutions",
@@ -166,6 +169,21 @@ _BUILT_IN = (
             "gamma": Option(0.25, "how much more the gamma rule counts positive weights"),
             "biases": Option(True, "biases get their share; false hands it on to the pixels"),
         },
+    ),
+    _input(
+        "attention-lrp", "relevance through attention: AttnLRP, for transformers",
+        "Achtibat et al. 2024, arXiv:2402.05602", "transformers", sign="signed",
+        refine=_STABILISERS,
+        options={
+            "gamma": Option(0.05, "gamma rule of dense layers; 0 for the epsilon rule"),
+            "convolution_gamma": Option(0.25, "the same for the convolution of patches"),
+            "epsilon": Option(1e-6, "stabiliser"),
+        },
+    ),
+    Method(
+        "relevance", "attention",
+        "attention weighted by its gradient and its relevance, through all blocks",
+        "Chefer et al. 2021, arXiv:2012.09838", _home("transformers", "relevance"),
     ),
     _cam(
         "gradcam", "channels weighted by their mean gradient",

@@ -39,14 +39,19 @@ class Composite:
     others: Mapping[Kind, Sharing] = field(default_factory=dict)
 
 
-def propagated(subject: Subject, composite: Composite) -> Result:
-    """The relevance of each image's pixels [N, C, H, W], and the account."""
+def propagated(subject: Subject, composite: Composite, needed: Kind | None = None) -> Result:
+    """The relevance of each image's pixels [N, C, H, W], and the account.
+
+    Raises UsageError for a model without the kind of operator that is ``needed``.
+    """
     values, accounts = [], []
     for image in range(len(subject.inputs)):
         tape = record(subject.model, subject.inputs[image : image + 1])
+        if needed is not None and not any(kind(step) is needed for step in tape.steps):
+            raise UsageError(f"the model has no {needed}; use lrp")
         found = Relevance(tape, composite)
         value, logits = beginning(tape)
-        start = initial(subject, image, logits)
+        start = slopes(subject, image, logits) * logits
         values.append(tape.back({value: start}, found.through)[:1].detach())
         accounts.append(_account(float(start.double().sum()), values[-1], found.constants))
         subject.tick(image + 1, len(subject.inputs))
@@ -61,12 +66,12 @@ def beginning(tape: Tape) -> tuple[int, Tensor]:
     return tape.answer, tape.logits
 
 
-def initial(subject: Subject, image: int, logits: Tensor) -> Tensor:
-    """The score of the first row of logits [N, K] as relevance: what each logit adds to it."""
+def slopes(subject: Subject, image: int, logits: Tensor) -> Tensor:
+    """The derivative of one image's score by logits [N, K], whose first row is that image's."""
     with torch.enable_grad():
         leaf = logits.detach().clone().requires_grad_()
         score = subject.objective(leaf[:1], subject.images[image : image + 1]).sum()
-    return torch.autograd.grad(score, leaf)[0] * logits
+    return torch.autograd.grad(score, leaf)[0]
 
 
 def _account(score: float, values: Tensor, constants: float) -> dict[str, Any]:

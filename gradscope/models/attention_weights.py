@@ -62,6 +62,12 @@ class _Recorder(TorchDispatchMode):
         return output
 
 
+def is_attention(weights: Tensor) -> bool:
+    """Whether the result of a softmax can be that of all tokens about all: square matrices."""
+    rows, columns = weights.shape[-2:] if weights.dim() in (3, 4) else (0, 1)
+    return rows == columns > 1
+
+
 def attentions(model: Model, image: Tensor) -> Attentions:
     """The self-attention weights over all tokens for an image [1, C, H, W]; the model is held.
 
@@ -73,7 +79,7 @@ def attentions(model: Model, image: Tensor) -> Attentions:
     leaf = image.expand(batch, *image.shape[1:]).detach().clone().requires_grad_()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _Recorder() as recorder:
         answer = model.forward(leaf, {})
-    square = tuple(w for w in recorder.found if w.shape[-1] == w.shape[-2] and w.requires_grad)
+    square = tuple(w for w in recorder.found if is_attention(w) and w.requires_grad)
     _check(square, recorder.found, batch)
     return Attentions(square, logits_of(answer)[0][:1], batch)
 
