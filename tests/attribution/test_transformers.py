@@ -159,7 +159,7 @@ def chefer(vit: Any, x: Tensor, target: int) -> Tensor:
     start[0, target] = 1
     relevance = torch.zeros_like(tokens)
     relevance[:, 0] = positive(read, vit.head.weight, start)
-    rolled = []
+    rolled: list[Tensor] = []
     for (block, before, y, q, k, v, weights, mixed, out, middle, normal, hidden, mlp), g in zip(
         reversed(kept), reversed(gradients), strict=True
     ):
