@@ -82,6 +82,8 @@ class Table:
     """Values as they come: records in file order, layers in order of appearance."""
 
     path: str
+    #: Of several files, where the path is that of their folder.
+    nbytes: int | None = None
     rows: int = 0
     #: Whether each series has its own rows.
     long: bool = False
@@ -298,7 +300,7 @@ class Table:
         return History(
             path=self.path,
             format=form,
-            nbytes=os.path.getsize(self.path),
+            nbytes=os.path.getsize(self.path) if self.nbytes is None else self.nbytes,
             steps=steps,
             layers=tuple(Layer(clean(n), guessed_kind(n), self.sizes.get(n)) for n in names),
             l2=norms,

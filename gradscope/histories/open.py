@@ -58,14 +58,18 @@ def _folder(path: str) -> History:
         return read_events(path, events)
     if logged := _logged(path):
         return open_history(logged)
+    from gradscope.histories.tables import are_downloads, read_downloads
+
+    if are_downloads(tables := [f for f in files if f.endswith(".csv")]):
+        return read_downloads(path, tables)
     records = [f for f in files if f.endswith((".pt", ".pth", ".safetensors"))]
     if records and are_records(records):
         return read_records(path, records)
     raise InputError(
         path,
         "missing",
-        "has no shards (00000.npz, …), event files, trainer_state.json, metrics.csv or files of "
-        "gradients named by step (step_10.pt, …)",
+        "has no shards (00000.npz, …), event files, trainer_state.json, metrics.csv, tags that "
+        "TensorBoard saved as CSV or files of gradients named by step (step_10.pt, …)",
     )
 
 
@@ -106,6 +110,10 @@ def _several(path: str, files: list[str]) -> History:
             from gradscope.histories.events import read_events
 
             return read_events(os.path.dirname(path) or ".", files)
+        from gradscope.histories.tables import are_downloads, read_downloads
+
+        if are_downloads(files):
+            return read_downloads(path, files)
         if are_records(files):
             return read_records(path, files)
     return read_shards(path, files)

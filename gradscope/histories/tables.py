@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import merge
 from typing import Any, TextIO
 
 from gradscope.checkpoints.tensors import Failure
@@ -48,9 +50,8 @@ def read_csv(path: str) -> History:
         with open(path, encoding="utf-8-sig", errors="strict", newline="") as file:
             header = file.readline()
             delimiter = max(",;\t", key=header.count)
-            if tuple(header.strip().lower().split(delimiter)) == _DOWNLOAD:
-                rows = csv.reader(file, delimiter=delimiter)
-                return _read_download(path, "csv", ((n, r[1:]) for n, r in enumerate(rows, 2) if r))
+            if _is_download_header(header):
+                return read_downloads(path, [path])
             file.seek(0)
             return table.history("csv", _cells(table, csv.reader(file, delimiter=delimiter)))
     except UnicodeDecodeError as error:
@@ -76,7 +77,8 @@ def read_any_json(path: str) -> History:
     if is_columns(whole):
         return read_columns(path, whole)
     if is_download(whole):
-        return _read_download(path, "json", ((n, row[1:]) for n, row in enumerate(whole, 1)))
+        columns = ("step", _tag_of(path))
+        return Table(path).history("json", ((n, columns, r[1:]) for n, r in enumerate(whole, 1)))
     found = rows_in(whole)
     return read_jsonl(path) if found is None else read_json(path, found)
 
@@ -136,10 +138,49 @@ def is_download(whole: object) -> bool:
 _DOWNLOAD = ("wall time", "step", "value")
 
 
-def _read_download(path: str, form: str, rows: Iterable[tuple[int, Sequence[Any]]]) -> History:
-    """The history of one tag's steps and values. Raises InputError when none knows which tag."""
-    columns = ("step", _tag_of(path))
-    return Table(path).history(form, ((number, columns, row) for number, row in rows))
+def _is_download_header(line: str) -> bool:
+    return tuple(line.strip().lower().split(max(",;\t", key=line.count))) == _DOWNLOAD
+
+
+def are_downloads(files: Sequence[str]) -> bool:
+    """Whether CSV files are all what TensorBoard lets download, a tag each."""
+    return bool(files) and all(
+        file.endswith(".csv")
+        and _is_download_header(Beginning(file).start.split(b"\n", 1)[0].decode(errors="replace"))
+        for file in files
+    )
+
+
+def read_downloads(path: str, files: Sequence[str]) -> History:
+    """The history in one file of steps and values for each tag, of one run.
+
+    Raises InputError when a name does not say which tag it is of, or two are of the same.
+    """
+    tags: dict[str, str] = {}
+    for file in files:
+        tag = _tag_of(file)
+        if tag in tags:
+            both = f"{os.path.basename(tags[tag])} and {os.path.basename(file)}"
+            raise InputError(path, "malformed", f"{both} are both of {tag}: give one run's files")
+        tags[tag] = file
+    rows = merge(*(_of(tag, file) for tag, file in tags.items()), key=_step)
+    return Table(path, nbytes=sum(map(os.path.getsize, files))).history("csv", rows)
+
+
+def _step(row: Row) -> float:
+    """To merge by; what is no number is refused where the rows are read."""
+    try:
+        return float(row[2][0])
+    except (ValueError, IndexError):
+        return math.inf
+
+
+def _of(tag: str, path: str) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        for number, row in enumerate(csv.reader(file, delimiter=delimiter), 2):
+            if row:
+                yield number, ("step", tag), row[1:]
 
 
 #: What stands before a parameter's name in a tag whose slashes are gone.

@@ -315,6 +315,43 @@ def test_what_tensorboard_lets_download_is_named_by_its_file(
     assert values.tolist() == [1.5, 1.25]
 
 
+def downloaded(folder: Path, tags: dict[str, list[tuple[int, float]]]) -> None:
+    for tag, rows in tags.items():
+        lines = "".join(f"1700000000.5,{step},{value}\n" for step, value in rows)
+        (folder / f"run-.-tag-{tag}.csv").write_text("Wall time,Step,Value\n" + lines)
+
+
+@pytest.mark.parametrize("glob", ["", "*.csv"])
+def test_tags_that_were_downloaded_one_by_one_are_joined_by_step(glob: str, tmp_path: Path) -> None:
+    steps = range(10, 60, 10)
+    downloaded(
+        tmp_path,
+        {
+            "grad_norm_fc1.weight": [(s, s / 10) for s in steps],
+            "grad_norm_fc2.weight": [(s, s / 100) for s in steps][1:],
+            "train_loss": [(s, 5.0) for s in steps],
+        },
+    )
+
+    history = open_history(str(tmp_path / glob))
+
+    assert history.steps.tolist() == list(steps)
+    assert [layer.name for layer in history.layers] == ["fc1.weight", "fc2.weight"]
+    np.testing.assert_allclose(history.l2[1:].T, [[2, 3, 4, 5], [0.2, 0.3, 0.4, 0.5]])
+    assert history.status[0].tolist() == [Status.RECORDED, Status.NOT_RECORDED]
+    assert history.loss is not None
+    assert history.loss.tolist() == [5.0] * 5
+    assert history.notes == ()
+
+
+def test_downloads_of_two_runs_are_not_mixed(tmp_path: Path) -> None:
+    downloaded(tmp_path, {"train_loss": [(1, 1.0)]})
+    (tmp_path / "other-tag-train_loss.csv").write_text("Wall time,Step,Value\n1,1,2\n")
+
+    with pytest.raises(InputError, match="both of train_loss"):
+        open_history(str(tmp_path))
+
+
 def test_a_download_that_does_not_say_of_which_tag_it_is_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name it grad_norm"):
         table(tmp_path, "Wall time,Step,Value\n1,2,3\n")
