@@ -87,11 +87,14 @@ def _why_absent(device: torch.device, error: Exception) -> str:
 
 
 def _available() -> str:
-    """What ``--device`` would accept on this machine, as a sentence."""
+    return f"Available here: {', '.join(devices())}"
+
+
+def devices() -> list[str]:
+    """What ``--device`` accepts on this machine, ``auto`` aside."""
     import torch
 
-    names = [CPU]
     accelerator = _accelerator()
-    if accelerator is not None:
-        names += [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
-    return f"Available here: {', '.join(names)}"
+    if accelerator is None:
+        return [CPU]
+    return [CPU, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]

@@ -5,7 +5,6 @@ or exits. This module imports typer and nothing heavier, so that ``--help`` cost
 from __future__ import annotations
 
 import gc
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import typer
@@ -13,6 +12,7 @@ import typer
 from gradscope.cli import (
     baseline,
     config,
+    doctor,
     drift,
     explain,
     flow,
@@ -26,6 +26,7 @@ from gradscope.cli import (
 )
 from gradscope.cli.terminal import end_process, hold_streams, say
 from gradscope.docstrings import docstring
+from gradscope.environment import DISTRIBUTION, NAMESAKE, installed
 from gradscope.errors import OutputError
 from gradscope.version import __version__
 
@@ -56,6 +57,7 @@ for run in (
     render.render,
     baseline.baseline,
     config.config,
+    doctor.doctor,
 ):
     said = docstring(run)
     app.command(run.__name__, help=said, short_help=said.split("\n", 1)[0])(run)
@@ -64,20 +66,12 @@ for run in (
 def _version(asked: bool) -> None:
     if asked:
         typer.echo(f"gradscope {__version__}")
-        if other := _other_distribution():
+        if other := installed(NAMESAKE):
             typer.echo(
-                f"(from gradscope-diagnostics, in {Path(__file__).parents[1]}; the distribution "
-                f"gradscope {other} is installed too, and either may own the command)"
+                f"(from {DISTRIBUTION}, in {Path(__file__).parents[1]}; the distribution "
+                f"{NAMESAKE} {other} is installed too, and either may own the command)"
             )
         raise typer.Exit
-
-
-def _other_distribution() -> str | None:
-    """The version of PyPI's gradscope, another project with a command of the same name."""
-    try:
-        return version("gradscope")
-    except PackageNotFoundError:
-        return None
 
 
 @app.callback()

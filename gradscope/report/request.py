@@ -96,15 +96,17 @@ class Request:
         found.sort(key=lambda f: -f.severity.rank)
         today = date.today()
         known = compared(allowed(found, self.allowances, today), self.command, self.baseline)
+        # What is known stands behind what is not, which formats that show only so many begin with.
+        ranked = tuple(sorted(known.findings, key=lambda f: f.state == "unchanged"))
         whole = not partial_run(self.command, given, coverage, errors, self.baseline)
         return kind(
             command=self.command,
             inputs=given,
             coverage=coverage,
-            findings=tuple(known.findings),
+            findings=ranked,
             result=result,
             gate=gate(
-                known.findings,
+                ranked,
                 errors,
                 coverage,
                 fail_on=self.fail_on,

@@ -144,7 +144,8 @@ def test_known_findings_pass_also_in_the_runs_next_checkpoint(model, tmp_path: P
     assert [f.state for f in same.findings] == ["unchanged"]
     assert (same.gate.exit_code, same.gate.notes) == (0, ())
     assert ([f.state for f in worse.findings], worse.gate.exit_code) == (["worsened"], 1)
-    assert ([f.state for f in more.findings], more.gate.exit_code) == (["unchanged", "new"], 1)
+    # What is new stands before what is known.
+    assert ([f.state for f in more.findings], more.gate.exit_code) == (["new", "unchanged"], 1)
 
 
 def test_a_missing_shard_is_known_in_the_next_folder_too(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_of_two_inputs_that_share_rule_and_subject_each_has_its_entry(model, tmp
     assert analyze_weights(one, baseline=baseline).gate.exit_code == 0
     both = analyze_weights(one, two, baseline=alone)
     assert [(Path(f.input).name, f.state) for f in both.findings] == [
-        ("one.safetensors", "unchanged"), ("two.safetensors", "new")
+        ("two.safetensors", "new"), ("one.safetensors", "unchanged")
     ]  # fmt: skip
 
 

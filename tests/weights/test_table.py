@@ -210,7 +210,7 @@ def test_a_terminal_shows_two_dozen_findings_unless_all_are_asked_for(
     text = text_of(width, detail, findings=(*many, many[-1]))
 
     assert text.count("LOW ") == shown
-    assert ("… 3 more findings of lower severity; -v shows them all" in text) is (shown == 24)
+    assert ("… 3 more findings, less severe or known; -v shows them all" in text) is (shown == 24)
     assert ("Health" in text) is (detail > 0)
 
 

@@ -87,7 +87,9 @@ def _invocation(report: AnyReport) -> Mapping[str, Any]:
     ]  # fmt: skip
     if len(report.findings) > _MOST:
         rest = plural(len(report.findings) - _MOST, "finding")
-        said.append(("warning", f"{rest} of the least severity left out: a run holds {_MOST:,}"))
+        said.append(
+            ("warning", f"{rest} left out, the least severe or known: a run holds {_MOST:,}")
+        )
     return {
         "executionSuccessful": report.gate.exit_code in (0, 1),
         "exitCode": report.gate.exit_code,

@@ -94,7 +94,7 @@ def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
     yield from _coverage(report, display)
     if report.gate.notes:
         yield Text("\nNotes", style="bold")
-    yield from (Text(f"  {escaped(note)}") for note in report.gate.notes)
+    yield from (Padding(Text(escaped(note)), (0, 0, 0, 2)) for note in report.gate.notes)
     yield _verdict(report)
 
 
@@ -107,7 +107,9 @@ def _findings(report: AnyReport, display: Display) -> Iterator[RenderableType]:
         yield from _finding(group, several=len(report.inputs) + len(report.errors) > 1)
     if len(groups) > len(shown):
         rest = sum(len(g) for g in groups[len(shown) :])
-        yield Text(f"  … {rest} more findings of lower severity; -v shows them all", style="dim")
+        yield Text(
+            f"  … {rest} more findings, less severe or known; -v shows them all", style="dim"
+        )
 
 
 def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
