@@ -116,6 +116,20 @@ def test_a_rule_whose_facts_are_absent_is_not_evaluated_rather_than_passed() -> 
 
 
 @pytest.mark.usefixtures("registry")
+def test_a_finding_about_a_whole_input_is_the_same_one_whatever_the_path() -> None:
+    @rule("W999", "about-all", Severity.LOW, reads=Values, needs=Fact.HEADERS)
+    def about_all(_):
+        """A rule about a whole file."""
+        yield Observation("runs/a.npz", "", "")
+
+    (one,) = evaluate([RULES["W999"]], Values(), "runs/a.npz")
+    (part,) = evaluate([RULES["W999"]], Values(), "runs")
+
+    assert one.fingerprint == fingerprint("W999", "")
+    assert part.fingerprint == fingerprint("W999", "runs/a.npz")
+
+
+@pytest.mark.usefixtures("registry")
 def test_a_rule_of_any_code_is_asked_by_the_command_whose_result_it_reads() -> None:
     @rule("ACME1", "acme", Severity.HIGH, reads=Examined, needs="headers")
     def acme(examined):

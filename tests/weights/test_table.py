@@ -176,7 +176,7 @@ def test_findings_of_one_kind_are_told_once() -> None:
 
 def test_the_verdict_counts_findings_tensors_and_failed_inputs() -> None:
     assert text_of().splitlines()[-1] == (
-        "FAILED  1 critical, 4 medium, 2 info · 5 of 9 tensors, 48.4 kB · exit 3: "
+        "FAILED  1 critical, 4 medium, 2 info (4 known) · 5 of 9 tensors, 48.4 kB · exit 3: "
         "1 input could not be read in full: 1 finding at or above high"
     )
     passed = Gate(fail_on="high", failed=False, exit_code=0, reasons=())
