@@ -19,6 +19,7 @@ from gradscope.models.images import find_images
 from gradscope.models.labels import Labels
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held
+from gradscope.models.quick import quick
 from gradscope.models.vision import open_vision
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, InputFailure
@@ -44,6 +45,7 @@ def explain(
     device: str = "cpu",
     seed: int = 0,
     chunk: int | None = None,
+    exact: bool = False,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     fail_on: str | None = None,
@@ -60,7 +62,8 @@ def explain(
     ``target`` is a class index, a label, "top1" or "topK"; with ``versus`` what speaks for it
     rather than for another class. ``options`` go to every method that has them. With ``output`` a
     heatmap, an overlay and the raw values of each map are written to that folder. ``evaluated``
-    measures insertion and deletion, parameter randomisation, sensitivity and agreement.
+    measures insertion and deletion, parameter randomisation, sensitivity and agreement. ``exact``
+    is as in ``attribute``.
 
     Files that cannot be read are entries of ``errors``, never exceptions. Raises UsageError for
     everything else that is wrong with the request.
@@ -83,6 +86,8 @@ def explain(
             model, arch=arch, key=key, trust=trust, preprocess=preprocess, labels=labels,
             device=device,
         )  # fmt: skip
+        if not exact:
+            vision = vision.answered_by(quick(vision.model))
         shared = request(vision, methods, target, versus, layer, seed, chunk, evaluated, folder)
     except InputError as error:
         return _report(wanted, [failure(error)])

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradscope.attribution.adaptive import mean_gradient
 from gradscope.attribution.references import references
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 
 Result = tuple[Tensor, dict[str, Any]]
-#: Steps beyond which ``tolerance`` gives up.
-_MOST_STEPS = 4096
 
 
 def gradient(subject: Subject) -> Tensor:
@@ -93,18 +92,17 @@ def integrated_gradients(
     """(x - x') times the mean of dS/dx over the straight path from the reference x' to x.
 
     The difference between the values' sum and S(x) - S(x') is reported for each image, absolute
-    and relative; with ``tolerance``, steps are doubled until no relative one exceeds it. For
-    several references (random ones) values and deltas are means, and the spread is reported.
+    and relative. With ``tolerance`` points are added where the path bends, until no relative one
+    exceeds it; ``steps`` and ``rule`` are then not used. For several references (random ones)
+    values and deltas are means, and the spread is reported.
     """
     bases = references(subject, reference, draws)
-    values, deltas, changes = _integrated(subject, bases, steps, rule)
-    while (
-        tolerance > 0
-        and steps < _MOST_STEPS
-        and bool((_relative(deltas, changes) > tolerance).any())
-    ):
-        steps *= 2
-        values, deltas, changes = _integrated(subject, bases, steps, rule)
+    if tolerance > 0:
+        found = [_refined(subject, base, tolerance) for base in bases]
+        means, steps = [mean for mean, _ in found], max(points for _, points in found)
+    else:
+        means = [_along(subject, base, steps, rule) for base in bases]
+    values, deltas, changes = _integrated(subject, bases, means)
     return values, {"steps": steps} | added_up(deltas, changes)
 
 
@@ -169,24 +167,28 @@ def _placed(seed: int, samples: int, references: int) -> tuple[Tensor, list[int]
     return positions, picks.tolist()
 
 
-def _relative(deltas: Tensor, changes: Tensor) -> Tensor:
-    delta, change = deltas.mean(0), changes.mean(0)
-    return torch.where(change != 0, (delta / change).abs(), 0.0)
-
-
 def _integrated(
-    subject: Subject, bases: Sequence[Tensor], steps: int, rule: str
+    subject: Subject, bases: Sequence[Tensor], means: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean values [N, C, H, W], and each reference's delta and S(x) - S(x') [references, N]."""
     total = torch.zeros_like(subject.inputs)
     deltas, changes = [], []
     own = subject.own_scores.double()
-    for base in bases:
-        part = (subject.inputs - base) * _along(subject, base, steps, rule)
+    for base, mean in zip(bases, means, strict=True):
+        part = (subject.inputs - base) * mean
         changes.append(own - _all_scores(subject, base))
         deltas.append(part.flatten(1).double().sum(1) - changes[-1])
         total += part
     return total / len(bases), torch.stack(deltas), torch.stack(changes)
+
+
+def _refined(subject: Subject, base: Tensor, tolerance: float) -> tuple[Tensor, int]:
+    """The mean gradient of every image, each with its own points, and their greatest number."""
+    found = [
+        mean_gradient(subject.only(image), base[image : image + 1], tolerance)
+        for image in range(len(base))
+    ]
+    return torch.cat([mean for mean, _ in found]), max(points for _, points in found)
 
 
 def _all_scores(subject: Subject, inputs: Tensor) -> Tensor:

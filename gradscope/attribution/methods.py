@@ -128,13 +128,13 @@ _BUILT_IN = (
         "integrated-gradients", "path integral of the gradient from a reference image",
         "Sundararajan et al. 2017, arXiv:1703.01365", "gradients",
         sign="signed",
-        refine="refine: --steps 256, or --tolerance 0.01, which doubles the steps until it is met",
+        refine="refine: --tolerance 0.01, which adds points until it is met, or --steps 256",
         options={
             "steps": Option(32, "points on the path"),
             "reference": _REFERENCE,
             "rule": Option("midpoint", "quadrature rule", ("midpoint", "gauss-legendre")),
             "tolerance": Option(
-                0.0, "double the steps, up to 4,096, until the relative delta is within this; 0 off"
+                0.0, "points where the path bends until the relative delta is within this; 0 off"
             ),
             "draws": _DRAWS,
         },

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from gradscope.text import quoted
 Points = Callable[[Tensor, Tensor], Tensor]
 #: Items [M], images [M] and the values for them.
 Answer = tuple[Tensor, Tensor, Tensor]
+Found = TypeVar("Found")
 #: Work done, and all work.
 Tick = Callable[[int, int], None]
 
@@ -139,13 +141,22 @@ class Subject:
     def gradients(self, points: Points, items: int = 1) -> Iterator[Answer]:
         """For every item and image: (items [M], images [M], the score's gradients [M, C, H, W])."""
 
-        def work(which: Tensor, images: Tensor) -> Tensor:
+        for which, images, gradients, _ in self.scored_gradients(points, items):
+            yield which, images, gradients
+
+    def scored_gradients(
+        self, points: Points, items: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The same, and the scores [M] at the points."""
+
+        def work(which: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
             leaf = self._laid(points(which, images)).detach().requires_grad_()
             with torch.enable_grad():
-                total = self.score(leaf, images).sum()
-            return torch.autograd.grad(total, leaf)[0].detach()
+                scores = self.score(leaf, images)
+            return torch.autograd.grad(scores.sum(), leaf)[0].detach(), scores.detach()
 
-        yield from self._worked(work, items, lambda chunks: chunks.gradient)
+        for which, images, found in self._worked(work, items, lambda chunks: chunks.gradient):
+            yield which, images, *found
 
     def scores(
         self, points: Points, items: int = 1, ask: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -166,8 +177,8 @@ class Subject:
         yield from self._worked(without_graph, items, lambda chunks: chunks.forward)
 
     def _worked(
-        self, work: Callable[[Tensor, Tensor], Tensor], items: int, size: Callable[[Chunks], int]
-    ) -> Iterator[Answer]:
+        self, work: Callable[[Tensor, Tensor], Found], items: int, size: Callable[[Chunks], int]
+    ) -> Iterator[tuple[Tensor, Tensor, Found]]:
         """Items by images, items first, in chunks; one that does not fit is retried in halves."""
         count = len(self.inputs)
         start, total = 0, items * count

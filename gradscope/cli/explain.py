@@ -77,6 +77,12 @@ def explain(
     chunk: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Inputs at a time; by default by memory.")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Ask the model itself, never a faster private copy (within 1e-5)."
+        ),
+    ] = False,
     device: Device = "cpu",
     jobs: Jobs = None,
     seed: Annotated[
@@ -110,6 +116,7 @@ def explain(
             device=device,
             seed=seed,
             chunk=chunk,
+            exact=exact,
             progress=tick,
             **model.loading,
             **gate.wanted,

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from gradscope.errors import UsageError
-from gradscope.models.model import Model, hooked
+from gradscope.models.exported_layers import with_layers
+from gradscope.models.folding import folded_copies
+from gradscope.models.model import Forward, Model, hooked
 
 
 def exported_model(program: ExportedProgram) -> Model:
@@ -22,23 +24,32 @@ def exported_model(program: ExportedProgram) -> Model:
     """
     name, shape = _image_input(program)
     notes = ("exported in training mode; evaluation mode is used",) * _in_evaluation(program)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module: nn.Module = torch.export.unflatten(program)
+    module = _unflattened(program)
 
-    def call(inputs: Tensor) -> Any:
-        return module(inputs) if name is None else module(**{name: inputs})
+    def passing(made: nn.Module) -> Forward:
+        return hooked(made, lambda x: made(x) if name is None else made(**{name: x}))
 
     batch, *size = [s if isinstance(s, int) else None for s in shape]
     return Model(
         module,
         "export",
         tuple(layer for layer, _ in module.named_modules() if layer),
-        hooked(module, call),
+        passing(module),
         batch=batch,
         size=(size[0], size[1], size[2]),
         notes=notes,
+        copied=lambda image: folded_copies(
+            lambda: with_layers(_unflattened(program)), passing, image
+        ),
     )
+
+
+def _unflattened(program: ExportedProgram) -> nn.Module:
+    """The program's modules. They share its tensors, and need no gradient."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module: nn.Module = torch.export.unflatten(program)
+    return module
 
 
 def _image_input(program: ExportedProgram) -> tuple[str | None, list[Any]]:

@@ -20,6 +20,14 @@ Forward = Callable[[Tensor, Mapping[str, Tap]], Any]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Copy:
+    """A private copy's forward pass, and the layers whose outputs are not the model's in it."""
+
+    forward: Forward
+    changed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Model:
     """A vision model that can be tapped: an ``nn.Module``, TorchScript or an exported program."""
 
@@ -36,6 +44,8 @@ class Model:
     notes: tuple[str, ...] = ()
     #: Facts about the model that cost a pass to find out, by what asked for them.
     known: dict[Any, Any] = field(default_factory=dict)
+    #: Faster copies of the model for an image, the best first; None where there are none.
+    copied: Callable[[Tensor], Iterator[Copy]] | None = None
 
     def check_layers(self, names: Iterable[str]) -> None:
         """Raise UsageError for a name that no layer has, with the closest names."""
@@ -66,7 +76,14 @@ def module_model(module: nn.Module) -> Model:
         tuple(name for name, _ in module.named_modules() if name),
         hooked(module, module),
         size=(_channels(module), *_built_size(module)),
+        copied=lambda image: _copies(module, image),
     )
+
+
+def _copies(module: nn.Module, image: Tensor) -> Iterator[Copy]:
+    from gradscope.models.folding import folded_copies, sharing
+
+    yield from folded_copies(lambda: sharing(module), lambda made: hooked(made, made), image)
 
 
 def hooked(module: nn.Module, call: Callable[[Tensor], Any]) -> Forward:

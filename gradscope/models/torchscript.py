@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from gradscope.errors import UsageError
-from gradscope.models.model import Model, Tap, first_convolution
+from gradscope.models.folding import laid
+from gradscope.models.model import Copy, Forward, Model, Tap, first_convolution
+from gradscope.models.torchscript_copy import rewrite, worthwhile
 
 _LISTS = ("ModuleList", "ModuleDict")
 #: All that is left to name in a frozen graph: the operators that return feature maps and tokens.
@@ -93,25 +95,37 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
     places = _places(script, graph)
     others = _defaults(script, graph)
     weight = first_convolution(script)
-    compiled: dict[frozenset[str], Callable[..., Any]] = {}
 
-    def forward(inputs: Tensor, taps: Mapping[str, Tap]) -> Any:
-        names = frozenset(taps)
-        if names not in compiled:
-            compiled[names] = _with_taps(graph.copy(), names, places)
-        before, _active.taps = _active.taps, taps
-        try:
-            with torch.jit.optimized_execution(False), _quiet():  # type: ignore[attr-defined]
-                return compiled[names](script._c, inputs, *others)
-        finally:
-            _active.taps = before
+    def passing(layout: torch.memory_format | None = None) -> Forward:
+        compiled: dict[frozenset[str], Callable[..., Any]] = {}
+
+        def forward(inputs: Tensor, taps: Mapping[str, Tap]) -> Any:
+            names = frozenset(taps)
+            if names not in compiled:
+                found = _with_taps(graph.copy(), names, places)
+                if layout is not None:
+                    rewrite(found, list(_nodes(found)), script, layout)
+                compiled[names] = _function(found)
+            before, _active.taps = _active.taps, taps
+            try:
+                with torch.jit.optimized_execution(False), _quiet():  # type: ignore[attr-defined]
+                    return compiled[names](script._c, inputs, *others)
+            finally:
+                _active.taps = before
+
+        return forward
 
     return Model(
         script,
         "torchscript",
         tuple(places),
-        forward,
+        passing(),
         size=(None if weight is None else int(weight.shape[1]), None, None),
+        copied=lambda _image: (
+            Copy(laid(passing(layout), layout))
+            for layout in (torch.channels_last, torch.contiguous_format)
+            if worthwhile(_nodes(graph))
+        ),
     )
 
 
@@ -161,14 +175,18 @@ def _defaults(script: torch.jit.ScriptModule, graph: Any) -> tuple[Any, ...]:
     return tuple(a.default_value for a in arguments)
 
 
-def _with_taps(graph: Any, names: frozenset[str], places: Mapping[str, int]) -> Callable[..., Any]:
-    """A graph as a function, with a tap after each named layer's output."""
+def _with_taps(graph: Any, names: frozenset[str], places: Mapping[str, int]) -> Any:
+    """The graph, changed: with a tap after each named layer's output."""
     nodes = list(_nodes(graph))
     for name in names:
         _insert(graph, nodes[places[name]], name)
     for node in nodes:
         if node.kind() == _FUSED:
             _replace_fused(graph, node)
+    return graph
+
+
+def _function(graph: Any) -> Callable[..., Any]:
     graph.lint()
     function: Callable[..., Any] = torch._C._create_function_from_graph("forward", graph)
     return function

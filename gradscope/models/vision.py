@@ -37,6 +37,10 @@ class Vision:
         """The model itself."""
         return self.loaded.model
 
+    def answered_by(self, model: Model) -> Vision:
+        """The same, with another forward pass of the model."""
+        return replace(self, loaded=replace(self.loaded, model=model))
+
     @property
     def size(self) -> tuple[int, int, int]:
         """Channels, height and width of an input; the model's own where it depends on pictures."""
