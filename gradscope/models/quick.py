@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from gradscope.models.model import Copy, Forward, Model, Tap
@@ -48,7 +49,9 @@ class _Answering:
         self.weights: _Watched | None = None
 
     def __call__(self, inputs: Tensor, taps: Mapping[str, Tap]) -> Any:
-        copy = self._copy(inputs)
+        # Who watches the operators, as relevance propagation does, wants those of the model.
+        watched = _get_current_dispatch_mode() is not None
+        copy = None if watched else self._copy(inputs)
         if copy is None or not copy.changed.isdisjoint(taps):
             return self.model.forward(inputs, taps)
         return copy.forward(inputs, taps)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradscope import attribute
 from gradscope.models.forms import as_model
@@ -168,6 +169,21 @@ def test_a_replaced_forward_function_and_hooks_keep_their_say() -> None:
     net.forward = lambda x: inner(x) + 1  # type: ignore[method-assign]
     with copying(net, x) as (_, fast):
         assert not copied(fast)
+
+
+def test_operators_that_are_watched_are_those_of_the_model() -> None:
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kw: Any = None):
+            seen.append(function._schema.name)
+            return function(*args, **(kw or {}))
+
+    seen: list[str] = []
+    with copying(normed(), torch.randn(2, 3, 12, 12)) as (_, fast):
+        assert copied(fast)
+        with Watching():
+            fast.forward(torch.randn(2, 3, 12, 12), {})
+
+    assert sum("batch_norm" in name for name in seen) >= 2
 
 
 def test_the_model_is_left_as_it_was() -> None:
