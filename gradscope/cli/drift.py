@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,6 +11,15 @@ import typer
 from gradscope.cli.command import Reported, analysis
 from gradscope.cli.options import Gate, Jobs, Output, Tensors
 from gradscope.formats import CHECKPOINT, supported
+
+
+class Expect(StrEnum):
+    """What the new checkpoint should be."""
+
+    IDENTICAL = "identical"
+    MERGE = "merge"
+    QUANTISED = "quantised"
+    CONVERTED = "converted"
 
 
 @analysis
@@ -24,6 +34,28 @@ def drift(
     ],
     new: Annotated[str, typer.Argument(metavar="NEW", help="What it became.", show_default=False)],
     *,
+    expect: Annotated[
+        Expect | None, typer.Option(help="What the new one should be as a whole.")
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The adapter that was merged (--expect merge)."),
+    ] = None,
+    expect_frozen: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Tensors that may not differ by a bit (repeatable)."),
+    ] = None,
+    expect_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Tensors that must have changed (repeatable)."),
+    ] = None,
+    max_drift: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROLE=X",
+            help="How far tensors of a role may move, as a share of their norm; * is every role.",
+        ),
+    ] = None,
     tensors: Tensors,
     jobs: Jobs = None,
     output: Output,
@@ -35,7 +67,20 @@ def drift(
     if not tensors.headers_only:
         load_compiler()
     from gradscope.drift.analysis import analyze_drift
+    from gradscope.drift.expectations import parse_limits
 
     gc.disable()  # a report of a million tensors is ten million objects, none of them garbage
     with progress_bar("comparing", wanted=output.progress) as tick:
-        return analyze_drift(base, new, jobs=jobs, progress=tick, **tensors.wanted, **gate.wanted)
+        return analyze_drift(
+            base,
+            new,
+            expect=expect.value if expect is not None else None,
+            adapter=adapter,
+            expect_frozen=expect_frozen or (),
+            expect_changed=expect_changed or (),
+            max_drift=parse_limits(max_drift or ()),
+            jobs=jobs,
+            progress=tick,
+            **tensors.wanted,
+            **gate.wanted,
+        )

@@ -13,8 +13,10 @@ from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
+from gradscope.drift.expectations import Expectations, check_patterns, expectations
 from gradscope.drift.matching import Matched, Matching, matched, renamed
 from gradscope.drift.result import Drifted, DriftReport, DriftResult, Explanation, Need, TensorDrift
+from gradscope.errors import UsageError
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
 from gradscope.report.request import Failures, part_failures, requested
@@ -38,6 +40,11 @@ def analyze_drift(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     headers_only: bool = False,
+    expect: str | None = None,
+    adapter: str | Path | None = None,
+    expect_frozen: Sequence[str] = (),
+    expect_changed: Sequence[str] = (),
+    max_drift: Mapping[str, float] | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     fail_on: str | None = None,
@@ -52,11 +59,18 @@ def analyze_drift(
     ``include`` and ``exclude`` are shell patterns of tensor names, ``key`` the dotted path of the
     nested dict that is the state dict of either, ``select`` and ``ignore`` rule codes, prefixes or
     names, ``config`` a configuration or its file, ``baseline`` the file of accepted findings.
+    ``expect`` is ``identical``, ``merge`` (of the ``adapter`` at a path), ``quantised`` or
+    ``converted``; ``expect_frozen`` and ``expect_changed`` are patterns of tensors whose bits must
+    be the same, or must not; ``max_drift`` is the greatest relative drift by role (``*`` for all).
     ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
     entry of ``errors``, never an exception.
 
-    Raises UsageError for an unknown rule, key or severity.
+    Raises UsageError for an unknown rule, key, severity or role, for a pattern of what to expect
+    that matches no tensor, and for expectations of values where only headers are read.
     """
+    asked = expectations(expect, expect_frozen, expect_changed, max_drift or {}, adapter)
+    if asked and headers_only:
+        raise UsageError("--headers-only reads no values: what is expected cannot be checked")
     request = requested(
         Drifted,
         select=select,
@@ -81,19 +95,43 @@ def analyze_drift(
                 if headers_only
                 else _compared(first, second, jobs, progress)
             )
-    drifted = Drifted(str(base), str(new), found.result, found.measured) if found.result else None
+    drifted = _drifted(str(base), str(new), found, asked, failures, adapter)
     errors = [
         *failures,
         *(e for c in found.checkpoints for e in part_failures(c.path, unread(c, bool(failures)))),
     ]
     return request.report(
         DriftReport,
-        found.result,
+        drifted.result if drifted is not None else None,
         inputs=(Input(path=c.path, format=c.format, bytes=c.nbytes) for c in opened),
         coverage=_coverage(found),
         judged=[request.judged(drifted, str(new))] if drifted is not None else [],
         errors=errors,
     )
+
+
+def _drifted(
+    base: str,
+    new: str,
+    found: _Found,
+    asked: Expectations,
+    failures: Failures,
+    adapter: str | Path | None,
+) -> Drifted | None:
+    """What the rules see: with what was expected, and how the adapter was merged."""
+    if found.result is None:
+        return None
+    check_patterns(asked, found.result.tensors)
+    result, measured = found.result, found.measured
+    if adapter is not None:
+        from gradscope.drift.merging import merges
+
+        with failures.caught():
+            done = tuple(merges(found.seen, str(adapter)))
+            asked, result = replace(asked, merges=done), result.model_copy(update={"merges": done})
+    if asked and Need.VALUES in measured:
+        measured |= {Need.EXPECTATION}
+    return Drifted(base, new, result, measured, asked)
 
 
 @dataclass(frozen=True)
@@ -102,7 +140,7 @@ class _Found:
 
     checkpoints: tuple[Checkpoint, ...]
     result: DriftResult | None = None
-    compared: int = 0
+    seen: Sequence[Seen] = ()
     measured: frozenset[Need] = field(default_factory=frozenset)
 
 
@@ -110,7 +148,7 @@ def _coverage(found: _Found) -> Coverage:
     skipped = [s for c in found.checkpoints for s in c.skipped]
     total = len(found.result.tensors) if found.result is not None else 0
     return Coverage(
-        analyzed=found.compared,
+        analyzed=len(found.seen),
         total=total + len(skipped),
         unit="tensors",
         bytes=sum(ref.nbytes for c in found.checkpoints for ref in c.tensors),
@@ -128,7 +166,7 @@ def _headers(base: Checkpoint, new: Checkpoint) -> _Found:
     matching = matched(base.tensors, new.tensors)
     seen = [Seen(m.base, m.new, names[m.new.name]) for m in matching.pairs]
     result = _result(base, new, matching, seen, names, {})
-    return _Found((base, new), result, len(seen), frozenset({Need.HEADERS}))
+    return _Found((base, new), result, seen, frozenset({Need.HEADERS}))
 
 
 def _roles(base: Sequence[TensorRef], new: Sequence[TensorRef]) -> Mapping[str, Role]:
@@ -155,7 +193,7 @@ def _compared(base: Checkpoint, new: Checkpoint, jobs: int | None, progress: Pro
         for path in {ref.file for ref in checkpoint.tensors}:
             check_unchanged(path, checkpoint.stamps[path])
     result = _result(base, new, matching, seen, names, why)
-    return _Found((base, new), result, len(seen), frozenset({Need.HEADERS, Need.VALUES}))
+    return _Found((base, new), result, seen, frozenset({Need.HEADERS, Need.VALUES}))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ BLOCK = 4096
 #: Octaves of |Δ| / |base| that are counted: below 2^-32, …, at or above 2^7; then from zero.
 LEAST_OCTAVE, OCTAVES = -32, 41
 
+#: Where the exponents of float32 and float64 begin, and their bias.
+FIELD32 = np.uint32(23), 127
+FIELD64 = np.uint64(52), 1023
 #: Where the sums of a run stand.
-SQUARES_BASE, SQUARES_NEW, PRODUCTS, SQUARES_CHANGE, CHANGES, NOISE = range(6)
+SQUARES_BASE, SQUARES_NEW, PRODUCTS, SQUARES_CHANGE, CHANGES = range(5)
 #: Where the counts of a run stand: elements whose values differ, whose signs differ, that are not
 #: finite in the one and in the other, in only one of them.
 CHANGED, FLIPPED, ODD_BASE, ODD_NEW, ODD_ONE = range(5)
@@ -53,24 +56,18 @@ def decode_table(codes, table, values):  # type: ignore[no-untyped-def]
 # -- differences -----------------------------------------------------------------------------------
 
 _SUMS = {"reassoc", "contract"}
-_FIELD, _BIAS = np.uint64(52), 1023
+_BIAS = 1023
 
 
 @kernel()
-def _differing(x, y):  # type: ignore[no-untyped-def]
-    count = 0
+def _unlike(x, y):  # type: ignore[no-untyped-def]
+    """How many differ, and how many pairs hold an element that is not finite."""
+    differing = 0
+    odd = 0
     for i in range(x.shape[0]):
-        count += x[i] != y[i]
-    return count
-
-
-@kernel()
-def _odd(x):  # type: ignore[no-untyped-def]
-    """How many are not finite."""
-    count = 0
-    for i in range(x.shape[0]):
-        count += (x[i] - x[i]) != 0
-    return count
+        differing += x[i] != y[i]
+        odd += ((x[i] - x[i]) != 0) | ((y[i] - y[i]) != 0)
+    return differing, odd
 
 
 @kernel()
@@ -102,74 +99,89 @@ def _squares(x):  # type: ignore[no-untyped-def]
 
 @kernel(fastmath=_SUMS)
 def _products(x, y):  # type: ignore[no-untyped-def]
-    """The sum of the products, and that of the squares of ``y``."""
-    total = 0.0
-    squares = 0.0
+    """Sums of x², y², xy, y - x and (y - x)²."""
+    own = 0.0
+    new = 0.0
+    both = 0.0
+    change = 0.0
+    moved = 0.0
     for i in range(x.shape[0]):
+        a = np.float64(x[i])
         b = np.float64(y[i])
-        total += np.float64(x[i]) * b
-        squares += b * b
-    return total, squares
+        d = b - a
+        own += a * a
+        new += b * b
+        both += a * b
+        change += d
+        moved += d * d
+    return own, new, both, change, moved
 
 
 @kernel(fastmath=_SUMS)
-def _change(x, y):  # type: ignore[no-untyped-def]
-    total = 0.0
-    squares = 0.0
+def _row_part(x, y):  # type: ignore[no-untyped-def]
+    """Sums of x² and (y - x)², and how many differ."""
+    own = 0.0
+    moved = 0.0
+    differing = 0
     for i in range(x.shape[0]):
-        d = np.float64(y[i]) - np.float64(x[i])
-        total += d
-        squares += d * d
-    return total, squares
+        a = np.float64(x[i])
+        d = np.float64(y[i]) - a
+        own += a * a
+        moved += d * d
+        differing += x[i] != y[i]
+    return own, moved, differing
 
 
 @kernel()
-def _flips(x, y):  # type: ignore[no-untyped-def]
-    count = 0
+def _signs(x, y):  # type: ignore[no-untyped-def]
+    """How many changed their sign, and how many were zero and are not."""
+    flips = 0
+    from_zero = 0
     for i in range(x.shape[0]):
-        count += ((x[i] < 0) & (y[i] > 0)) | ((x[i] > 0) & (y[i] < 0))
-    return count
+        flips += ((x[i] < 0) & (y[i] > 0)) | ((x[i] > 0) & (y[i] < 0))
+        from_zero += (x[i] == 0) & (y[i] != 0)
+    return flips, from_zero
 
 
 @kernel(fastmath={"nnan", "nsz"}, error_model="numpy")
-def _ratios(x, y, changes, ratios):  # type: ignore[no-untyped-def]
-    """|Δ| and |Δ| / |base| of each pair, and the greatest |Δ|; finite elements only."""
-    most = 0.0
+def _ratios(x, y, ratios):  # type: ignore[no-untyped-def]
+    """|Δ| / |base| of each pair in their own type, and the greatest |Δ|; finite elements only."""
+    most = x[0] - x[0]
     for i in range(x.shape[0]):
-        a = np.float64(x[i])
-        d = abs(np.float64(y[i]) - a)
-        changes[i] = d
-        ratios[i] = d / abs(a) if d > 0 else 0.0
+        d = abs(y[i] - x[i])
+        ratios[i] = d / abs(x[i]) if d > 0 else x[0] - x[0]
         most = d if d > most else most
     return most
 
 
 @kernel()
-def _from_zero(x, y):  # type: ignore[no-untyped-def]
-    count = 0
-    for i in range(x.shape[0]):
-        count += (x[i] == 0) & (y[i] != 0)
-    return count
+def _count_exponents(bits, shift, least, places, apart, table):  # type: ignore[no-untyped-def]
+    """Count the exponent fields of floats, ``least`` and below in the first place of ``table``.
 
-
-@kernel()
-def _count_exponents(bits, least, table):  # type: ignore[no-untyped-def]
-    """Count the binary exponents of float64, ``least`` and below in the first place."""
-    most = table.shape[0] - 1
-    apart = np.zeros((4, 64), np.int64)  # neighbours are often equal, and would wait in turn
-    for i in range(bits.shape[0]):
-        place = np.int64(bits[i] >> _FIELD) - (_BIAS + least)
-        apart[i & 3, min(max(place, 0), most)] += 1
+    ``apart`` [4, 64] is zero before and after: neighbours are often equal, and would wait in turn.
+    """
+    most = np.int64(table.shape[0] - 1)
+    n = bits.shape[0]
+    for i in range(n):
+        places[i] = np.uint8(min(max(np.int64(bits[i] >> shift) - least, 0), most))
+    for i in range(0, n - n % 4, 4):
+        apart[0, places[i]] += 1
+        apart[1, places[i + 1]] += 1
+        apart[2, places[i + 2]] += 1
+        apart[3, places[i + 3]] += 1
+    for i in range(n - n % 4, n):
+        apart[0, places[i]] += 1
     for place in range(table.shape[0]):
         table[place] += apart[0, place] + apart[1, place] + apart[2, place] + apart[3, place]
+    apart[:] = 0
 
 
 @kernel()
-def _keep_largest(changes, x, y, first, values, places, ends):  # type: ignore[no-untyped-def]
+def _keep_largest(x, y, first, values, places, ends):  # type: ignore[no-untyped-def]
     """Insert a block's changes above the least of those kept, in descending order."""
     last = values.shape[0] - 1
-    for i in range(changes.shape[0]):
-        d = changes[i]
+    for i in range(x.shape[0]):
+        d = abs(np.float64(y[i]) - np.float64(x[i]))
         if d > values[last]:
             at = last
             while at > 0 and d > values[at - 1]:
@@ -184,103 +196,130 @@ def _keep_largest(changes, x, y, first, values, places, ends):  # type: ignore[n
 
 
 @kernel()
-def _rows(x, y, first, length, first_row, squares, changes, changed, same):  # type: ignore[no-untyped-def]
-    """Add a block's share of each row's squares, squared changes and changed elements.
-
-    Returns the block's own sums of squares, of changes and of squared changes.
-    """
+def _rows(x, y, first, length, first_row, squares, changes, changed):  # type: ignore[no-untyped-def]
+    """Add a block's share of each row's squares, squared changes and changed elements."""
     position = 0
-    own = 0.0
-    total = 0.0
-    moved = 0.0
     while position < x.shape[0]:
         flat = first + position
         row = flat // length
         stop = min(x.shape[0], position + (row + 1) * length - flat)
-        a = x[position:stop]
-        square = _squares(a)
-        own += square
-        squares[row - first_row] += square
-        if not same:
-            b = y[position:stop]
-            change, square = _change(a, b)
-            total += change
-            moved += square
-            changes[row - first_row] += square
-            changed[row - first_row] += _differing(a, b)
+        own, moved, differing = _row_part(x[position:stop], y[position:stop])
+        squares[row - first_row] += own
+        changes[row - first_row] += moved
+        changed[row - first_row] += differing
         position = stop
-    return own, total, moved
+
+
+@kernel()
+def _same_rows(x, first, length, first_row, squares):  # type: ignore[no-untyped-def]
+    """The same of a block in which nothing differs; returns its sum of squares."""
+    position = 0
+    total = 0.0
+    while position < x.shape[0]:
+        flat = first + position
+        row = flat // length
+        stop = min(x.shape[0], position + (row + 1) * length - flat)
+        own = _squares(x[position:stop])
+        squares[row - first_row] += own
+        total += own
+        position = stop
+    return total
 
 
 @kernel()
 def compare(  # type: ignore[no-untyped-def]
-    x, y, first, length, scratch,
+    x, y, first, length, field, scratch, scratch_bits,
     sums, counts, octaves, squares, changes, changed, values, places, ends,
 ):  # fmt: skip
     """One piece of two tensors as floats of one type.
 
     ``first`` is the flat index of ``x[0]``, ``length`` the elements of a row, ``scratch`` is
-    [2, BLOCK]. Adds to ``sums``, ``counts``, ``octaves`` (of |Δ| / |base|) and, from the row of
+    [3, BLOCK] of their type and its view as integers, ``field`` the shift and the bias of the
+    exponent. Adds to ``sums``, ``counts``, ``octaves`` (of |Δ| / |base|) and, from the row of
     ``x[0]`` on, to ``squares``, ``changes``, ``changed``; keeps the largest changes in ``values``,
     where they are in ``places`` and from what to what they go in ``ends`` [2, …].
     """
     first_row = first // length
-    both = np.empty((2, BLOCK), np.float64)
+    bins = np.empty(BLOCK, np.uint8)
+    apart = np.zeros((4, 64), np.uint32)
     for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
         start = block * BLOCK
         a = x[start : start + BLOCK]
         b = y[start : start + BLOCK]
-        if _odd(a) + _odd(b):
-            base = scratch[0, : a.shape[0]]
-            new = scratch[1, : a.shape[0]]
-            _without_odd(a, b, base, new, counts)
-            a = base
-            b = new
-        differing = _differing(a, b)
-        own, total, moved = _rows(
-            a, b, first + start, length, first_row, squares, changes, changed, differing == 0
-        )
-        sums[SQUARES_BASE] += own
+        n = a.shape[0]
+        differing, odd = _unlike(a, b)
+        if odd:
+            _without_odd(a, b, scratch[0, :n], scratch[1, :n], counts)
+            a = scratch[0, :n]
+            b = scratch[1, :n]
+            differing, odd = _unlike(a, b)
         if differing == 0:
+            own = _same_rows(a, first + start, length, first_row, squares)
+            sums[SQUARES_BASE] += own
             sums[SQUARES_NEW] += own
             sums[PRODUCTS] += own
             continue
-        counts[CHANGED] += differing
-        counts[FLIPPED] += _flips(a, b)
-        product, square = _products(a, b)
-        sums[SQUARES_NEW] += square
-        sums[PRODUCTS] += product
-        sums[CHANGES] += total
+        own, new, both, change, moved = _products(a, b)
+        sums[SQUARES_BASE] += own
+        sums[SQUARES_NEW] += new
+        sums[PRODUCTS] += both
+        sums[CHANGES] += change
         sums[SQUARES_CHANGE] += moved
-        n = a.shape[0]
-        most = _ratios(a, b, both[0, :n], both[1, :n])
-        zero = _from_zero(a, b)
-        _count_exponents(both[1, :n].view(np.uint64), LEAST_OCTAVE, octaves[:OCTAVES])
+        row = (first + start) // length
+        if (first + start + n - 1) // length == row:
+            squares[row - first_row] += own
+            changes[row - first_row] += moved
+            changed[row - first_row] += differing
+        else:
+            _rows(a, b, first + start, length, first_row, squares, changes, changed)
+        flips, from_zero = _signs(a, b)
+        counts[CHANGED] += differing
+        counts[FLIPPED] += flips
+        most = _ratios(a, b, scratch[2, :n])
+        _count_exponents(
+            scratch_bits[2, :n], field[0], field[1] + LEAST_OCTAVE, bins, apart, octaves[:OCTAVES]
+        )
         octaves[0] -= n - differing
-        octaves[OCTAVES - 1] -= zero
-        octaves[OCTAVES] += zero
-        if most > values[values.shape[0] - 1]:
-            _keep_largest(both[0, :n], a, b, first + start, values, places, ends)
+        octaves[OCTAVES - 1] -= from_zero
+        octaves[OCTAVES] += from_zero
+        if most * 1.0000002 >= values[values.shape[0] - 1]:  # rounded in float32
+            _keep_largest(a, b, first + start, values, places, ends)
 
 
 # -- stored codes ----------------------------------------------------------------------------------
 
 
 @kernel()
-def _apart(x, y, sign, limit, widths):  # type: ignore[no-untyped-def]
-    """Distances in units in the last place as floats, and the greatest; -1 where there is none."""
-    most = np.int64(0)
+def _apart32(x, y, sign, limit, widths):  # type: ignore[no-untyped-def]
+    """Distances in units in the last place as floats, and the greatest; 0 where there is none."""
+    most = np.uint32(0)
     for i in range(x.shape[0]):
-        p = np.int64(x[i])
-        q = np.int64(y[i])
-        negative = ((p ^ q) & sign) != 0
+        p = np.uint32(x[i])
+        q = np.uint32(y[i])
+        turned = ((p ^ q) & sign) != 0
         p &= ~sign
         q &= ~sign
-        d = p + q if negative else abs(p - q)
-        d = np.int64(0) if (p > limit) | (q > limit) else d
+        d = p + q if turned else max(p, q) - min(p, q)
+        d = np.uint32(0) if (p > limit) | (q > limit) else d
         widths[i] = np.float64(d)
         most = max(most, d)
-    return most
+    return np.int64(most)
+
+
+@kernel()
+def _apart64(x, y, sign, limit, widths):  # type: ignore[no-untyped-def]
+    most = np.uint64(0)
+    for i in range(x.shape[0]):
+        p = np.uint64(x[i])
+        q = np.uint64(y[i])
+        turned = ((p ^ q) & sign) != 0
+        p &= ~sign
+        q &= ~sign
+        d = p + q if turned else max(p, q) - min(p, q)
+        d = np.uint64(0) if (p > limit) | (q > limit) else d
+        widths[i] = np.float64(d)
+        most = max(most, d)
+    return np.int64(min(most, np.uint64(0x7FFFFFFFFFFFFFFF)))
 
 
 @kernel()
@@ -288,24 +327,36 @@ def distances(x, y, sign, limit, table, counts):  # type: ignore[no-untyped-def]
     """How far apart two runs of codes of one type are.
 
     ``counts`` receives how many differ and the greatest distance in units in the last place;
-    ``table`` counts the distances of those that differ by the bits that they take. Codes whose
-    magnitude is above ``limit`` are not numbers, and at no distance; ``sign`` is that bit alone.
+    ``table`` counts the distances by the bits that they take. Codes whose magnitude is above
+    ``limit`` are not numbers, and at no distance; ``sign`` is that bit alone. Both are of 32 bits,
+    or of 64 for codes of 64.
     """
     widths = np.empty(BLOCK, np.float64)
+    bits = widths.view(np.uint64)
+    bins = np.empty(BLOCK, np.uint8)
+    apart = np.zeros((4, 64), np.uint32)
     for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
         a = x[block * BLOCK : (block + 1) * BLOCK]
         b = y[block * BLOCK : (block + 1) * BLOCK]
-        differing = _differing(a, b)
-        table[0] += a.shape[0] - differing
-        if differing:
-            counts[0] += differing
-            counts[1] = max(counts[1], _apart(a, b, sign, limit, widths))
-            # A distance of 0 has the exponent -1023, of 1 the exponent 0.
-            _count_exponents(widths[: a.shape[0]].view(np.uint64), -1, table)
-            table[0] -= a.shape[0] - differing
+        n = a.shape[0]
+        differing = 0
+        for i in range(n):
+            differing += a[i] != b[i]
+        if differing == 0:
+            table[0] += n
+            continue
+        counts[0] += differing
+        if a.itemsize == 8:
+            counts[1] = max(counts[1], _apart64(a, b, sign, limit, widths))
+        else:
+            counts[1] = max(counts[1], _apart32(a, b, sign, limit, widths))
+        # A distance of 0 has the exponent field 0, of 1 that of the bias.
+        _count_exponents(bits[:n], np.uint64(52), _BIAS - 1, bins, apart, table)
 
 
 # -- rounding --------------------------------------------------------------------------------------
+
+_FIELD = np.uint64(52)
 
 #: Where the counts of a rounding stand: results that are the nearest value, the next one towards
 #: zero, either neighbour, that are beyond the format's range (infinite, NaN or its greatest).

@@ -46,7 +46,7 @@ def matched(base: Sequence[TensorRef], new: Sequence[TensorRef]) -> Matching:
     partner = {ref.name: ref.name for ref in new}
     pairs = {ref.name: partner[ref.name] for ref in base if ref.name in partner}
     notes: list[str] = []
-    for shorten in (_canonical, _common(base, new, pairs)):
+    for shorten in (canonical, _common(base, new, pairs)):
         found = _by(shorten, base, new, pairs)
         pairs |= found
         notes += _said(found)
@@ -118,7 +118,7 @@ def _by(
     return {here[key].name: there[key].name for key in here if key in there}
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
     """A name without what wrappers put around its parts."""
     short = _SEGMENTS.sub("", name)
     while prefix := next((p for p in _PREFIXES if short.startswith(p)), None):
@@ -132,14 +132,14 @@ def _common(
 ) -> Callable[[str], str]:
     """Take off the one prefix that most of the unpaired names of one side lack on the other."""
     taken = set(pairs.values())
-    here = [_canonical(r.name) for r in base if r.name not in pairs]
-    there = [_canonical(r.name) for r in new if r.name not in taken]
+    here = [canonical(r.name) for r in base if r.name not in pairs]
+    there = [canonical(r.name) for r in new if r.name not in taken]
     votes: Counter[str] = Counter()
     for long, short in ((here, there), (there, here)):
         for tail in short[:tried]:
             votes.update(n.removesuffix(tail) for n in long if n.endswith(f".{tail}"))
     prefix = next(iter(p for p, _ in votes.most_common(1)), "")
-    return lambda name: _canonical(name).removeprefix(prefix)
+    return lambda name: canonical(name).removeprefix(prefix)
 
 
 def _said(found: Mapping[str, str]) -> Iterator[str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradscope.report.model import Fact, Number, Record, Report
 from gradscope.report.severity import Severity
 from gradscope.weights.roles import Role
+
+if TYPE_CHECKING:
+    from gradscope.drift.expectations import Expectations
 
 #: ``rounding`` is explained by a cast alone, ``retyped`` holds the same values in another type,
 #: ``replaced`` has nothing to do with the base. None where only headers were read.
@@ -23,6 +26,10 @@ Kind = Literal[
     "re-initialised", "byte-swapped", "bit-flip", "zeroed", "from-zero", "pruned", "rows",
     "non-finite", "interpolated", "tied",
 ]  # fmt: skip
+
+
+#: What the whole of the new checkpoint can be expected to be.
+Expected = Literal["identical", "merge", "quantised", "converted"]
 
 
 class Explanation(Record):
@@ -114,6 +121,28 @@ class TensorDrift(Record):
         return self.status not in (None, "identical", "rounding", "retyped")
 
 
+class Merge(Record):
+    """What became of a module that an adapter changes, against W + s B A (or DoRA's)."""
+
+    module: str
+    #: The weight that it changes; None where the checkpoint has none.
+    name: str | None
+    #: What the configuration asks for, and the factor that fits best.
+    scale: float | None
+    fitted_scale: float | None = None
+    #: Cosine of the change and the product.
+    cosine: float | None = None
+    #: Root mean square and greatest of new − expected, in units in the last place of the greatest
+    #: of base, change and new: what was rounded.
+    residual_ulps: Number | None = None
+    max_ulps: Number | None = None
+    #: ‖new − expected‖ / ‖s B A‖.
+    residual: float | None = None
+    unchanged: bool = False
+    #: Why it could not be compared.
+    reason: str | None = None
+
+
 class Pooled(Record):
     """The elements of several tensors as one."""
 
@@ -139,6 +168,7 @@ class DriftResult(Record):
     counts: Mapping[str, int]
     by_role: Mapping[str, Pooled] = {}
     by_block: Mapping[str, Pooled] = {}
+    merges: tuple[Merge, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -165,3 +195,4 @@ class Drifted:
     new: str
     result: DriftResult
     measured: frozenset[Need]
+    expected: Expectations

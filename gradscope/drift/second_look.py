@@ -12,10 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import TensorRef
-from gradscope.checkpoints.tiles import PIECE, Tile, read_range, tiles
+from gradscope.checkpoints.tiles import Tile, read_range, tiles
 from gradscope.drift.sums import Measures, Rounding, compared, floats, measures
 from gradscope.statistics.scan import scan
 from gradscope.statistics.tally import merged, tally
+
+#: Elements of a first impression.
+_START = 4096
 
 Permutation = npt.NDArray[np.intp]
 
@@ -27,8 +30,8 @@ def compare_all(base: TensorRef, new: TensorRef, rounding: Rounding | None = Non
 
 
 def compare_start(base: TensorRef, new: TensorRef, rounding: Rounding | None = None) -> Measures:
-    """The same of their first piece, to rule out at once what the whole would disprove."""
-    stop = min(PIECE, base.numel)
+    """The same of their first elements, to rule out at once what the whole would disprove."""
+    stop = min(_START, base.numel)
     return measures(stop, compared(Tile(base, 0, stop), Tile(new, 0, stop), rounding))
 
 

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def _piece(
     first_row = first * parts // length
     count = (first * parts + len(x) - 1) // length - first_row + 1
     found = Sums(
-        np.zeros(6),
+        np.zeros(5),
         np.zeros(5, np.int64),
         np.zeros(kernels.OCTAVES + 1, np.int64),
         _distances(base, new, one, two),
@@ -138,9 +139,11 @@ def _piece(
         np.full(LARGEST, -1),
         np.zeros((2, LARGEST)),
     )
+    scratch = _buffer("scratch", x.dtype, (3, kernels.BLOCK))
+    field = kernels.FIELD32 if x.dtype == np.float32 else kernels.FIELD64
     kernels.compare(
-        x, y, first * parts, length, _buffer("odd", x.dtype, (2, kernels.BLOCK)), found.sums,
-        found.counts, found.octaves, *found.rows, found.values, found.places,
+        x, y, first * parts, length, field, scratch, scratch.view(f"u{x.itemsize}"),
+        found.sums, found.counts, found.octaves, *found.rows, found.values, found.places,
         found.ends,
     )  # fmt: skip
     return found
@@ -161,16 +164,8 @@ def _distances(
     if base.dtype not in FORMATS:
         counts[0] = np.count_nonzero(_bits(one) != _bits(two))
         return table, counts
-    bits = DTYPE_BITS[base.dtype]
-    sign = 1 << (bits - 1) if FORMATS[base.dtype].signed else 0
-    kernels.distances(
-        _bits(one), _bits(two), _signed(sign), np.int64(_limit(base.dtype)), table, counts
-    )
+    kernels.distances(_bits(one), _bits(two), *_range_of(base.dtype), table, counts)
     return table, counts
-
-
-def _signed(sign: int) -> np.int64:
-    return np.int64(sign - (1 << 64) if sign == 1 << 63 else sign)
 
 
 def _bits(stored: Array) -> Array:
@@ -178,14 +173,16 @@ def _bits(stored: Array) -> Array:
     return stored.view(f"u{size}") if size <= 8 else stored.view(np.uint64)
 
 
-def _limit(dtype: str) -> int:
-    """The code of a float type's greatest finite value."""
+@cache
+def _range_of(dtype: str) -> tuple[Any, Any]:
+    """The sign bit of a float type's codes, and the code of its greatest finite value."""
+    bits = DTYPE_BITS[dtype]
+    code = np.uint64 if bits == 64 else np.uint32
+    sign = code(1 << (bits - 1)) if FORMATS[dtype].signed else code(0)
     greatest = codings.greatest_finite(dtype)
     if dtype in ("F32", "F64"):
-        return int(
-            np.array(greatest, f"f{DTYPE_BITS[dtype] // 8}").view(f"u{DTYPE_BITS[dtype] // 8}")
-        )
-    return int(np.flatnonzero(codings.code_values(dtype) == greatest)[0])
+        return sign, np.array(greatest, f"f{bits // 8}").view(code)[()]
+    return sign, code(np.flatnonzero(codings.code_values(dtype) == greatest)[0])
 
 
 def _roundings(x: Array, y: Array, rounding: Rounding | None) -> Array | None:
@@ -296,7 +293,7 @@ def _ratio(a: float, b: float) -> float | None:
 def measures(numel: int, pieces: Sequence[Sums]) -> Measures:
     """The measures of ``numel`` elements from their pieces, in order."""
     if not pieces:
-        return Measures(0, 0, (0.0,) * 6, (0,) * 5, (0,) * (kernels.OCTAVES + 1))
+        return Measures(0, 0, (0.0,) * 5, (0,) * 5, (0,) * (kernels.OCTAVES + 1))
     counts = _total([p.counts for p in pieces])
     changed, ulps = _units([p.distances for p in pieces if p.distances is not None])
     roundings = [p.roundings for p in pieces if p.roundings is not None]

@@ -17,7 +17,7 @@ def filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
     """The checkpoint with the tensors that the patterns want; the others are skipped on request."""
     if not (include or exclude):
         return checkpoint
-    wanted, unwanted = _any(include or ["*"]), _any(exclude)
+    wanted, unwanted = matcher(include or ["*"]), matcher(exclude)
     kept: list[TensorRef] = []
     left_out: list[TensorRef] = []
     for ref in checkpoint.tensors:
@@ -34,8 +34,8 @@ def filtered(checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[s
         ),
         notes=(
             *checkpoint.notes,
-            *_without_match("--include", include, names),
-            *_without_match("--exclude", exclude, names),
+            *unmatched("--include", include, names),
+            *unmatched("--exclude", exclude, names),
         ),
     )
 
@@ -45,13 +45,15 @@ def narrowed(include: Sequence[str], exclude: Sequence[str]) -> list[str]:
     return [*(f"--include {p}" for p in include), *(f"--exclude {p}" for p in exclude)]
 
 
-def _any(patterns: Sequence[str]) -> Match:
+def matcher(patterns: Sequence[str]) -> Match:
+    """Whether a whole name fits any of some shell patterns."""
     return re.compile("|".join(translate(p) for p in patterns) or r"(?!)").match
 
 
-def _without_match(option: str, patterns: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+def unmatched(option: str, patterns: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    """What to say of patterns that no name fits."""
     for pattern in patterns:
-        matches = _any([pattern])
+        matches = matcher([pattern])
         if names and not any(map(matches, names)):
             yield f"{option} {quoted(pattern)} matches no tensor's name{_hint(pattern, names)}"
 
@@ -60,11 +62,11 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
     """What to try instead: what a regular expression would be here, or a name with more to it."""
     if (meant := _as_regex(pattern)) is not None and any(map(meant.search, names)):
         tried = _shell(pattern)
-        works = tried != pattern and any(map(_any([tried]), names))
+        works = tried != pattern and any(map(matcher([tried]), names))
         example = f": try {quoted(tried)}" if works else ""
         return f"; these are shell patterns (*, ?, [ab]), not regular expressions{example}"
     for tried in (f"{pattern}*", f"*{pattern}", f"*{pattern}*"):
-        if any(map(_any([tried]), names)):
+        if any(map(matcher([tried]), names)):
             return f"; a pattern must match the whole name: try {quoted(tried)}"
     return f"; the names are like {quoted(names[0])}"
 

@@ -136,7 +136,7 @@ def test_shards_compare_with_one_file(tmp_path: Path, base: str) -> None:
     folder.mkdir()
     items = list(model().items())
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    where = {}
+    where: dict[str, str] = {}
     for name, part in zip(names, (items[:7], items[7:]), strict=True):
         written(folder / name, dict(part))
         where |= {tensor: name for tensor, _ in part}

@@ -24,7 +24,7 @@ TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.floa
 
 
 def measured(folder: Path, base: torch.Tensor, new: torch.Tensor, **options: Any) -> Measures:
-    refs = []
+    refs: list[Any] = []
     for name, tensor in (("base", base), ("new", new)):
         path = folder / f"{name}.safetensors"
         save_file({"t": tensor.contiguous()}, path)
