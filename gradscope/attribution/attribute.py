@@ -15,6 +15,7 @@ from gradscope.attribution.subject import Subject, Tick
 from gradscope.errors import InputError, UsageError
 from gradscope.models.forms import as_model
 from gradscope.models.model import Model
+from gradscope.models.precision import HALF
 from gradscope.models.probe import held
 from gradscope.models.quick import quick
 from gradscope.text import plural
@@ -82,6 +83,7 @@ def attribute(
     with held(looked_at.module):
         # A tensor of inference mode cannot be differentiated; its copy can.
         own = inputs.clone() if inputs.is_inference() else inputs.detach()
+        own = own.float() if own.dtype in HALF else own
         subject = subject_of(looked_at, own, layer, seed, reads_layer=chosen.reads_layer)
         subject = _aimed(subject, target, versus)
         subject.mean, subject.std = (None if t is None else torch.tensor(t) for t in (mean, std))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gradscope.errors import UsageError
 from gradscope.models.exported_layers import with_layers
 from gradscope.models.folding import folded_copies
 from gradscope.models.model import Forward, Model, hooked
+from gradscope.models.precision import note_of, tensors_of, wide_copy, widen_program
 
 
 def exported_model(program: ExportedProgram) -> Model:
@@ -23,6 +25,10 @@ def exported_model(program: ExportedProgram) -> Model:
     that does not take one image batch.
     """
     name, shape = _image_input(program)
+    halves = note_of((*program.state_dict.values(), *_tensors(program.constants.values())))
+    if halves:
+        program = wide_copy(program)
+        widen_program(program)
     notes = ("exported in training mode; evaluation mode is used",) * _in_evaluation(program)
     module = _unflattened(program)
 
@@ -37,7 +43,7 @@ def exported_model(program: ExportedProgram) -> Model:
         passing(module),
         batch=batch,
         size=(size[0], size[1], size[2]),
-        notes=notes,
+        notes=(*notes, *halves),
         copied=lambda image: folded_copies(
             lambda: with_layers(_unflattened(program)), passing, image
         ),
@@ -45,11 +51,15 @@ def exported_model(program: ExportedProgram) -> Model:
 
 
 def _unflattened(program: ExportedProgram) -> nn.Module:
-    """The program's modules. They share its tensors, and need no gradient."""
+    """The program's modules in float32. They share its tensors, and need no gradient."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module: nn.Module = torch.export.unflatten(program)
-    return module
+        return module.float() if note_of(tensors_of(module)) else module
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    return (value for value in values if isinstance(value, Tensor))
 
 
 def _image_input(program: ExportedProgram) -> tuple[str | None, list[Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx.immutable_collections import immutable_list
 
 from gradscope.errors import UsageError
+from gradscope.models.precision import Widened, note_of, tensors_of, wide_copy
 from gradscope.text import escaped, quoted
 
 #: Sees a layer's output; what it returns, unless None, replaces that output.
@@ -65,25 +66,49 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def module_model(module: nn.Module) -> Model:
-    """A model of named modules; ``torch.compile`` and data parallel wrappers are looked through."""
+    """A model of named modules; ``torch.compile`` and data parallel wrappers are looked through.
+
+    Of one in half precision a copy is computed in float32.
+    """
     # Hooks on a compiled module never fire.
     module = getattr(module, "_orig_mod", module)
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         module = module.module
+    notes = note_of(tensors_of(module))
+    called = _widely if notes else _plainly
+    if notes:
+        module = wide_copy(module)
     return Model(
         module,
         "module",
         tuple(name for name, _ in module.named_modules() if name),
-        hooked(module, module),
+        hooked(module, called(module)),
         size=(_channels(module), *_built_size(module)),
-        copied=lambda image: _copies(module, image),
+        notes=notes,
+        copied=lambda image: _copies(module, called, image),
     )
 
 
-def _copies(module: nn.Module, image: Tensor) -> Iterator[Copy]:
+def _copies(
+    module: nn.Module, called: Callable[[nn.Module], Callable[[Tensor], Any]], image: Tensor
+) -> Iterator[Copy]:
     from gradscope.models.folding import folded_copies, sharing
 
-    yield from folded_copies(lambda: sharing(module), lambda made: hooked(made, made), image)
+    yield from folded_copies(
+        lambda: sharing(module), lambda made: hooked(made, called(made)), image
+    )
+
+
+def _plainly(module: nn.Module) -> Callable[[Tensor], Any]:
+    return module
+
+
+def _widely(module: nn.Module) -> Callable[[Tensor], Any]:
+    def call(inputs: Tensor) -> Any:
+        with Widened():
+            return module(inputs)
+
+    return call
 
 
 def hooked(module: nn.Module, call: Callable[[Tensor], Any]) -> Forward:

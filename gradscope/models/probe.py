@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradscope.errors import UsageError
 from gradscope.models.model import Model
+from gradscope.models.precision import HALF
 from gradscope.text import quoted
 
 #: What a model returns: logits, probabilities, or one logit for "yes".
@@ -135,14 +136,11 @@ def logits_of(output: Any) -> tuple[Tensor, Head]:
             f"the model returns {shape}; attribution needs one score for each class, "
             "[N, classes]: is it an image classifier?"
         )
-    logits = answer.reshape(len(answer), -1).float() if answer.dtype in _HALF else answer
+    logits = answer.reshape(len(answer), -1).float() if answer.dtype in HALF else answer
     logits = logits.reshape(len(answer), -1)
     if logits.shape[1] == 1:
         return torch.cat([-logits, logits], 1), "binary"
     return logits, "probabilities" if _are_probabilities(logits.detach()) else "logits"
-
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _first_tensor(output: Any) -> Tensor | None:

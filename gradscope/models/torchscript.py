@@ -20,6 +20,7 @@ from torch import Tensor
 from gradscope.errors import UsageError
 from gradscope.models.folding import laid
 from gradscope.models.model import Copy, Forward, Model, Tap, first_convolution
+from gradscope.models.precision import constants_of, note_of, tensors_of, wide_copy, widen_graph
 from gradscope.models.torchscript_copy import rewrite, worthwhile
 
 _LISTS = ("ModuleList", "ModuleDict")
@@ -92,6 +93,11 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
     _define_operators()
     # Before it is ever run: afterwards inlining loses the modules' names.
     graph = _inlined(script)
+    notes = note_of((*tensors_of(script), *constants_of(graph)))
+    if notes:
+        script = wide_copy(script)
+        graph = _inlined(script)
+        widen_graph(graph)
     places = _places(script, graph)
     others = _defaults(script, graph)
     weight = first_convolution(script)
@@ -121,6 +127,7 @@ def script_model(script: torch.jit.ScriptModule) -> Model:
         tuple(places),
         passing(),
         size=(None if weight is None else int(weight.shape[1]), None, None),
+        notes=notes,
         copied=lambda _image: (
             Copy(laid(passing(layout), layout))
             for layout in (torch.channels_last, torch.contiguous_format)

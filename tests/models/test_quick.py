@@ -153,9 +153,12 @@ def test_parameters_that_change_are_answered_by_the_model_until_they_are_back() 
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_half_precision_answers_for_itself(kind: torch.dtype) -> None:
-    with copying(normed().to(kind), torch.randn(2, 3, 12, 12, dtype=kind)) as (_, fast):
-        assert not copied(fast)
+def test_half_precision_is_answered_in_float32(kind: torch.dtype) -> None:
+    x = torch.randn(2, 3, 12, 12)
+    with copying(normed().to(kind), x) as (whole, fast):
+        assert copied(fast)
+        assert fast.forward(x, {}).dtype == torch.float32
+        assert apart(fast.forward(x, {}), whole.forward(x, {})) <= AGREES
 
 
 def test_a_replaced_forward_function_and_hooks_keep_their_say() -> None:
