@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradscope.attribution.cams import gradcam_map
+from gradscope.attribution.cams import gradcam_parts
 from gradscope.attribution.gradients import Result
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
@@ -88,7 +88,7 @@ def deconvnet(subject: Subject) -> Result:
 def guided_gradcam(subject: Subject) -> Result:
     """Guided backpropagation times the rectified Grad-CAM map, upsampled bilinearly."""
     values, facts = guided_backprop(subject)
-    small = gradcam_map(subject.activations, subject.activation_gradients).relu()
+    small = gradcam_parts(subject.activations, subject.activation_gradients).sum(1).relu()
     large = torch.nn.functional.interpolate(
         small[:, None], size=subject.inputs.shape[2:], mode="bilinear", align_corners=False
     )

@@ -68,6 +68,12 @@ _STABILISERS = (
 _REFERENCE = Option("mean", "black, white, mean, blurred or random (in pixels), or a picture file")
 _DRAWS = Option(4, "random references to average over")
 _FUSION = Option("mean", "how heads are combined", ("mean", "max", "min"))
+_SMOOTHED = {
+    "eigen_smooth": Option(
+        False, "first principal component of the channels' parts, not their sum"
+    ),
+    "aug_smooth": Option(False, "mean map over the mirror image and three brightnesses"),
+}
 _RELU = {"relu": Option(False, "cut off negative values, as in the paper's last step")}
 
 
@@ -187,27 +193,43 @@ _BUILT_IN = (
     ),
     _cam(
         "gradcam", "channels weighted by their mean gradient",
-        "Selvaraju et al. 2017, arXiv:1610.02391", "cams",
+        "Selvaraju et al. 2017, arXiv:1610.02391", "cams", **_SMOOTHED,
     ),
     _cam(
         "gradcam++", "channels weighted by positive gradients, each by its alpha",
-        "Chattopadhyay et al. 2018, arXiv:1710.11063, eq. 19", "cams",
+        "Chattopadhyay et al. 2018, arXiv:1710.11063, eq. 19", "cams", **_SMOOTHED,
     ),
     _cam(
         "xgradcam", "channels weighted by gradients, these by the activations' shares",
-        "Fu et al. 2020, arXiv:2008.02312", "cams",
+        "Fu et al. 2020, arXiv:2008.02312", "cams", **_SMOOTHED,
     ),
     _cam(
         "hirescam", "activations times gradients, position by position",
-        "Draelos & Carin 2020, arXiv:2011.08891", "cams",
+        "Draelos & Carin 2020, arXiv:2011.08891", "cams", **_SMOOTHED,
     ),
     _cam(
         "layercam", "as hirescam, with positive gradients only",
-        "Jiang et al. 2021, IEEE TIP 30:5875", "cams",
+        "Jiang et al. 2021, IEEE TIP 30:5875", "cams", **_SMOOTHED,
     ),
     _cam(
         "eigencam", "first principal component of the activations; independent of the target",
         "Muhammad & Yeasin 2020, arXiv:2008.00299", "cams",
+    ),
+    _cam(
+        "finercam", "gradcam of the target less the classes nearest to it",
+        "Zhang et al. 2025, arXiv:2501.11309", "cams", **_SMOOTHED,
+        alpha=Option(1.0, "how much of the other classes is taken off"),
+        classes=Option(3, "how many classes, those of the nearest scores"),
+    ),
+    _cam(
+        "shapleycam", "as gradcam, with half the curvature of the score taken off the gradient",
+        "Cai 2025, arXiv:2501.06261", "cams", **_SMOOTHED,
+        utility=Option("rest", "rest: logit and log-probability; or the logit", ("rest", "logit")),
+    ),
+    _cam(
+        "kpcacam", "as eigencam, after a kernel", "Karmani et al. 2024, arXiv:2410.00267", "cams",
+        kernel=Option("sigmoid", "the kernel", ("sigmoid", "rbf", "poly")),
+        gamma=Option(0.0, "its coefficient; 0 for one over the channels"),
     ),
     _cam(
         "scorecam", "channels weighted by the score of the image masked by them",
@@ -291,6 +313,8 @@ def completed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 def _checked(name: str, option: Option, value: Any) -> Any:
     if option.choices and value not in option.choices:
         raise UsageError(f"{name} is one of {', '.join(option.choices)}, not {value!r}")
+    if isinstance(option.default, bool) and not isinstance(value, bool):
+        raise UsageError(f"{name} is true or false, not {value!r}")
     if isinstance(option.default, bool) or not isinstance(option.default, int | float):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -247,15 +247,16 @@ class Subject:
     @cached_property
     def activations(self) -> Tensor:
         """The layer's output as maps [N, C, h, w]."""
-        return self._as_maps(self.tapped.pieces[self.layer_name])
+        return self.as_maps(self.tapped.pieces[self.layer_name])
 
     @cached_property
     def activation_gradients(self) -> Tensor:
         """The gradient of the objective by the layer's output [N, C, h, w]."""
         total = self.objective(self.tapped.logits, self.images).sum()
-        return self._as_maps(self.tapped.gradients(total, self.layer_name))
+        return self.as_maps(self.tapped.gradients(total, self.layer_name))
 
-    def _as_maps(self, pieces: tuple[Tensor, ...]) -> Tensor:
+    def as_maps(self, pieces: tuple[Tensor, ...]) -> Tensor:
+        """Pieces of the layer's output, or of what belongs to it, as maps [N, C, h, w]."""
         maps = torch.cat([self.layout.maps(piece.detach()) for piece in pieces])
         return maps[: len(self.inputs)]
 
