@@ -18,7 +18,8 @@ ALLOWED = {
     "quantization": {"containers", "checkpoints", "statistics"},
     "report": set(),
     "casts": {"checkpoints", "statistics"},
-    "weights": {"casts", "checkpoints", "statistics", "quantization", "report"},
+    "spectra": {"checkpoints", "statistics"},
+    "weights": {"casts", "spectra", "checkpoints", "statistics", "quantization", "report"},
     # What tensors are for is known there; two checkpoints are compared on top of it.
     "drift": {"checkpoints", "statistics", "quantization", "report", "weights"},
     "histories": {"containers", "checkpoints", "statistics"},

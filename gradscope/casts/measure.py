@@ -104,7 +104,8 @@ def losses(
 
 def _merged(parts: Sequence[Loss]) -> Loss:
     over, under, *sums, worst = zip(*map(astuple, parts), strict=True)
-    return Loss(sum(over), sum(under), *map(math.fsum, sums), max(worst))
+    error, signal, bulk_error, bulk_signal = map(math.fsum, sums)
+    return Loss(sum(over), sum(under), error, signal, bulk_error, bulk_signal, max(worst))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,5 +211,6 @@ def _cast(values: Array, t: Target, subject: Subject, row_peaks: Array | None = 
 
 def _summed(rows: Sequence[Array]) -> Loss:
     every = np.concatenate(rows)
-    over, under, *sums = every[:, :-1].sum(axis=0).tolist()
-    return Loss(int(over), int(under), *sums, float(every[:, -1].max()))
+    over, under, error, signal, bulk_error, bulk_signal = every[:, :-1].sum(axis=0).tolist()
+    worst = float(every[:, -1].max())
+    return Loss(int(over), int(under), error, signal, bulk_error, bulk_signal, worst)

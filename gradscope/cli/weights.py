@@ -46,6 +46,23 @@ def weights(
             help="Plan the smallest type of each tensor that keeps so much signal to noise: 30dB.",
         ),
     ] = None,
+    spectral: Annotated[
+        bool,
+        typer.Option(
+            "--spectral",
+            help="The singular values of every matrix: norms, ranks, tails, how random they look.",
+        ),
+    ] = False,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Test each fitted tail by N drawn sets (100: p to 0.05)."
+        ),
+    ] = 0,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Begin no further spectrum after so long: 60s, 5m."),
+    ] = None,
     device: Device = "cpu",
     jobs: Jobs = None,
     output: Output,
@@ -65,6 +82,9 @@ def weights(
             keep_going=keep_going,
             cast=split_commas(cast),
             snr=snr,
+            spectral=spectral,
+            bootstrap=bootstrap,
+            budget=budget,
             device=device,
             jobs=jobs,
             progress=tick,

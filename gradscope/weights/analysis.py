@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.weights.measuring import Measured
 
 Progress = Callable[[int, int], None]
+#: Another look at the tensors of a checkpoint, which is asked for; told the bytes that are done.
+Look = Callable[[Examined, "Engine[Any, Any]", Callable[[int], None]], Examined]
 
 
 def analyze_weights(
@@ -60,6 +62,9 @@ def analyze_weights(
     keep_going: bool = False,
     cast: Sequence[str] = (),
     snr: str | float | None = None,
+    spectral: bool = False,
+    bootstrap: int = 0,
+    budget: str | float | None = None,
     device: str = "cpu",
     jobs: int | None = None,
     progress: Progress = lambda _done, _total: None,
@@ -72,7 +77,9 @@ def analyze_weights(
     ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
     entry of ``errors``, never an exception; with ``keep_going`` the other shards of a checkpoint
     one of whose files fails while it is read are still analysed. ``cast`` are types that casting
-    is measured to, ``snr`` the decibels that the best of them must keep.
+    is measured to, ``snr`` the decibels that the best of them must keep. ``spectral`` computes the
+    singular values of every matrix, within ``budget`` seconds if any; ``bootstrap`` many drawn sets
+    test each fitted exponent.
 
     Raises UsageError for an unknown rule, key, device, severity or type.
     """
@@ -87,8 +94,10 @@ def analyze_weights(
         narrowed=narrowed(include, exclude),
     )
     casts = wanted_casts(cast, snr)
-    if casts.targets and headers_only:
-        raise UsageError("--cast reads the data, which --headers-only does not: give one of them")
+    looks = list(_looks(casts, spectral, device, bootstrap, budget))
+    if headers_only and looks:
+        one = "--cast" if casts.targets else "--spectral"
+        raise UsageError(f"{one} reads the data, which --headers-only does not: give one of them")
     opened: list[Checkpoint] = []
     failures = Failures()
     for path in checkpoints:
@@ -97,10 +106,25 @@ def analyze_weights(
     if headers_only:
         examinations = [_headers(c) for c in opened]
     else:
-        readings = 2 if casts.targets else 1
-        meter = _Meter(progress, readings * sum(ref.nbytes for c in opened for ref in c.tensors))
-        examinations = _measure_all(opened, device, jobs, meter, keep_going, casts)
+        nbytes = sum(ref.nbytes for c in opened for ref in c.tensors)
+        meter = _Meter(progress, (1 + len(looks)) * nbytes)
+        examinations = _measure_all(opened, device, jobs, meter, keep_going, looks)
     return _report(request, [_judged(e, request) for e in examinations], failures, casts)
+
+
+def _looks(
+    casts: Wanted, spectral: bool, device: str, bootstrap: int, budget: str | float | None
+) -> Iterator[Look]:
+    """What is asked for beside the statistics. Raises UsageError."""
+    if casts.targets:
+        yield partial(with_casts, wanted=casts)
+    if spectral:
+        from gradscope.weights.spectral import wanted_spectra, with_spectra
+
+        yield partial(with_spectra, wanted=wanted_spectra(device, bootstrap, budget))
+    elif bootstrap or budget is not None:
+        one = "--bootstrap" if bootstrap else "--budget"
+        raise UsageError(f"{one} is about spectra: give --spectral as well")
 
 
 @dataclass
@@ -142,12 +166,12 @@ def _measure_all(
     jobs: int | None,
     meter: Callable[[int], None],
     keep_going: bool,
-    casts: Wanted,
+    looks: Sequence[Look],
 ) -> list[_Examination]:
     from gradscope.statistics import scan_for, threads
 
     scan = scan_for(device)
-    return [_measured(c, scan, threads(jobs), meter, keep_going, casts) for c in opened]
+    return [_measured(c, scan, threads(jobs), meter, keep_going, looks) for c in opened]
 
 
 def _measured(
@@ -156,7 +180,7 @@ def _measured(
     engine: Engine[Any, Any],
     meter: Callable[[int], None],
     keep_going: bool,
-    casts: Wanted,
+    looks: Sequence[Look],
 ) -> _Examination:
     from gradscope.quantization.recognise import recognise
     from gradscope.statistics import profile
@@ -182,7 +206,8 @@ def _measured(
     checkpoint = _without_unread(checkpoint, refs, failures)
     seen = examined(checkpoint, quantization, result)
     with failures.caught():
-        seen = with_casts(seen, casts, engine, meter)
+        for look in looks:
+            seen = look(seen, engine, meter)
         seen = replace(_read_again(seen, engine), masters=compare_masters(refs))
     lost = unread(checkpoint, failed=bool(failures))
     errors = (*part_failures(checkpoint.path, lost), *failures)
@@ -288,7 +313,7 @@ def _report(
         WeightsReport,
         _result(examinations, casts, complete=not errors) if examinations else None,
         inputs=(Input(path=c.path, format=c.format, bytes=c.nbytes) for c in checkpoints),
-        coverage=_coverage(checkpoints),
+        coverage=_coverage(checkpoints, [s for e in examinations for s in e.examined.left_out]),
         judged=[e.judged for e in examinations],
         errors=errors,
     )
@@ -318,7 +343,7 @@ def _beside(examinations: Iterable[_Examination]) -> Iterator[tuple[str, str]]:
         yield from ((checkpoint.path, r.name) for r in checkpoint.tensors if r.part != "model")
 
 
-def _coverage(checkpoints: Sequence[Checkpoint]) -> Coverage:
+def _coverage(checkpoints: Sequence[Checkpoint], left_out: Iterable[Skip]) -> Coverage:
     refs = [ref for c in checkpoints for ref in c.tensors]
     skipped = [s for c in checkpoints for s in c.skipped]
     return Coverage(
@@ -327,7 +352,7 @@ def _coverage(checkpoints: Sequence[Checkpoint]) -> Coverage:
         total=len(refs) + len(skipped),
         unit="tensors",
         bytes=sum(ref.nbytes for ref in refs),
-        skipped=tuple(Skip(subject=s.subject, reason=s.reason) for s in skipped),
+        skipped=(*(Skip(subject=s.subject, reason=s.reason) for s in skipped), *left_out),
     )
 
 

@@ -14,6 +14,7 @@ from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.errors import UsageError
 from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
+from gradscope.weights.layouts import as_rows, layouts
 from gradscope.weights.result import (
     Casting,
     CastPlan,
@@ -54,10 +55,7 @@ def _decibels(snr: str | float) -> float:
 
 
 def with_casts(
-    examined: Examined,
-    wanted: Wanted,
-    engine: Engine[Any, Any],
-    progress: Callable[[int], None] = lambda _: None,
+    examined: Examined, engine: Engine[Any, Any], progress: Callable[[int], None], *, wanted: Wanted
 ) -> Examined:
     """The tensors with what casting them costs. Reads again what is cast.
 
@@ -79,8 +77,6 @@ def with_casts(
 
 
 def _layouts(examined: Examined) -> Callable[[TensorRef], UnitLayout | None]:
-    from gradscope.weights.layouts import layouts
-
     roles = {t.name: t.role for t in examined.tensors}
     return layouts(examined.checkpoint.tensors, roles, examined.document("config"))
 
@@ -118,16 +114,7 @@ def _subject(
     """A tensor as the matrix whose rows are its output units."""
     from gradscope.casts.measure import Subject
 
-    peak, limit = _reach(tensor)
-    units = layout(ref)
-    if units is None or units.contiguous or ref.strides is not None:
-        rows = units.units if units is not None and units.contiguous else ref.rows or 1
-        return Subject(ref, rows, ref.numel // rows, peak, limit)
-    shape = (units.groups, units.width, units.depth, units.inner)
-    matrix = units.depth * units.width * units.inner
-    strides = (matrix, units.inner, units.width * units.inner, 1)
-    seen = replace(ref, shape=shape, strides=strides)
-    return Subject(seen, units.units, units.unit_numel, peak, limit)
+    return Subject(*as_rows(ref, layout(ref)), *_reach(tensor))
 
 
 def _reach(tensor: TensorResult) -> tuple[float, float]:

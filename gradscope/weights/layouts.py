@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.statistics.layout import UnitLayout
@@ -42,6 +43,17 @@ def unit_layout(ref: TensorRef, role: Role, family: Family) -> UnitLayout | None
     if found.is_rows:
         return found if found.parts or found.head else None
     return found if found.width <= WIDEST else None
+
+
+def as_rows(ref: TensorRef, units: UnitLayout | None) -> tuple[TensorRef, int, int]:
+    """A tensor to be read unit after unit: so many rows of so many columns."""
+    if units is None or units.contiguous or ref.strides is not None:
+        rows = units.units if units is not None and units.contiguous else ref.rows or 1
+        return ref, rows, ref.numel // rows
+    shape = (units.groups, units.width, units.depth, units.inner)
+    matrix = units.depth * units.width * units.inner
+    strides = (matrix, units.inner, units.width * units.inner, 1)
+    return replace(ref, shape=shape, strides=strides), units.units, units.unit_numel
 
 
 def _oriented(ref: TensorRef, role: Role, family: Family) -> UnitLayout:

@@ -191,7 +191,8 @@ def examined(checkpoint: Checkpoint, quantization: Quantization, measured: Measu
         for ref in checkpoint.tensors
     )
     noted = replace(checkpoint, notes=(*checkpoint.notes, *_notes(quantization)))
-    return Examined(noted, tensors, frozenset(Need), quantization=quantization, lost=measured.lost)
+    known = frozenset({Need.HEADERS, Need.STATISTICS})
+    return Examined(noted, tensors, known, quantization=quantization, lost=measured.lost)
 
 
 def _result(

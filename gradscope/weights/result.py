@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.quantization.weights import Quantization
-from gradscope.report.model import Number, Record, Report
+from gradscope.report.model import Number, Record, Report, Skip
 from gradscope.statistics.records import (
     CodeUse,
     Numerics,
@@ -123,6 +123,36 @@ class Casting(Record):
     plan: CastPlan | None = None
 
 
+class SpectrumResult(Record):
+    """Singular values: of a convolution those of the matrix [out, in · kernel], of stacked experts
+    the greatest norm and the least ranks of all of them.
+
+    What rests on all singular values is None where only the greatest was computed, or undefined.
+    """
+
+    spectral_norm: float
+    #: ‖W‖²_F over the squared spectral norm, and exp of the entropy of the singular values' shares.
+    stable_rank: float | None
+    effective_rank: float | None = None
+    #: Exponent of the eigenvalues' tail as weightwatcher fits it; None where the fit fails.
+    alpha: float | None = None
+    alpha_tail_count: int | None = None
+    alpha_xmin: float | None = None
+    alpha_distance: float | None = None
+    alpha_p_value: float | None = None
+    #: Whether the tail is long enough, and not ruled out by the p-value where there is one.
+    alpha_reliable: bool | None = None
+    #: Where the singular values of a random matrix of the bulk's scale would end, how many are
+    #: beyond, and the distance of Kolmogorov and Smirnov to such a matrix of the same norm.
+    mp_edge: float | None = None
+    spikes: int | None = None
+    mp_distance: float | None = None
+    #: Of a convolution as the linear map that it is.
+    operator_norm: float | None = None
+    #: Of each stacked expert.
+    experts: tuple[SpectrumResult, ...] = ()
+
+
 class TensorResult(Record):
     """One tensor. ``statistics`` and what rests on them are None when only headers were read,
     and of packed codes that could not be turned into values.
@@ -145,7 +175,7 @@ class TensorResult(Record):
     infinity: str | None = None
     histogram: tuple[int, ...] = ()
     content_hash: str | None = None
-    spectrum: None = None
+    spectrum: SpectrumResult | None = None
     #: What ``--cast`` found, in the order asked, and the format of the plan; None keeps it.
     casts: tuple[CastResult, ...] = ()
     cast_plan: str | None = None
@@ -227,6 +257,7 @@ class Need(StrEnum):
 
     HEADERS = "headers"
     STATISTICS = "statistics"
+    SPECTRA = "spectra (--spectral)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +295,8 @@ class Examined:
     adapters: tuple[AdapterResult, ...] = ()
     #: The tables of indices that are wrong.
     indices: tuple[IndexResult, ...] = ()
+    #: What was asked for of its tensors and there was no time for.
+    left_out: tuple[Skip, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, TensorResult]:

@@ -15,6 +15,7 @@ from gradscope.weights.cast_table import casts
 from gradscope.weights.names import pattern
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import MATRICES, Role
+from gradscope.weights.spectral_table import spectra
 
 _SHOWN = 24
 _NARROW_NAME = 32
@@ -35,6 +36,8 @@ def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType 
         yield _by_role(result)
     if result.casting is not None:
         yield from casts(result.casting, display)
+    if any(t.spectrum is not None for t in result.tensors):
+        yield from spectra(result.tensors, display)
     if result.tensors:
         yield from _tensors(result.tensors, display)
 

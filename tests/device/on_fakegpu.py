@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fakegpu
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,9 @@ from test_torch_scan import DTYPES, SHAPES, assert_profiles_agree, stored_tensor
 from gradscope.checkpoints.tiles import PIECE  # noqa: E402
 from gradscope.device import resolve  # noqa: E402
 from gradscope.errors import UsageError  # noqa: E402
+from gradscope.spectra.algebra import Numpy  # noqa: E402
+from gradscope.spectra.matrices import Matrix  # noqa: E402
+from gradscope.spectra.torch_algebra import algebra_on  # noqa: E402
 from gradscope.statistics import codings, profile, threads  # noqa: E402
 from gradscope.statistics.torch_scan import TorchScan, scan_on  # noqa: E402
 
@@ -66,3 +70,15 @@ def test_a_piece_is_one_transfer_each_way_and_nothing_waits(dtype: str, tmp_path
     assert fakegpu.CALLS[fakegpu.SENT] == pieces
     assert fakegpu.CALLS[fakegpu.FETCHED] == pieces
     assert not fakegpu.WAITING & set(fakegpu.CALLS)
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (40, 300), (250, 260)])
+def test_singular_values_are_those_of_the_cpu(shape: tuple[int, int]) -> None:
+    found = Matrix.of(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    algebra = algebra_on(fakegpu.NAME)
+
+    values = algebra.eigenvalues(found.chunks, found.columns)
+    norm = algebra.norm(found.chunks, found.columns)
+
+    np.testing.assert_allclose(values, Numpy().eigenvalues(found.chunks, found.columns))
+    assert norm == pytest.approx(np.sqrt(values[-1]), rel=1e-4)

@@ -15,7 +15,7 @@ import scipy.stats
 import gradscope
 from gradscope.report.model import Finding
 from gradscope.report.rules import select_for
-from gradscope.weights.result import Examined
+from gradscope.weights.result import Examined, Need
 
 from .checkpoints import (
     Array,
@@ -43,7 +43,8 @@ SHARD = "model-00003-of-00003.safetensors"
 
 
 def findings(path: Path, name: str | None = None) -> list[Finding]:
-    found = gradscope.analyze_weights(path).findings
+    spectral = name is not None and RULES_BY_NAME[name].needs is Need.SPECTRA
+    found = gradscope.analyze_weights(path, spectral=spectral).findings
     return [f for f in found if name is None or f.name == name]
 
 
@@ -262,6 +263,17 @@ def mixed_precision(factor: float) -> Plant:
     return plant
 
 
+def of_rank_one(noise: float) -> Tensor:
+    """A product of two vectors, of UP's shape, and some noise."""
+    thin = gaussian(128, 1, seed=1, scale=1.0) @ gaussian(1, 32, seed=2, scale=1.0)
+    return thin + gaussian(128, 32, seed=3, scale=noise)
+
+
+def initialised(factor: float) -> Tensor:
+    """Kaiming's initialisation of UP, and a multiple of it."""
+    return gaussian(128, 32, seed=4, scale=0.25) * np.float32(factor)
+
+
 def adapter(trained: int, **metadata: str) -> Plant:
     return saved(lora(4, trained=trained), **metadata)
 
@@ -409,6 +421,14 @@ CASES = {
         adapter(0, global_step="500"), adapter(4, global_step="500"),
         "base_model.model.layers.*.q_proj.lora_B.weight", "high",
         {"zero_adapters": 4, "adapters": 4, "step": 500}, ("4 modules", "500 training steps"),
+    ),
+    "rank-collapse": Case(
+        spoilt(UP, of_rank_one(0.001)), spoilt(UP, of_rank_one(0.1)),
+        UP, "medium", {"dimensions": 32}, ("of 32 dimensions",),
+    ),
+    "random-spectrum": Case(
+        spoilt(UP, initialised(1)), spoilt(UP, initialised(1.1)),
+        UP, "low", {}, ("Kaiming", "0.25", "never trained"),
     ),
 }  # fmt: skip
 

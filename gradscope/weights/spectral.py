@@ -1,0 +1,235 @@
+"""``--spectral``: the singular values of every matrix of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.errors import UsageError
+from gradscope.report.model import Skip
+from gradscope.spectra.algebra import Algebra, Array, Values
+from gradscope.spectra.convolutions import operator_norm, slices
+from gradscope.spectra.matrices import Matrix, matrix, read
+from gradscope.spectra.spectrum import Spectrum, Tail, spectrum, tail
+from gradscope.statistics.dtypes import is_float
+from gradscope.text import quoted
+from gradscope.weights.layouts import as_rows, layouts
+from gradscope.weights.result import Examined, Need, SpectrumResult, TensorResult
+from gradscope.weights.roles import MATRICES, Role
+
+if TYPE_CHECKING:
+    from gradscope.statistics import Engine
+    from gradscope.statistics.layout import UnitLayout
+
+#: Values in a tail from which weightwatcher calls an exponent reliable.
+_TAIL = 50
+#: The p-value below which a power law is ruled out (Clauset, Shalizi and Newman 2009).
+_RULED_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How spectra are computed, and until when."""
+
+    algebra: Algebra
+    #: Drawn sets of the p-value of each fit; none without.
+    bootstrap: int = 0
+    #: As it was given, and when no further spectrum is begun, by ``time.monotonic``.
+    budget: str | float | None = None
+    until: float = math.inf
+
+    @property
+    def spent(self) -> bool:
+        """Whether the budget is."""
+        return time.monotonic() >= self.until
+
+
+def wanted_spectra(device: str, bootstrap: int = 0, budget: str | float | None = None) -> Wanted:
+    """What the options of ``--spectral`` say; the time of the budget begins now.
+
+    Raises UsageError for a budget that is no time and for a device that is absent.
+    """
+    until = math.inf if budget is None else time.monotonic() + _seconds(budget)
+    return Wanted(algebra_for(device), bootstrap, budget, until)
+
+
+def _seconds(budget: str | float) -> float:
+    """Seconds, with or without their unit, or minutes."""
+    match = re.fullmatch(r"\s*(\d+(\.\d*)?)\s*(s|m)?\s*", str(budget))
+    if match is None:
+        raise UsageError(f"--budget {quoted(str(budget), 40)} is no time, such as 60s or 5m")
+    return float(match[1]) * (60 if match[3] == "m" else 1)
+
+
+def algebra_for(device: str) -> Algebra:
+    """What computes on a device; torch is imported for any but the CPU. Raises UsageError."""
+    if device == "cpu":
+        from gradscope.spectra.algebra import Numpy
+
+        return Numpy()
+    from gradscope.spectra.torch_algebra import algebra_on
+
+    return algebra_on(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """A tensor, the matrix [rows, columns] that it is read as, and how its units lie."""
+
+    tensor: TensorResult
+    ref: TensorRef
+    rows: int
+    columns: int
+    layout: UnitLayout | None
+
+    @property
+    def cost(self) -> float:
+        """About how many multiplications all of its spectrum takes."""
+        short = min(self.rows, self.columns)
+        return self.tensor.numel * short + 10.0 * short**3
+
+
+def with_spectra(
+    examined: Examined, engine: Engine[Any, Any], progress: Callable[[int], None], *, wanted: Wanted
+) -> Examined:
+    """The tensors with their spectra, the cheapest first, while there is time for them.
+
+    Raises InputError when a file changes or ends while it is read.
+    """
+    subjects = sorted(_subjects(examined), key=lambda s: s.cost)
+    found: dict[str, SpectrumResult] = {}
+    for subject, result in zip(subjects, engine(_Work(wanted), subjects), strict=True):
+        if result is not None:
+            found[subject.tensor.name] = result
+        progress(subject.ref.nbytes)
+    late = [s.tensor.name for s in subjects if s.tensor.name not in found]
+    reason = f"its spectrum: no time left of --budget {wanted.budget}"
+    left = tuple(Skip(subject=name, reason=reason) for name in late)
+    tensors = tuple(
+        t.model_copy(update={"spectrum": found[t.name]}) if t.name in found else t
+        for t in examined.tensors
+    )
+    measured = examined.measured | {Need.SPECTRA}
+    return replace(examined, tensors=tensors, measured=measured, left_out=left)
+
+
+def _subjects(examined: Examined) -> Iterator[_Subject]:
+    """The matrices of the model whose every element is finite."""
+    values = {w.codes.name: w.values for w in examined.quantization.weights}
+    refs = {ref.name: values.get(ref.name) or ref for ref in examined.checkpoint.tensors}
+    roles = {t.name: t.role for t in examined.tensors}
+    layout = layouts(refs.values(), roles, examined.document("config"))
+    for tensor in examined.tensors:
+        ref = refs[tensor.name]
+        if not _has_spectrum(tensor, ref):
+            continue
+        units = layout(ref)
+        subject = _Subject(tensor, *as_rows(ref, units), units)
+        if min(subject.rows, subject.columns) > 1:
+            yield subject
+
+
+def _has_spectrum(tensor: TensorResult, ref: TensorRef) -> bool:
+    s = tensor.statistics
+    if s is None or tensor.role not in MATRICES or len(tensor.shape) < 2 or not is_float(ref.dtype):
+        return False
+    return ref.part == "model" and s.count == s.finite_count > s.zero_count
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One tensor's spectrum; None once the budget is spent."""
+
+    wanted: Wanted
+
+    def __call__(self, subject: _Subject) -> SpectrumResult | None:
+        if self.wanted.spent:
+            return None
+        if subject.tensor.role is Role.EXPERTS and subject.layout is not None:
+            return self._experts(subject, subject.layout)
+        if subject.tensor.role in (Role.CONV, Role.DEPTHWISE):
+            return self._convolution(subject)
+        return self._matrix(matrix(subject.ref, subject.rows, subject.columns))
+
+    def _matrix(self, found: Matrix) -> SpectrumResult:
+        values = self.wanted.algebra.eigenvalues(found.chunks, found.columns)
+        return self._result(values, values, found)
+
+    def _result(self, values: Values, pooled: Values, found: Matrix) -> SpectrumResult:
+        """Of a matrix, with the tail of ``pooled``."""
+        seen = spectrum(values, found.rows, found.columns)
+        return _described(seen, tail(pooled, self.wanted.bootstrap))
+
+    def _convolution(self, subject: _Subject) -> SpectrumResult:
+        """As the matrix that it is reshaped to; alpha of weightwatcher's slices."""
+        algebra = self.wanted.algebra
+        rows = read(subject.ref, 0, subject.tensor.numel).reshape(subject.rows, subject.columns)
+        found, kernel = Matrix.of(rows), _kernel(rows, subject)
+        values = algebra.eigenvalues(found.chunks, found.columns)
+        pointwise = math.prod(kernel.shape[2:]) == 1
+        pooled = values / 2 if pointwise else slices(kernel, algebra)
+        operator = operator_norm(kernel, _groups(subject))
+        return self._result(values, pooled, found).model_copy(update={"operator_norm": operator})
+
+    def _experts(self, subject: _Subject, layout: UnitLayout) -> SpectrumResult:
+        """Of each expert, and the extremes of all."""
+        each = subject.rows // layout.groups
+        found = []
+        for expert in range(layout.groups):
+            part = matrix(subject.ref, each, subject.columns, first=expert * each)
+            found.append(self._matrix(part))
+        return SpectrumResult(
+            spectral_norm=max(e.spectral_norm for e in found),
+            stable_rank=min((e.stable_rank for e in found if e.stable_rank), default=None),
+            effective_rank=min((e.effective_rank for e in found if e.effective_rank), default=None),
+            experts=tuple(found),
+        )
+
+
+def _groups(subject: _Subject) -> int:
+    """Of a convolution: what the layout tells, and depthwise ones."""
+    if subject.tensor.role is Role.DEPTHWISE:
+        return subject.rows
+    return subject.layout.groups if subject.layout is not None else 1
+
+
+def _kernel(rows: Array, subject: _Subject) -> Array:
+    """[out, in, *places], whatever dimension of the tensor counts which."""
+    shape, layout = subject.tensor.shape, subject.layout
+    if layout is None or layout.axis == 0:
+        return rows.reshape(shape)
+    if layout.axis == 1 < len(shape) - 1:  # transposed: groups lie one after another
+        return rows.reshape(layout.units, -1, *shape[2:])
+    places = shape[:-2]
+    return np.moveaxis(rows.reshape(subject.rows, *places, -1), -1, 1)
+
+
+def _described(seen: Spectrum, found: Tail | None) -> SpectrumResult:
+    bulk = seen.bulk
+    described = SpectrumResult(
+        spectral_norm=seen.norm,
+        stable_rank=seen.stable_rank,
+        effective_rank=seen.effective_rank,
+        mp_edge=bulk.edge if bulk else None,
+        spikes=bulk.spikes if bulk else None,
+        mp_distance=bulk.distance if bulk else None,
+    )
+    if found is None:
+        return described
+    p, law = found.p_value, found.law
+    fitted = {
+        "alpha": law.alpha,
+        "alpha_tail_count": law.tail,
+        "alpha_xmin": law.xmin,
+        "alpha_distance": law.distance,
+        "alpha_p_value": p,
+        "alpha_reliable": law.tail >= _TAIL and (p is None or p >= _RULED_OUT),
+    }
+    return described.model_copy(update=fitted)
