@@ -91,13 +91,13 @@ def random_spectrum(
 
     Three signs together. No singular value lies beyond the edge of noise, and all of them are
     distributed as those of noise (Marchenko and Pastur 1967): training of any length leaves spikes.
-    The elements are Gaussian or uniform to 0.015 bits of negentropy. And their standard deviation
-    is that of an initialisation in use (torch's default, LeCun's, Xavier's, Kaiming's, 0.01, 0.02)
-    within three standard errors, of matrices large enough for that to mean something. In released
-    models such layers exist where the loss does not reach them: the pooler of a BERT, the last
-    angle update of a CHGNet. Tables, which training moves row by row, and factors of adapters are
-    not judged. Medium where half of all matrices are like that: then nothing was trained, or
-    nothing was loaded.
+    The elements are Gaussian or uniform to 0.015 bits of negentropy (2 / √n of few). And their
+    standard deviation is that of an initialisation in use (torch's default, LeCun's, Xavier's,
+    Kaiming's, 0.01, 0.02) within three standard errors, of matrices large enough for that to mean
+    something. In released models such layers exist where the loss does not reach them: the pooler
+    of a BERT, the last angle update of a CHGNet. Tables, which training moves row by row, and
+    factors of adapters are not judged. Medium where half of all matrices are like that: then
+    nothing was trained, or nothing was loaded.
     """
     judged = [
         t
@@ -146,7 +146,8 @@ def _untouched(tensor: TensorResult, errors: float, bits: float) -> str | None:
     for shape, negentropy, error, name, variance in _initialisations(tensor, units.rows, into):
         std = math.sqrt(variance)
         near = abs(s.std / std - 1) <= errors * error / math.sqrt(tensor.numel)
-        if near and abs(s.negentropy_bits - negentropy) <= bits:
+        off = abs(s.negentropy_bits - negentropy)
+        if near and off <= max(bits, 2 / math.sqrt(tensor.numel)):
             return f"{name} ({shape}, standard deviation {std:.3g})"
     return None
 
