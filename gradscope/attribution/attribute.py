@@ -96,16 +96,14 @@ def attribute(
 def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
     """One method on a subject whose model is held; passes already made are reused."""
     values, facts = method.compute(subject, **options)
-    notes = subject.chunks.notes if subject.chunks else []
+    notes = (*facts.pop("notes", ()), *(subject.chunks.notes if subject.chunks else ()))
     return Attribution(
         method.name,
         values,
         upsampled(values, method, subject.inputs),
         tuple(subject.targets.tolist()),
         subject.layer_name if method.reads_layer else None,
-        {"scores": subject.own_scores.tolist()}
-        | facts
-        | ({"notes": tuple(notes)} if notes else {}),
+        {"scores": subject.own_scores.tolist()} | facts | ({"notes": notes} if notes else {}),
     )
 
 

@@ -28,6 +28,12 @@ class Map:
     target: Target
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the method has to say about it."""
+        found: tuple[str, ...] = self.found.diagnostics.get("notes", ())
+        return found
+
+    @property
     def values(self) -> Tensor:
         """The map [H, W] in input geometry."""
         return self.found.upsampled[0]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from gradscope.attribution.subject import Answer, Points, Subject
 from gradscope.errors import UsageError
 from gradscope.models.model import Tap
 from gradscope.models.probe import logits_of
+
+#: Last places by which a score may differ between two batches.
+_ROUNDINGS = 32
 
 
 def scorecam(subject: Subject, *, channels: int, relu: bool) -> Result:
@@ -88,8 +92,22 @@ def ablationcam(subject: Subject, *, relu: bool) -> Result:
         for which, _, found in one.answers(ablated.lost, lost.shape[1]):
             lost[image, which] = found
     size = subject.own_scores.abs()[:, None]
+    facts: dict[str, Any] = {"prefix_once": copies} | _below_rounding(lost, size)
     weights = torch.where(size > 0, lost / torch.where(size > 0, size, 1), 0.0)
-    return rectified(weighted(weights, activations), relu), {"prefix_once": copies}
+    return rectified(weighted(weights, activations), relu), facts
+
+
+def _below_rounding(lost: Tensor, size: Tensor) -> dict[str, Any]:
+    """A note where no channel moves the score by more than the rounding of a sum does."""
+    least = _ROUNDINGS * torch.finfo(lost.dtype).eps * size
+    if bool((lost.abs().amax(1, keepdim=True) > least).all()):
+        return {}
+    return {
+        "notes": (
+            "ablationcam: without any one channel the score stays the same but for rounding; the "
+            "map is noise (an untrained model, or a layer that the score hardly depends on)",
+        )
+    }
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -73,6 +73,7 @@ def explain_picture(collected: Collected, request: Request, path: str, shown: Pr
             for i, (method, options) in enumerate(request.methods)
         ]
         known = [m.diagnostics() for m in maps]
+        collected.notes.update(dict.fromkeys(n for m in maps for n in m.notes))
         if request.evaluated:
             alike = evaluation.agreement({m.method.name: m.values for m in maps})
             known = [
@@ -82,8 +83,6 @@ def explain_picture(collected: Collected, request: Request, path: str, shown: Pr
         collected.explanations += _explanations(request, picture, prepared, maps, known)
     collected.images.append(_image_facts(picture, subject, labels))
     collected.inputs.append(Input(path=path, format=picture.format, bytes=picture.bytes))
-    notes = () if subject.chunks is None else subject.chunks.notes
-    collected.notes.update(dict.fromkeys(notes))
 
 
 def _map(

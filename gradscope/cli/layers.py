@@ -16,12 +16,13 @@ from gradscope.cli.terminal import emit, without_prints
 def layers(
     model: Model,
     all_: Annotated[
-        bool, typer.Option("--all", help="Also those whose output has no place in an image.")
+        bool, typer.Option("--all", help="Every layer, not only those worth trying.")
     ] = False,
     format_: ListFormat = Listing.TABLE,
     device: Device = "cpu",
 ) -> int:
     """The layers that --layer accepts, with shapes, and which one auto takes and why."""
+    from gradscope.models.layers import shortlist
     from gradscope.models.vision import open_vision
 
     with without_prints():
@@ -33,7 +34,10 @@ def layers(
         reason = None if choice is None else choice.reason
         emit(json.dumps({"layers": rows, "auto": chosen, "reason": reason}, indent=1) + "\n")
         return 0
-    emit("".join(_lines(shown, chosen)))
+    short = found if all_ else shortlist(found, choice)
+    emit("".join(_lines(short, chosen)))
+    if len(short) < len(found):
+        emit(f"  and {len(found) - len(short)} more: --all\n")
     if choice is None:
         emit("\nauto: none; methods that read no layer work on this model\n")
     else:

@@ -202,3 +202,30 @@ def auto_layer(model: Model, inputs: Tensor) -> AutoLayer:
         model.known[key] = choose(survey(model, inputs))
     found: AutoLayer = model.known[key]
     return found
+
+
+#: About as many layers as fit on a screen.
+_SHORT = 10
+
+
+def shortlist(layers: Sequence[Layer], choice: AutoLayer | None) -> list[Layer]:
+    """The layers worth trying: ``auto``'s choice, then the last blocks of each grid, last first.
+
+    A block is numbered and has parts; where a grid has none, its last layer stands for it.
+    """
+    placed = [layer for layer in layers if _has_places(layer) and layer.receives]
+    grids = dict.fromkeys(layer.layout.grid for layer in reversed(placed) if layer.layout)
+    first = [] if choice is None else [choice.layer]
+    found = [*first]
+    for grid in grids:
+        here = [layer for layer in placed if layer.layout and layer.layout.grid == grid]
+        blocks = [layer for layer in here if _is_block(layer, layers)] or here[-1:]
+        distinct = {layer.tensor: layer for layer in blocks}
+        taken = list(reversed(distinct.values()))[: max(1, _SHORT // len(grids))]
+        found += [layer for layer in taken if all(layer.tensor != f.tensor for f in first)]
+    return found
+
+
+def _is_block(layer: Layer, layers: Sequence[Layer]) -> bool:
+    inside = layer.name + "."
+    return layer.name[-1:].isdigit() and any(other.name.startswith(inside) for other in layers)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import channels_last, resnet18, vit_registers, vit_small
+from architectures import channels_last, mobilenet_v2, resnet18, vit_registers, vit_small
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -191,6 +191,60 @@ def test_ablation_cam_zeroes_one_channel_at_a_time() -> None:
 
     assert found.diagnostics["prefix_once"]
     close(found.values, wanted, 1e-10)
+
+
+def mobilenet(trained: bool) -> nn.Module:
+    """MobileNetV2 with random weights; as trained, each norm has seen what it normalises."""
+    torch.manual_seed(0)
+    net = mobilenet_v2(10)
+    if trained:
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.momentum = None
+        with torch.no_grad():
+            net(torch.randn(8, 3, 32, 32))
+    return net.eval()
+
+
+def ablated(net: nn.Module, at: int, x: Tensor, target: int) -> Tensor:
+    """Equation 3 in float64 for the first parts of MobileNetV2, by what comes after them."""
+    parts = [*net.double().features[:18], *net.features[18]]
+    after = nn.Sequential(*parts[at:])
+    maps = nn.Sequential(*parts[:at])(x.double())
+
+    def score(maps: Tensor) -> Tensor:
+        # What follows may write to its input.
+        return net.classifier(after(maps.clone()).mean((2, 3)))[:, target]
+
+    less = maps * (1 - torch.eye(maps.shape[1], dtype=maps.dtype))[..., None, None]
+    weights = (score(maps) - score(less)) / score(maps).abs()
+    net.float()
+    return (weights[:, None, None] * maps[0]).sum(0)
+
+
+# pytorch-grad-cam 1.5.7 agrees where a layer's least value is exactly zero. At one with negative
+# values, such as the linear bottlenecks here, it sets a channel to the least value less 1e7 instead
+# of the paper's zero, and its maps are hundreds of times off.
+@pytest.mark.parametrize(("layer", "parts"), [("features.17", 18), ("features.18", 21)])
+def test_ablation_cam_of_a_mobilenet_is_the_papers_at_linear_layers_and_at_relu6(
+    layer: str, parts: int
+) -> None:
+    net, x = mobilenet(trained=True), torch.randn(1, 3, 32, 32)
+
+    found = attribute(net, x, "ablationcam", target=1, layer=layer)
+
+    assert "notes" not in found.diagnostics
+    with torch.no_grad():
+        close(found.values[0].double(), ablated(net, parts, x, 1), 1e-4)
+
+
+# Without training its activations die away: a channel moves the logit, which is the head's bias, by
+# 1e-7 of itself. Two implementations then differ by 1.5 of the map, and both are rounding.
+def test_an_ablation_below_the_rounding_is_called_noise() -> None:
+    found = attribute(mobilenet(trained=False), torch.randn(1, 3, 32, 32), "ablationcam", target=1)
+
+    (note,) = found.diagnostics["notes"]
+    assert "rounding" in note
 
 
 def test_ablation_cam_repeats_the_image_where_a_model_remembers_its_batch() -> None:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import resnet18
 from torch import Tensor, nn
 
 from gradscope.errors import UsageError
 from gradscope.models.forms import as_model
-from gradscope.models.layers import Layer, auto_layer, choose, survey
+from gradscope.models.layers import Layer, auto_layer, choose, shortlist, survey
 from gradscope.models.layout import Layout
 from gradscope.models.probe import held
 
@@ -34,8 +35,8 @@ class Net(nn.Module):
         return self.head(x[:, :, :, :2].flatten(1))
 
 
-def seen(net: nn.Module, target: int | None = None) -> dict[str, Layer]:
-    x = torch.randn((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+def seen(net: nn.Module, target: int | None = None, side: int = 8) -> dict[str, Layer]:
+    x = torch.randn((2, 3, side, side), generator=torch.Generator().manual_seed(0))
     model = as_model(net)
     with held(model.module):
         return {layer.name: layer for layer in survey(model, x, target)}
@@ -146,3 +147,25 @@ def test_auto_is_found_once_for_each_size_of_image() -> None:
     assert first is again
     assert first.layer.name == "0"
     assert len(passes) == 2
+
+
+def test_a_shortlist_begins_with_autos_choice_and_has_the_last_blocks_of_each_grid() -> None:
+    found = list(seen(resnet18(10), side=64).values())
+    choice = choose(found)
+
+    short = [layer.name for layer in shortlist(found, choice)]
+
+    assert short[0] == choice.layer.name
+    assert len(short) == len(set(short)) <= 10
+    assert [name for name in short if name.startswith("layer")] == [
+        "layer4.1", "layer4.0", "layer3.1", "layer3.0", "layer2.1", "layer2.0", "layer1.1",
+        "layer1.0",
+    ]  # fmt: skip
+
+
+def test_a_shortlist_of_a_plain_stack_has_one_layer_a_grid() -> None:
+    torch.manual_seed(0)
+    found = list(seen(Net()).values())
+
+    assert [layer.name for layer in shortlist(found, choose(found))] == ["block"]
+    assert [layer.name for layer in shortlist(found, None)] == ["block"]
