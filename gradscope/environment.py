@@ -6,7 +6,6 @@ Requirements are read from the metadata of the distribution, never listed again.
 from __future__ import annotations
 
 import os
-import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from gradscope.device import devices
 from gradscope.errors import UsageError
 from gradscope.plugins import Kind, load, plugins
 from gradscope.text import plural
-from gradscope.version import __version__
+from gradscope.version import DISTRIBUTION, __version__, release
 
-DISTRIBUTION = "gradscope-diagnostics"
 #: PyPI's package of this name is another project, with a command of the same name.
 NAMESAKE = "gradscope"
 #: Extras for work on the project itself.
@@ -50,6 +48,8 @@ class Requirement:
 
 def facts() -> Iterator[Fact]:
     """All that is known, without a look at any input."""
+    import platform  # here, for it imports much of what starting processes needs
+
     yield Fact("program", "gradscope", f"{__version__}, in {Path(__file__).parents[1]}")
     yield Fact("program", "python", f"{platform.python_version()}, {platform.platform()}")
     yield Fact("program", "cores", str(os.cpu_count()))
@@ -115,13 +115,7 @@ def _package(wanted: Requirement) -> Fact:
 
 
 def _too_old(least: str, found: str | None) -> bool:
-    return found is None or _numbers(found) < _numbers(least)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """(2, 13, 0) of 2.13.0+cpu, of equal length for 2.13."""
-    numbers = [int(n) for n in re.split(r"\.", re.split(r"[^\d.]", text, maxsplit=1)[0]) if n]
-    return (*numbers, 0, 0, 0, 0)[:4]
+    return found is None or release(found) < release(least)
 
 
 def _devices() -> Iterator[Fact]:

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch import nn
 
-from gradscope import analyze_flow, analyze_weights, read_report
+from gradscope import (
+    analyze_drift,
+    analyze_flow,
+    analyze_weights,
+    explain,
+    read_report,
+    visualize,
+)
 from gradscope.errors import InputError
 from gradscope.report.formats import BUILT_IN, Display, renderer
+from gradscope.saved import KINDS
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
@@ -40,7 +53,37 @@ REPORTS: dict[str, Callable[[Path], Any]] = {
     "strange": lambda folder: analyze_weights(strange(folder), folder / "missing.pt"),
     "flow": lambda _: analyze_flow(FIXTURES / "sigmoid"),
     "unread": lambda folder: analyze_flow(folder / "missing.npz"),
+    "drift": lambda folder: analyze_drift(FIXTURES / "digits.pt", strange(folder)),
+    "explain": lambda folder: explain(
+        vision(folder), picture(folder), ["gradcam", "saliency"], layer="0", preprocess=PREPROCESS
+    ),
+    "visualize": lambda folder: visualize(
+        vision(folder, 1.0), 1, steps=1, preprocess=PREPROCESS, output=folder
+    ),
 }
+PREPROCESS = "image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=16x16"
+
+
+def vision(folder: Path, factor: float = math.nan) -> Path:
+    """A model whose every answer is NaN, unless another factor is given."""
+    torch.manual_seed(0)
+    last = nn.Linear(4, 3)
+    last.weight.data *= factor
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(net.eval(), torch.zeros(1, 3, 16, 16)).save(folder / "net.jit")
+    return folder / "net.jit"
+
+
+def picture(folder: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "cat.png")
+    return folder / "cat.png"
+
+
+def test_every_command_with_a_report_is_among_these(tmp_path: Path) -> None:
+    assert set(KINDS) <= set(REPORTS)
 
 
 def test_the_strange_one_is_strange(tmp_path: Path) -> None:

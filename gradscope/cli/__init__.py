@@ -26,9 +26,9 @@ from gradscope.cli import (
 )
 from gradscope.cli.terminal import end_process, hold_streams, say
 from gradscope.docstrings import docstring
-from gradscope.environment import DISTRIBUTION, NAMESAKE, installed
+from gradscope.environment import NAMESAKE, installed
 from gradscope.errors import OutputError
-from gradscope.version import __version__
+from gradscope.version import DISTRIBUTION, __version__
 
 app = typer.Typer(
     name="gradscope",

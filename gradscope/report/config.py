@@ -21,6 +21,7 @@ from gradscope.report.model import Record
 from gradscope.report.rules import Rule, load_rules, select
 from gradscope.report.severity import Severity
 from gradscope.text import escaped, meant, quoted
+from gradscope.version import DISTRIBUTION, __version__, release
 
 #: What a preset sets unless the configuration does.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -77,6 +78,11 @@ class Config(Part):
         default="recommended",
         description="Defaults: strict fails on medium, lenient on critical alone.",
     )
+    required_version: str | None = Field(
+        default=None,
+        pattern=r"^>=\d+(\.\d+)*$",
+        description="The least version of gradscope that this is written for, such as >=0.3.",
+    )
     select: Words = Field(default=(), description="Only these rules: codes, prefixes or names.")
     ignore: Words = Field(default=(), description="Not these rules.")
     fail_on: Literal["info", "low", "medium", "high", "critical", "never"] = Field(
@@ -117,6 +123,7 @@ Origins = Mapping[tuple[str, ...], str]
 def layer(document: Mapping[str, Any], origin: str) -> Layer:
     """A document that holds what a configuration may. Raises UsageError naming the origin."""
     try:
+        _check_version(document.get("required-version"))
         _check_keys(document, Config, "")
         allow = document.get("allow")
         for place, entry in enumerate(allow if isinstance(allow, list) else ()):
@@ -159,11 +166,21 @@ _WANTED = {
     "dict_type": "a table",
     "mapping_type": "a table",
     "model_type": "a table",
+    "string_pattern_mismatch": "a least version, such as >=0.3",
     "string_too_short": "a text that says something",
     "string_type": "a text",
     "too_short": "a list with something in it",
     "tuple_type": "a list",
 }
+
+
+def _check_version(required: object) -> None:
+    """Before anything else: what an old version does not know is no mistake of the file's."""
+    if isinstance(required, str) and release(required.removeprefix(">=")) > release(__version__):
+        raise UsageError(
+            f"it requires gradscope {required}, and this is {__version__}: "
+            f"pip install --upgrade {DISTRIBUTION}"
+        )
 
 
 def _check_rules(config: Config) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from gradscope.cli import app
 from gradscope.cli.schema import config_schema, report_schema
+from gradscope.errors import UsageError
 from gradscope.report.formats import BUILT_IN
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
@@ -65,7 +67,9 @@ def _history(path: Path, norm: Callable[[int], float]) -> None:
 
 
 def _model(net: torch.nn.Module, path: Path) -> None:
-    torch.jit.trace(net.eval(), torch.zeros(1, 3, 16, 16)).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(net.eval(), torch.zeros(1, 3, 16, 16)).save(path)
 
 
 #: Of each command: a line, with INPUT for the input.
@@ -75,6 +79,12 @@ LINES = {
     "flow": "flow INPUT.csv --as norms",
     "explain": "explain -m saliency INPUT.jit i.png --preprocess size=16x16,image_mean=0.5/0.5/0.5,"
     "image_std=0.5/0.5/0.5 -o out",
+}
+ANALYSES = {
+    "weights": "gradscope.weights.analysis.analyze_weights",
+    "drift": "gradscope.drift.analysis.analyze_drift",
+    "flow": "gradscope.flow.analysis.analyze_flow",
+    "explain": "gradscope.attribution.explain.explain",
 }
 EMPTY = LINES | {"explain": LINES["explain"].replace("i.png", "none")}
 
@@ -102,7 +112,6 @@ MATRIX = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize(("code", "input_", "options"), MATRIX)
 @pytest.mark.parametrize("command", LINES)
 def test_every_command_ends_with_the_code_of_the_contract(
@@ -120,6 +129,32 @@ def test_every_command_ends_with_the_code_of_the_contract(
         gate = json.loads(done.stdout)["gate"]
         assert (gate["exit_code"], gate["failed"]) == (code, code != 0)
         assert bool(gate["reasons"]) is (code != 0)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (RuntimeError("planted\nmore"), 70, "internal error: RuntimeError: planted. This is a bug"),
+        (MemoryError(), 70, "out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (UsageError("not so"), 2, "error: not so"),
+    ],
+)
+@pytest.mark.parametrize("command", LINES)
+def test_a_bug_and_an_interrupt_have_codes_of_their_own_and_one_line(
+    command, raised, code, said, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ANALYSES[command], broken)
+
+    done = run(*LINES[command].replace("INPUT", "bad").split())
+
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", EMPTY)

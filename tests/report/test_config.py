@@ -113,8 +113,11 @@ def test_an_empty_run_passes_where_that_is_allowed(dead: Path) -> None:
 WRONG = [
     ({"fail_on": "low"}, "unknown key 'fail_on'; did you mean fail-on?"),
     ({"selcet": []}, "unknown key 'selcet'; did you mean select?"),
-    ({"qqq": 1}, "unknown key 'qqq' (there are preset, select, ignore, fail-on"),
+    ({"qqq": 1}, "unknown key 'qqq' (there are preset, required-version, select"),
     ({"fail-on": "soon"}, "fail-on is 'soon'; it is one of 'info', 'low'"),
+    ({"required-version": "99"}, "it requires gradscope 99, and this is "),
+    ({"required-version": ">=99.1", "later": 1}, "it requires gradscope >=99.1, and this is "),
+    ({"required-version": "~=0.1"}, "required-version is '~=0.1'; it is a least version, such as"),
     ({"preset": "kind"}, "preset is 'kind'; it is one of"),
     ({"allow-empty": "maybe"}, "allow-empty is 'maybe'; it is true or false"),
     ({"select": 3}, "select is 3; it is a list"),
@@ -152,12 +155,13 @@ def test_what_a_configuration_cannot_say_names_its_origin_and_the_nearest(docume
 
 
 def test_the_schema_says_no_where_the_program_does_and_yes_where_it_does() -> None:
-    prefixes = ("dead-unit'", "Z")  # patterns are not enumerated
+    prefixes = ("dead-unit'", "Z", ">=99.1, and")  # patterns and versions are not enumerated
     for document, why in WRONG:
         if not any(p in why for p in prefixes) and "nan" not in why and "inf;" not in why:
             assert not SCHEMA.is_valid(document), document
     good = {
-        "preset": "strict", "select": ["W"], "fail-on": "low", "allow-empty": True,
+        "required-version": ">=0.1", "preset": "strict",
+        "select": ["W"], "fail-on": "low", "allow-empty": True,
         "baseline": "b.json",
         "rules": {"W105": {"high": 0.2, "severity": "low"}},
         "allow": [{"rules": ["W1"], "subjects": ["*.b"], "reason": "x", "expires": "2027-01-01"}],
