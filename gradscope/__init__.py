@@ -15,7 +15,9 @@ __all__ = [
     "analyze_weights",
     "attribute",
     "explain",
+    "manifest",
     "read_report",
+    "verify",
     "visualize",
 ]
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gradscope.attribution.explain import explain
     from gradscope.attribution.visualize import visualize
     from gradscope.drift.analysis import analyze_drift
+    from gradscope.fingerprints.analysis import manifest, verify
     from gradscope.flow.analysis import analyze_flow
     from gradscope.recording.recorder import GradientRecorder
     from gradscope.saved import read_report
@@ -35,6 +38,8 @@ _HOMES = {
     "analyze_flow": "gradscope.flow.analysis",
     "analyze_weights": "gradscope.weights.analysis",
     "attribute": "gradscope.attribution.attribute",
+    "manifest": "gradscope.fingerprints.analysis",
+    "verify": "gradscope.fingerprints.analysis",
     "explain": "gradscope.attribution.explain",
     "read_report": "gradscope.saved",
     "visualize": "gradscope.attribution.visualize",

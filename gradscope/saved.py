@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KINDS: Mapping[str, str] = {
     "weights": "gradscope.weights.result:WeightsReport",
     "drift": "gradscope.drift.result:DriftReport",
+    "verify": "gradscope.fingerprints.result:VerifyReport",
     "flow": "gradscope.flow.result:FlowReport",
     "explain": "gradscope.attribution.result:ExplainReport",
     "visualize": "gradscope.attribution.result:VisualizeReport",

@@ -22,6 +22,7 @@ ALLOWED = {
     "weights": {"casts", "spectra", "checkpoints", "statistics", "quantization", "report"},
     # What tensors are for is known there; two checkpoints are compared on top of it.
     "drift": {"checkpoints", "statistics", "quantization", "report", "weights"},
+    "fingerprints": {"containers", "checkpoints", "statistics", "report"},
     "histories": {"containers", "checkpoints", "statistics"},
     "flow": {"histories", "report"},
     "recording": {"histories"},

@@ -17,6 +17,7 @@ from gradscope.cli import (
     explain,
     flow,
     layers,
+    manifest,
     methods,
     render,
     rules,
@@ -47,6 +48,8 @@ app = typer.Typer(
 for run in (
     weights.weights,
     drift.drift,
+    manifest.manifest,
+    manifest.verify,
     flow.flow,
     explain.explain,
     visualize.visualize,

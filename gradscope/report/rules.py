@@ -112,6 +112,7 @@ RULES: dict[str, Rule] = {}
 BUILT_IN = (
     "gradscope.weights.rules",
     "gradscope.drift.rules",
+    "gradscope.fingerprints.rules",
     "gradscope.flow.rules",
     "gradscope.attribution.rules",
 )

@@ -1,0 +1,1 @@
+"""Fingerprints of a checkpoint's tensors: what was written, to be verified wherever it went."""
