@@ -10,6 +10,7 @@ import numpy as np
 
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.drift import kernels
+from gradscope.drift.low_rank import low_rank
 from gradscope.drift.result import Explanation
 from gradscope.drift.second_look import (
     Permutation,
@@ -293,6 +294,19 @@ def _described(order: Permutation, what: str) -> str:
     return f"{'all' if moved == n else f'{moved:,} of'} {n:,} {what} are permuted"
 
 
+def _low_rank(s: Subject) -> Explanation | None:
+    m = s.measures
+    dense = (m.changed_fraction or 0) > 0.25 and m.finite and len(s.base.shape) >= 2
+    if not dense or not s.floats or m.numel < _LEAST or not s.trained:
+        return None
+    found = low_rank(s.base, s.new)
+    if found is None:
+        return None
+    text = f"an update of rank {found.rank} ({found.energy:.1%} of its energy)"
+    facts: dict[str, Fact] = {"rank": found.rank, "energy": found.energy}
+    return Explanation(kind="low-rank", text=text, residual=found.residual, facts=facts)
+
+
 def _replaced(s: Subject) -> Explanation | None:
     m = s.measures
     if m.numel < _LEAST or len(s.base.shape) < 2 or m.cosine is None or not s.floats:
@@ -312,7 +326,7 @@ def _replaced(s: Subject) -> Explanation | None:
 
 _FINDERS: tuple[Callable[[Subject], Explanation | None], ...] = (
     _one_bit, _byte_swapped, _cast, _zeroed, _from_zero, _quantised, _non_finite, _pruned, _scaled,
-    _rounded_in_place, _transposed, _permuted, _some_rows, _replaced,
+    _rounded_in_place, _transposed, _permuted, _some_rows, _replaced, _low_rank,
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.checkpoints.tiles import PIECE
 from gradscope.drift.describing import Seen
+from gradscope.drift.low_rank import step_of
 from gradscope.drift.matching import canonical
 from gradscope.drift.result import Merge
 from gradscope.drift.second_look import compare_all
@@ -188,7 +189,7 @@ def _compared(plain: Merge, target: Seen, product: _Product) -> Merge:
         change, meant = new - base, wanted - base
         # Where base and change cancel, what was rounded are these, not the small sum.
         rounded = np.maximum(np.abs(new), np.maximum(np.abs(base), np.abs(meant)))
-        left = (new - wanted) / _ulp(rounded, target.new.dtype)
+        left = (new - wanted) / step_of(rounded, target.new.dtype)
         sums += [np.vdot(x, y) for x, y in (
             (change, change), (change, meant), (meant, meant), (new - wanted, new - wanted),
             (left, left))]  # fmt: skip
@@ -211,13 +212,6 @@ def _described(
         "residual": math.sqrt(left / meant) if meant else None,
         "unchanged": as_base and most > 1,
     }
-
-
-def _ulp(x: Values, dtype: str) -> Values:
-    """The distance of a type's values around each element."""
-    form = FORMATS[dtype]
-    exponent = np.maximum(np.frexp(x)[1] - 1, 1 - form.bias)
-    return np.asarray(np.ldexp(1.0, exponent - form.mantissa_bits))
 
 
 def _replaced(ref: TensorRef, where: _Targets) -> Merge:

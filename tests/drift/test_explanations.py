@@ -275,3 +275,46 @@ def test_training_leaves_a_change_without_a_cause(tmp_path: Path) -> None:
     assert {t.status for t in report.result.tensors} == {"changed"}
     assert {t.explanation for t in report.result.tensors} == {None}
     assert findings(report) == {"weight-drift": ["low"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "shape"), [(1, (64, 96)), (4, (96, 64)), (16, (300, 280))])
+def test_an_update_of_low_rank_is_told_with_its_rank(
+    tmp_path: Path, dtype: torch.dtype, rank: int, shape: tuple[int, int]
+) -> None:
+    rows, columns = shape
+    base = (drawn(rows, columns) * 0.05).to(dtype)
+    update = drawn(rows, rank, seed=1) @ drawn(rank, columns, seed=2)
+    new = (base.double() + 0.02 * update.double() / rank**0.5).to(dtype)
+
+    told = only(drift(tmp_path, {"w.weight": base}, {"w.weight": new}), "w.weight").explanation
+
+    assert told is not None
+    assert told.kind == "low-rank"
+    sigma = torch.linalg.svdvals(new.double() - base.double()).square()
+    held = float(sigma[: told.facts["rank"]].sum() / sigma.sum())
+    assert held - 1e-3 < told.facts["energy"] <= held + 1e-12  # a sketch holds a little less
+    assert rank - 1 <= told.facts["rank"] <= rank  # 99 % of the energy may need one fewer
+    assert told.residual is not None
+    assert told.residual < 0.1
+
+
+def test_an_update_of_full_rank_or_of_low_rank_and_noise_is_not_of_low_rank(
+    tmp_path: Path,
+) -> None:
+    base = 0.05 * drawn(96, 96)
+    update = 0.02 * drawn(96, 4, seed=1) @ drawn(4, 96, seed=2)
+
+    for new in (base + 0.02 * drawn(96, 96, seed=3), base + update + 0.02 * drawn(96, 96, seed=3)):
+        told = only(drift(tmp_path, {"w.weight": base}, {"w.weight": new}), "w.weight")
+        assert told.explanation is None
+
+
+def test_only_a_corner_of_low_rank_is_not_enough(tmp_path: Path) -> None:
+    base = 0.05 * drawn(600, 600)
+    update = 0.02 * drawn(600, 2, seed=1) @ drawn(2, 600, seed=2)
+    update[300:, 300:] = 0.02 * drawn(300, 300, seed=3)
+
+    told = only(drift(tmp_path, {"w.weight": base}, {"w.weight": base + update}), "w.weight")
+
+    assert told.explanation is None
