@@ -17,6 +17,7 @@ from gradscope.attribution.result import (
     ModelFacts,
     Preprocessed,
 )
+from gradscope.attribution.summary import summarised
 from gradscope.report.model import Input
 from gradscope.version import __version__
 
@@ -66,6 +67,7 @@ def result_of(collected: Collected, request: Request) -> ExplainResult:
                       "numpy": np.__version__},
         ),
         evaluated=request.evaluated,
+        summary=tuple(summarised(collected.explanations)),
         notes=(*loaded.notes, *collected.notes, *_notes(collected)),
     )  # fmt: skip
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradscope.attribution.boxes import read_boxes
+from gradscope.attribution.budget import Budget
 from gradscope.attribution.collected import Collected, result_of
 from gradscope.attribution.drawing.colour import COLORMAPS
 from gradscope.attribution.folder import Folder
@@ -42,6 +45,8 @@ def explain(
     output: str | Path | None = None,
     colormap: str | None = None,
     evaluated: bool = False,
+    boxes: str | None = None,
+    budget: float | None = None,
     device: str = "cpu",
     seed: int = 0,
     chunk: int | None = None,
@@ -62,8 +67,10 @@ def explain(
     ``target`` is a class index, a label, "top1" or "topK"; with ``versus`` what speaks for it
     rather than for another class. ``options`` go to every method that has them. With ``output`` a
     heatmap, an overlay and the raw values of each map are written to that folder. ``evaluated``
-    measures insertion and deletion, parameter randomisation, sensitivity and agreement. ``exact``
-    is as in ``attribute``.
+    measures insertion and deletion, parameter randomisation, sensitivity and agreement; ``boxes``
+    (COCO or Pascal VOC annotations, masks) whether maps lie on the objects, and with ``evaluated``
+    ROAD, faithfulness correlation and infidelity. Evaluation that has not begun after ``budget``
+    seconds is left out, and said. ``exact`` is as in ``attribute``.
 
     Files that cannot be read are entries of ``errors``, never exceptions. Raises UsageError for
     everything else that is wrong with the request.
@@ -78,6 +85,8 @@ def explain(
         baseline=baseline,
     )
     methods = asked(method, options)
+    if budget is not None and not (evaluated and budget > 0):
+        raise UsageError("--budget is for --evaluate, in seconds above 0")
     if colormap is not None and colormap not in COLORMAPS:
         raise UsageError(f"no colormap is called {colormap!r}; there are {', '.join(COLORMAPS)}")
     folder = None if output is None else Folder(output_folder(output), colormap)
@@ -88,7 +97,9 @@ def explain(
         )  # fmt: skip
         if not exact:
             vision = vision.answered_by(quick(vision.model))
-        shared = request(vision, methods, target, versus, layer, seed, chunk, evaluated, folder)
+        truth = None if boxes is None else read_boxes(boxes)
+        shared = request(vision, methods, target, versus, layer, seed, chunk, evaluated, truth,
+                         Budget(budget), folder)  # fmt: skip
     except InputError as error:
         return _report(wanted, [failure(error)])
     failures = Failures()
@@ -96,12 +107,13 @@ def explain(
     if folder is not None:
         folder.spare(paths)
     run = Collected()
+    shared.budget.pictures = len(paths)
     shown = Progress(progress, len(paths) * shared.maps)
     with held(vision.model.module):
         for path in paths:
             with failures.caught():
                 explain_picture(run, shared, path, shown)
-    return _report(wanted, failures, run.inputs, result_of(run, shared))
+    return _report(wanted, failures, run.inputs, result_of(run, shared), shared.budget)
 
 
 def _found(given: Iterable[str | Path], failures: Failures) -> list[str]:
@@ -118,12 +130,17 @@ def _report(
     failures: Sequence[InputFailure],
     inputs: Sequence[Input] = (),
     result: ExplainResult | None = None,
+    budget: Budget | None = None,
 ) -> ExplainReport:
+    skipped = () if budget is None else tuple(budget.skipped())
+    if skipped:
+        wanted = replace(wanted, narrowed=("--budget",))
     coverage = Coverage(
         analyzed=len(inputs),
         total=len(inputs) + len(failures),
         unit="images",
         bytes=sum(i.bytes for i in inputs),
+        skipped=skipped,
     )
     judged = [] if result is None else [wanted.judged(result, result.model.path)]
     return wanted.report(

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradscope.attribution import evaluation
 from gradscope.attribution.attribute import Attribution, attributed
 from gradscope.attribution.methods import Method
 from gradscope.attribution.result import Diagnostics, Explanation, Files, MapFacts, Target
-from gradscope.attribution.subject import Subject, Tick
+from gradscope.attribution.similarity import concentration
+from gradscope.attribution.subject import Subject
 from gradscope.models.images import Picture
+from gradscope.models.probe import Pass
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Map:
     """A method's map for one picture and target, with what it takes to repeat it."""
 
@@ -38,65 +40,66 @@ class Map:
         """The map [H, W] in input geometry."""
         return self.found.upsampled[0]
 
-    def again(self, inputs: Tensor) -> Tensor:
-        """The map of other inputs [1, C, H, W] for the same target and layer, without refining."""
-        layer = self.found.layer or self.subject.layer
-        subject = replace(self._quiet, inputs=inputs, shared={}, layer=layer)
-        return attributed(subject, self.method, self._unrefined).upsampled[0]
+    @property
+    def shown(self) -> Tensor:
+        """The map without what is not finite, which has no rank."""
+        return torch.nan_to_num(self.values)
 
     @property
-    def _unrefined(self) -> dict[str, Any]:
-        """The options without a tolerance, which every repetition would have to meet again."""
-        return {k: 0.0 if k == "tolerance" else v for k, v in self.options.items()}
-
-    def _again_unmoved(self, values: Tensor) -> Tensor:
-        """The map that repetitions are compared with, made as they are."""
-        refined = self._unrefined != dict(self.options)
-        return self.again(self.subject.inputs) if refined else values
-
-    @property
-    def _quiet(self) -> Subject:
+    def quiet(self) -> Subject:
+        """The subject, without progress."""
         return replace(self.subject, tick=lambda _done, _total: None)
 
-    def diagnostics(self) -> Diagnostics:
-        """The method's own diagnostics."""
+    @property
+    def contributions(self) -> Tensor:
+        """What each pixel contributes [H, W]: a gradient's values times the picture's."""
+        if self.method.channels == "max-abs":
+            return (self.found.values * self.subject.inputs).sum(1)[0].detach()
+        return self.values
+
+    def again(self, inputs: Tensor, shared: dict[str, Pass]) -> Tensor:
+        """The raw values for other inputs [N, C, H, W], same target and layer, with less effort.
+
+        ``shared`` holds the passes that maps of the same inputs share.
+        """
+        count, against = len(inputs), self.subject.versus
+        versus = None if against is None else against.expand(count)
+        layer = self.found.layer or self.subject.layer
+        subject = replace(
+            self.quiet,
+            inputs=inputs,
+            shared=shared,
+            layer=layer,
+            targets=self.subject.targets.expand(count),
+            versus=versus,
+        )
+        return torch.nan_to_num(attributed(subject, self.method, self._less).values)
+
+    @cached_property
+    def original(self) -> Tensor:
+        """The values that repetitions are compared with, made as they are."""
+        if self._less == dict(self.options):
+            return torch.nan_to_num(self.found.values)
+        return self.again(self.subject.inputs, {})
+
+    @property
+    def _less(self) -> dict[str, Any]:
+        return {name: self._lessened(name, value) for name, value in self.options.items()}
+
+    def _lessened(self, name: str, value: Any) -> Any:
+        """An option with a quarter of the effort, and without a tolerance to meet."""
+        if name == "tolerance":
+            return 0.0
+        option = self.method.options[name]
+        return max(min(value, 4), value // 4) if option.effort else value
+
+    def diagnostics(self, measured: Mapping[str, Any]) -> Diagnostics:
+        """The method's own diagnostics, and what was measured of the map."""
         facts = dict(self.found.diagnostics)
         facts.pop("scores")
         delta, share = (facts.pop(k, [None])[0] for k in ("completeness_delta", "relative_delta"))
         own = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in facts.items()}
-        return Diagnostics(completeness_delta=delta, relative_delta=share, method=own)
-
-    def evaluated(self, agreement: Mapping[str, float], tick: Tick) -> Diagnostics:
-        """Those and the evaluation of the map, which takes many passes."""
-        measured: dict[str, Any] = {"agreement": dict(agreement) or None}
-        stages = (self._faithful, self._controlled, self._randomised, self._sensitive)
-        for number, stage in enumerate(stages):
-            measured |= stage(self._quiet, torch.nan_to_num(self.values))
-            tick(number + 1, len(stages))
-        return self.diagnostics().model_copy(update=measured)
-
-    def _faithful(self, subject: Subject, values: Tensor) -> dict[str, Any]:
-        names = ("insertion_auc", "deletion_auc", "insertion_spread", "deletion_spread")
-        return dict(zip(names, evaluation.areas(subject, values, subject.seed), strict=True))
-
-    def _controlled(self, subject: Subject, values: Tensor) -> dict[str, Any]:
-        return {"random_control": evaluation.random_control(subject, values, subject.seed)}
-
-    def _randomised(self, subject: Subject, values: Tensor) -> dict[str, Any]:
-        found = evaluation.randomisation(
-            subject.model.module,
-            lambda: self.again(subject.inputs),
-            self._again_unmoved(values),
-            subject.seed,
-        )
-        return {"randomisation": found or None}
-
-    def _sensitive(self, subject: Subject, values: Tensor) -> dict[str, Any]:
-        width = torch.ones(1) if subject.std is None else subject.std
-        radius = (evaluation.RADIUS / width).view(-1, 1, 1).to(subject.inputs)
-        original = self._again_unmoved(values)
-        found = evaluation.sensitivity(self.again, subject.inputs, original, radius, subject.seed)
-        return {"sensitivity": found}
+        return Diagnostics(completeness_delta=delta, relative_delta=share, method=own, **measured)
 
     def explanation(self, picture: Picture, files: Files, known: Diagnostics) -> Explanation:
         """The map's entry in the report."""
@@ -117,7 +120,7 @@ class Map:
                 min=float(values.min()),
                 max=float(values.max()),
                 sum=float(values.double().sum()),
-                concentration=evaluation.concentration(values),
+                concentration=concentration(values),
             ),
             files=files,
             diagnostics=known,

@@ -28,6 +28,8 @@ class Option:
     default: Any
     help: str
     choices: tuple[str, ...] = ()
+    #: Whether a quarter of it gives a rougher map of the same kind, as repetitions are made.
+    effort: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Method:
 
 
 _SAMPLES = {
-    "samples": Option(25, "noisy copies of each image"),
+    "samples": Option(25, "noisy copies of each image", effort=True),
     "noise": Option(0.15, "standard deviation of the noise over the image's range"),
 }
 _STABILISERS = (
@@ -136,7 +138,7 @@ _BUILT_IN = (
         sign="signed",
         refine="refine: --tolerance 0.01, which adds points until it is met, or --steps 256",
         options={
-            "steps": Option(32, "points on the path"),
+            "steps": Option(32, "points on the path", effort=True),
             "reference": _REFERENCE,
             "rule": Option("midpoint", "quadrature rule", ("midpoint", "gauss-legendre")),
             "tolerance": Option(
@@ -155,7 +157,7 @@ _BUILT_IN = (
         "Lundberg & Lee 2017, arXiv:1705.07874; Erion et al. 2021", "gradients", sign="signed",
         refine="average over more: --option samples=500",
         options={
-            "samples": Option(50, "random points"),
+            "samples": Option(50, "random points", effort=True),
             "reference": _REFERENCE,
             "noise": Option(0.0, "standard deviation of the noise over the image's range"),
         },
@@ -253,7 +255,7 @@ _BUILT_IN = (
         "rise", "random masks weighted by the probability of the masked image",
         "Petsiuk et al. 2018, arXiv:1806.07421",
         options={
-            "masks": Option(1000, "random masks"),
+            "masks": Option(1000, "random masks", effort=True),
             "grid": Option(7, "cells along each side of a mask"),
             "keep": Option(0.5, "fraction of the cells that a mask keeps"),
             "coverage": Option(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from gradscope.attribution import evaluation
 from gradscope.attribution.attribute import Attribution, attributed
 from gradscope.attribution.collected import Collected
+from gradscope.attribution.evaluation import evaluate
+from gradscope.attribution.localisation import located, region_in
 from gradscope.attribution.maps import Map
 from gradscope.attribution.methods import Method
 from gradscope.attribution.request import Request
@@ -56,6 +57,16 @@ class Progress:
 
         return tick
 
+    def whole(self, first: int, count: int, start: float) -> Tick:
+        """A tick for what is done for several maps together, from a share of each to the end."""
+        parts = [self.part(first + i, start, 1) for i in range(count)]
+
+        def tick(done: int, total: int) -> None:
+            for part in parts:
+                part(done, total)
+
+        return tick
+
 
 def explain_picture(collected: Collected, request: Request, path: str, shown: Progress) -> None:
     """Collect the maps of one picture. The model is held. Raises InputError and UsageError."""
@@ -66,23 +77,50 @@ def explain_picture(collected: Collected, request: Request, path: str, shown: Pr
     collected.ends_in_softmax |= subject.answered.head == "probabilities"
     labels = request.vision.labels(collected.classes)
     made = _MADE if request.evaluated else 1.0
+    late = request.budget.next_picture()
     for target in targets(subject, request.target, request.versus, labels):
         first = len(collected.explanations)
         maps = [
             _map(subject, target, method, options, shown.part(first + i, 0, made))
             for i, (method, options) in enumerate(request.methods)
         ]
-        known = [m.diagnostics() for m in maps]
         collected.notes.update(dict.fromkeys(n for m in maps for n in m.notes))
-        if request.evaluated:
-            alike = evaluation.agreement({m.method.name: m.values for m in maps})
-            known = [
-                m.evaluated(alike[m.method.name], shown.part(first + i, made, 1))
-                for i, m in enumerate(maps)
-            ]
+        truth = _located(collected, request, maps, picture, prepared, labels)
+        tick = shown.whole(first, len(maps), made)
+        measured = _measured(request, maps, late, tick)
+        known = [m.diagnostics(t | f) for m, t, f in zip(maps, truth, measured, strict=True)]
         collected.explanations += _explanations(request, picture, prepared, maps, known)
     collected.images.append(_image_facts(picture, subject, labels))
     collected.inputs.append(Input(path=path, format=picture.format, bytes=picture.bytes))
+
+
+def _located(
+    collected: Collected,
+    request: Request,
+    maps: Sequence[Map],
+    picture: Picture,
+    prepared: Prepared,
+    labels: Labels | None,
+) -> list[dict[str, Any]]:
+    """How the maps of one target lie on its annotated objects; a note where there are none."""
+    if request.boxes is None:
+        return [{} for _ in maps]
+    region = region_in(request.boxes, picture, prepared.geometry, maps[0].target, labels)
+    if isinstance(region, str):
+        collected.notes[f"no ground truth: {region}"] = None
+        return [{} for _ in maps]
+    return [{"ground_truth": located(m.values, region)} for m in maps]
+
+
+def _measured(
+    request: Request, maps: Sequence[Map], late: Callable[[], bool], tick: Tick
+) -> list[dict[str, Any]]:
+    """What is measured of the maps of one target, if that is asked for."""
+    if not request.evaluated:
+        return [{} for _ in maps]
+    found, left = evaluate(maps, late, tick, compared=request.boxes is not None)
+    request.budget.missing.update(left)
+    return found
 
 
 def _map(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradscope.attribution.boxes import Boxes
+from gradscope.attribution.budget import Budget
 from gradscope.attribution.folder import Folder
 from gradscope.attribution.methods import Method, completed, method_named
 from gradscope.attribution.references import NAMES
@@ -29,6 +31,8 @@ class Request:
     seed: int
     chunk: int | None
     evaluated: bool
+    boxes: Boxes | None
+    budget: Budget
     folder: Folder | None
 
     @property
@@ -48,13 +52,16 @@ def request(
     seed: int,
     chunk: int | None,
     evaluated: bool,
+    boxes: Boxes | None,
+    budget: Budget,
     folder: Folder | None,
 ) -> Request:
     """The request with its layer checked and reference pictures read. Raises UsageError."""
     named = None if layer == "auto" else layer
     vision.model.check_layers([] if named is None else [named])
     methods = tuple((m, _with_reference_image(o, vision.preprocessing)) for m, o in asked)
-    return Request(vision, methods, target, versus, named, seed, chunk, evaluated, folder)
+    return Request(vision, methods, target, versus, named, seed, chunk, evaluated, boxes, budget,
+                   folder)  # fmt: skip
 
 
 def asked(

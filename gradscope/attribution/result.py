@@ -54,10 +54,22 @@ class Randomised(Record):
     """How similar the map stays with parameters randomised from the output down to a layer."""
 
     layer: str
-    #: Spearman's rank correlation with the original map, of values and of magnitudes. 0 where a
-    #: map is constant.
+    #: Spearman's rank correlation with the original's raw values, of values and of magnitudes. 0
+    #: where one of them is constant.
     correlation: Number
     magnitude_correlation: Number
+    #: The map has one value everywhere.
+    constant: bool = False
+
+
+class Localisation(Record):
+    """How much of a map lies on the annotated object; by chance each is ``area``."""
+
+    #: The share of the model's input that the object covers.
+    area: Number
+    pointing_game: Number
+    relevance_mass: Number
+    relevance_rank: Number
 
 
 class Diagnostics(Record):
@@ -73,11 +85,29 @@ class Diagnostics(Record):
     insertion_spread: Number | None = None
     deletion_spread: Number | None = None
     random_control: Control | None = None
-    #: The cascade, from the output towards the input.
+    #: The cascade, from the output towards the input; the mean correlation of its maps that are not
+    #: constant; how much the entropy of the map's histogram rises, relatively, at its end.
     randomisation: tuple[Randomised, ...] | None = None
-    #: Greatest relative L2 change of the map when every pixel changes by at most 0.02 of the range
-    #: 0..1.
+    similarity: Number | None = None
+    complexity_rise: Number | None = None
+    #: Greatest relative L2 change of the raw values when every pixel changes by at most 0.02 of the
+    #: range 0..1; and the mean rank correlation with the maps of those pictures, and with one of
+    #: noise.
     sensitivity: Number | None = None
+    repeatability: Number | None = None
+    noise_similarity: Number | None = None
+    #: Correlation of what the map gives to random parts with what the score loses without them; the
+    #: squared error of the same, of the square of the losses; and both for the map elsewhere.
+    faithfulness_correlation: Number | None = None
+    infidelity: Number | None = None
+    control_faithfulness_correlation: Number | None = None
+    control_infidelity: Number | None = None
+    #: Mean difference of the target's probability without the weakest and the strongest pixels,
+    #: which are imputed; 0 is chance.
+    road: Number | None = None
+    #: Gini index of |map|.
+    sparseness: Number | None = None
+    ground_truth: Localisation | None = None
     #: Spearman's rank correlation with the other methods' maps of the same image and target.
     agreement: Mapping[str, Number] | None = None
     #: The method's own diagnostics: steps, forward passes, rectifiers seen, …
@@ -113,6 +143,21 @@ class Explanation(Record):
         if self.target.versus is not None:
             named += f" rather than {self.target.versus_label or self.target.versus}"
         return f"{self.image}: {self.method} → {named}"
+
+
+class Summary(Record):
+    """One metric of one method over all pictures, with the 95 % confidence interval of the mean."""
+
+    method: str
+    metric: str
+    better: Literal["higher", "lower", "neither"]
+    mean: Number
+    #: None for less than three pictures.
+    low: Number | None
+    high: Number | None
+    pictures: int
+    #: The mean for the same maps at random positions, or what chance gives; None where neither is.
+    control: Number | None
 
 
 class Prediction(Record):
@@ -189,6 +234,8 @@ class ExplainResult(Record):
     preprocessing: Preprocessed
     environment: Environment
     evaluated: bool = False
+    #: Method by metric; empty where nothing was evaluated.
+    summary: tuple[Summary, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property

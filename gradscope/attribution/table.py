@@ -18,11 +18,12 @@ from gradscope.attribution.result import (
     Explanation,
     ImageFacts,
     Prediction,
+    Summary,
     VisualizeResult,
 )
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import facts, number, sparkline, table
-from gradscope.text import escaped, shortened
+from gradscope.text import escaped, plural, shortened
 
 #: How many pictures are previewed, and their greatest width.
 _PREVIEWS = 2
@@ -37,7 +38,36 @@ def explain(result: ExplainResult, display: Display) -> Iterator[RenderableType]
     yield _model(result)
     for image in result.images:
         yield from _image(image, [e for e in result.explanations if e.image == image.path], result)
+    yield from _summary(result)
     yield from _previews(result.explanations, display)
+
+
+def _summary(result: ExplainResult) -> Iterator[RenderableType]:
+    """Method by metric over the pictures: mean ± half of its confidence interval, and the control.
+
+    Metrics are rows: there are more of them than methods that fit beside each other.
+    """
+    if not result.summary:
+        return
+    methods = dict.fromkeys(s.method for s in result.summary)
+    known = {(s.metric, s.method): s for s in result.summary}
+    most = max(s.pictures for s in result.summary)
+    yield Text.assemble(
+        (f"\nover {plural(most, 'picture')}", "bold"),
+        "  mean ± half of its 95 % interval (at random positions)",
+    )
+    made = table(("metric", "left"), ("better", "left"), *methods)
+    for metric in dict.fromkeys(s.metric for s in result.summary):
+        cells = [known.get((metric, method)) for method in methods]
+        better = next(s.better for s in cells if s is not None)
+        made.add_row(metric, better, *("–" if s is None else _interval(s) for s in cells))
+    yield Padding(made, (0, 0, 0, 2))
+
+
+def _interval(s: Summary) -> str:
+    half = "" if s.high is None else f" ± {s.high - s.mean:.2f}"
+    control = "" if s.control is None else f" ({s.control:.2f})"
+    return f"{s.mean:.2f}{half}{control}"
 
 
 def visualize(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
@@ -138,7 +168,7 @@ def _evaluated(known: Diagnostics) -> Iterator[str]:
         (known.deletion_auc, control and control.deletion_auc),
     ):
         yield "–" if own is None else f"{own:.2f} (random {other:.2f})"
-    last = known.randomisation[-1].magnitude_correlation if known.randomisation else None
+    last = known.similarity
     yield "–" if last is None else f"{last:.2f}"
     yield number(known.sensitivity)
 

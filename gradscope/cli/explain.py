@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Device, Folder, Gate, Jobs, Labels, Model, Output, split_commas
+from gradscope.cli.options import (
+    Device,
+    Folder,
+    Gate,
+    Jobs,
+    Labels,
+    Model,
+    Output,
+    seconds,
+    split_commas,
+)
 from gradscope.errors import UsageError
 
 
@@ -70,6 +80,17 @@ def explain(
         bool,
         typer.Option("--evaluate", help="Measure what the maps are worth (takes much longer)."),
     ] = False,
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the objects are: COCO or Pascal VOC annotations, a mask, a folder of them.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Leave out evaluation after so long: 60s, 5m."),
+    ] = None,
     colormap: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="inferno, viridis, jet; coolwarm for signed maps."),
@@ -95,6 +116,7 @@ def explain(
     methods = split_commas(method) or ["gradcam"]
     given = _options(option, {"reference": reference, "steps": steps, "tolerance": tolerance})
     _check(methods, given)
+    limit = None if budget is None else seconds("--budget", budget)
     from gradscope.cli.terminal import progress_bar, say, use_threads, without_prints
 
     use_threads(jobs)
@@ -113,6 +135,8 @@ def explain(
             output=folder,
             colormap=colormap,
             evaluated=evaluate,
+            boxes=boxes,
+            budget=limit,
             device=device,
             seed=seed,
             chunk=chunk,

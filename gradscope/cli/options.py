@@ -4,6 +4,7 @@ record's options (``cli.command``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,8 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from gradscope.errors import UsageError
 from gradscope.report.formats import BUILT_IN
 from gradscope.report.severity import Severity
+from gradscope.text import quoted
 
 FailOn = StrEnum("FailOn", [*((s.name, s.value) for s in Severity), ("NEVER", "never")])  # type: ignore[misc]
 
@@ -273,3 +276,14 @@ Folder = Annotated[
 def split_commas(values: Sequence[str] | None) -> list[str]:
     """``--select A,B --select C`` as one list."""
     return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def seconds(option: str, text: str) -> float:
+    """``60``, ``60s``, ``1.5m``, ``1h`` in seconds. Raises UsageError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([smh]?)", text.strip().lower())
+    if found is None or float(found[1]) == 0:
+        raise UsageError(f"{option} takes a time above 0, as 60s or 5m, not {quoted(text)}")
+    return float(found[1]) * _UNITS[found[2]]

@@ -42,6 +42,19 @@ class Geometry:
         seen = inside_rows[:, None] & inside_columns[None, :]
         return np.where(seen, found, fill)
 
+    def to_inputs(self, values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """A region [H, W] of the picture as one [h, w] of the input: what each centre lies on."""
+        (rows, in_rows), (columns, in_columns) = (self._sources(axis) for axis in (0, 1))
+        found: npt.NDArray[np.bool_] = values[rows][:, columns]
+        return found & in_rows[:, None] & in_columns[None, :]
+
+    def _sources(self, axis: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+        """For each row or column of the input: the picture's, and whether there is one."""
+        centres = (np.arange(self.inputs[axis]) + 0.5) / self.scale[axis] + self.offset[axis]
+        found = np.floor(centres).astype(np.intp)
+        inside = (found >= 0) & (found < self.picture[axis])
+        return np.clip(found, 0, self.picture[axis] - 1), inside
+
     def _places(self, axis: int) -> tuple[Floats, npt.NDArray[np.bool_]]:
         """For each row or column of the picture: its place in the input, and whether it has one."""
         centres = np.arange(self.picture[axis]) + 0.5

@@ -158,35 +158,6 @@ def test_damaged_pictures_are_reported_and_the_rest_is_done(photo: Path, tmp_pat
     assert none.gate.exit_code == 3
 
 
-def test_evaluation_fills_every_diagnostic(photo: Path) -> None:
-    report = explained(photo, method=["gradcam", "guided-backprop"], evaluated=True)
-
-    for e in report.result.explanations:
-        known = e.diagnostics
-        assert 0 <= known.insertion_auc <= 1
-        assert 0 <= known.deletion_auc <= 1
-        assert known.random_control.rankings == 5
-        assert known.sensitivity > 0
-        assert known.randomisation[-1].layer == "stem"
-        (other,) = set(known.agreement)
-        assert other != e.method
-    assert report.coverage.not_evaluated[0].rule == "incomplete-attribution"
-
-
-def test_progress_never_goes_back_and_ends_complete(photo: Path) -> None:
-    told: list[tuple[int, int]] = []
-
-    explained(
-        photo, method=["gradcam", "integrated-gradients"], target="top2", evaluated=True,
-        progress=lambda done, total: told.append((done, total)),
-    )  # fmt: skip
-
-    shares = [done / total for done, total in told]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1
-    assert len(set(shares)) > 16
-
-
 def test_several_methods_share_the_pass_that_reads_the_layer(photo: Path) -> None:
     net = model("rectifiers")
     calls = []
