@@ -32,7 +32,14 @@ def drift(
             show_default=False,
         ),
     ],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="What it became.", show_default=False)],
+    new: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NEW...",
+            help="What it became; of several, ordered by the steps in their names, the way there.",
+            show_default=False,
+        ),
+    ],
     *,
     expect: Annotated[
         Expect | None, typer.Option(help="What the new one should be as a whole.")
@@ -73,7 +80,8 @@ def drift(
     with progress_bar("comparing", wanted=output.progress) as tick:
         return analyze_drift(
             base,
-            new,
+            new[0],
+            *new[1:],
             expect=expect.value if expect is not None else None,
             adapter=adapter,
             expect_frozen=expect_frozen or (),

@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 def analyze_drift(
     base: str | Path,
     new: str | Path,
-    *,
+    *later: str | Path,
     key: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -56,6 +56,8 @@ def analyze_drift(
 ) -> DriftReport:
     """What changed from one checkpoint to another, how much, and why.
 
+    Of more than two checkpoints, in the order of the steps in their names, the first and the last
+    are compared, and ``result.series`` has the way of each layer through all of them.
     ``include`` and ``exclude`` are shell patterns of tensor names, ``key`` the dotted path of the
     nested dict that is the state dict of either, ``select`` and ``ignore`` rule codes, prefixes or
     names, ``config`` a configuration or its file, ``baseline`` the file of accepted findings.
@@ -81,21 +83,26 @@ def analyze_drift(
         baseline=baseline,
         narrowed=narrowed(include, exclude),
     )
+    if later and headers_only:
+        raise UsageError("--headers-only reads no values: a series has no trajectory")
     failures = Failures()
     opened: list[Checkpoint] = []
-    for path in (base, new):
+    paths = _ordered(base, new, *later)
+    for path in paths:
         with failures.caught():
-            opened.append(filtered(open_checkpoint(str(path), key), include, exclude))
+            opened.append(filtered(open_checkpoint(path, key), include, exclude))
     found = _Found(tuple(opened))
-    if len(opened) == 2:
+    if len(opened) >= 2:
         with failures.caught():
-            first, second = opened
+            first, *between, second = opened
             found = (
                 _headers(first, second)
                 if headers_only
                 else _compared(first, second, jobs, progress)
             )
-    drifted = _drifted(str(base), str(new), found, asked, failures, adapter)
+            if between:
+                found = _with_series(found, opened, jobs)
+    drifted = _drifted(paths[0], paths[-1], found, asked, failures, adapter)
     errors = [
         *failures,
         *(e for c in found.checkpoints for e in part_failures(c.path, unread(c, bool(failures)))),
@@ -105,9 +112,31 @@ def analyze_drift(
         drifted.result if drifted is not None else None,
         inputs=(Input(path=c.path, format=c.format, bytes=c.nbytes) for c in opened),
         coverage=_coverage(found),
-        judged=[request.judged(drifted, str(new))] if drifted is not None else [],
+        judged=[request.judged(drifted, paths[-1])] if drifted is not None else [],
         errors=errors,
     )
+
+
+def _ordered(*paths: str | Path) -> list[str]:
+    """Two as they were given, more by the steps in their names."""
+    given = [str(path) for path in paths]
+    if len(given) == 2:
+        return given
+    from gradscope.drift.series import in_order
+
+    return in_order(given)
+
+
+def _with_series(found: _Found, opened: Sequence[Checkpoint], jobs: int | None) -> _Found:
+    from gradscope.drift.series import trajectories
+    from gradscope.statistics import threads
+
+    assert found.result is not None
+    paths = trajectories(opened, threads(jobs))
+    for checkpoint in opened:
+        for path in {ref.file for ref in checkpoint.tensors}:
+            check_unchanged(path, checkpoint.stamps[path])
+    return replace(found, result=found.result.model_copy(update={"series": paths}))
 
 
 def _drifted(

@@ -49,8 +49,7 @@ def low_rank(base: TensorRef, new: TensorRef) -> LowRank | None:
         return None
     corner = min(_CORNER, rows), min(_CORNER, width)
     change, noise = _corner(base, new, *corner)
-    sigma = np.linalg.svd(change, compute_uv=False) if min(corner) < 32 else _spectrum(change)
-    rank = _rank(sigma**2, noise)
+    rank = _rank(_spectrum(change) ** 2, noise)
     if rank is None or rank > _SHARE * min(corner):
         return None
     return _confirmed(base, new, rank)

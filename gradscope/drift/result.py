@@ -143,6 +143,29 @@ class Merge(Record):
     reason: str | None = None
 
 
+class LayerPath(Record):
+    """One layer through a series of checkpoints, in shares of its norm in the first one."""
+
+    layer_name: str
+    numel: int
+    #: ‖W − first‖ at each checkpoint, ‖W − the one before‖ from the second on, and the cosine of
+    #: each step and the next (None where either is zero).
+    distance: tuple[Number, ...]
+    step_length: tuple[Number, ...]
+    cosine: tuple[float | None, ...]
+    #: The checkpoint after which it does not move any more, though it did.
+    froze_after: str | None = None
+    #: The first one that lies ten usual steps from the one before, or is not finite.
+    jumped_at: str | None = None
+
+
+class Series(Record):
+    """The trajectory of every trained layer."""
+
+    checkpoints: tuple[str, ...]
+    layers: tuple[LayerPath, ...]
+
+
 class Pooled(Record):
     """The elements of several tensors as one."""
 
@@ -169,6 +192,8 @@ class DriftResult(Record):
     by_role: Mapping[str, Pooled] = {}
     by_block: Mapping[str, Pooled] = {}
     merges: tuple[Merge, ...] = ()
+    #: Where more than two checkpoints were given; all else is of the first and the last.
+    series: Series | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from gradscope.drift.result import DriftResult, Pooled, TensorDrift
+from gradscope.drift.result import DriftResult, Pooled, Series, TensorDrift
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import Grid, number, sparkline, table
 from gradscope.report.severity import Severity
@@ -36,7 +36,49 @@ def drift(result: DriftResult, display: Display) -> Iterator[RenderableType | Gr
     if result.by_role and any(p.identical < p.tensors for p in result.by_role.values()):
         yield Text("")
         yield _pools("role", result.by_role)
+    if result.series is not None:
+        yield from _series(result.series, display)
     yield from _tensors(result.tensors, display)
+
+
+def _series(series: Series, display: Display) -> Iterator[RenderableType]:
+    """The way of each layer from the first checkpoint to the last, the farthest first."""
+    brief = display.width is not None and display.detail < 2
+    layers = list(series.layers)
+    if brief:
+        layers = sorted(layers, key=lambda p: -p.distance[-1])[:_SHOWN]
+    yield Text(
+        f"\n{len(series.checkpoints)} checkpoints, {escaped(series.checkpoints[0])} … "
+        f"{escaped(series.checkpoints[-1])}"
+    )
+    made = table(
+        ("layer", "left"), "distance", ("from the first", "left"), "last step", ("steps", "left"),
+        "turn", ("", "left"),
+    )  # fmt: skip
+    for path in layers:
+        cosines = [c for c in path.cosine if c is not None]
+        said = [
+            f"froze after {path.froze_after}" if path.froze_after else "",
+            f"jumped at {path.jumped_at}" if path.jumped_at else "",
+        ]
+        made.add_row(
+            shortened(path.layer_name), number(path.distance[-1]),
+            sparkline(_resampled(path.distance), display.unicode), number(path.step_length[-1]),
+            sparkline(_resampled(path.step_length), display.unicode),
+            f"{sum(cosines) / len(cosines):.2f}" if cosines else "–",
+            escaped(", ".join(filter(None, said))),
+        )  # fmt: skip
+    yield made
+    if len(layers) < len(series.layers):
+        rest = len(series.layers) - len(layers)
+        yield Text(f"… {rest:,} more layers; -v shows every one", style="dim")
+
+
+def _resampled(values: Sequence[float], most: int = 24) -> list[float]:
+    """At most so many of a series, evenly, its ends among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(k * (len(values) - 1) / (most - 1))] for k in range(most)]
 
 
 def _summary(result: DriftResult) -> RenderableType:

@@ -55,9 +55,12 @@ def weight_drift(
     robust deviations above the median of at least eight. Damage is told by its kind: elements that
     became NaN or infinite and swapped bytes are critical, one flipped bit and tensors that became
     zero high; so are casts that put elements beyond the range of their type (high) or lose 10 % of
-    a tensor's norm below it (medium).
+    a tensor's norm below it (medium). In a series a layer that jumps ten times as far as the median
+    of its steps before, or to values that are not finite, is medium, one that stops while others
+    go on low.
     """
     yield from _damaged(drifted)
+    yield from _on_the_way(drifted)
     yield from _lost_by_cast(drifted, large)
     moved = [t for t in drifted.result.tensors if _drifted(t)]
     far = [t for t in moved if (t.relative_drift or 0) >= noticed]
@@ -77,6 +80,36 @@ def weight_drift(
             {"relative_drift": most, "tensors": len(far), "outliers": len(outliers)},
             threshold=noticed,
             severity=Severity.MEDIUM if most >= large else Severity.LOW,
+        )
+
+
+def _on_the_way(drifted: Drifted) -> Iterator[Observation]:
+    """What a series shows: layers that jumped, and that stopped while others went on."""
+    layers = drifted.result.series.layers if drifted.result.series is not None else ()
+    jumped = [layer for layer in layers if layer.jumped_at is not None]
+    if jumped:
+        first = jumped[0]
+        others = listed((layer.layer_name for layer in jumped[1:]), len(jumped) - 1)
+        yield Observation(
+            first.layer_name,
+            f"jumped at {first.jumped_at}, ten times as far as its usual step or to values that "
+            "are not finite" + (f"; so did {others}" if others else ""),
+            "look at loss and gradients of the steps before it, and go back to the checkpoint "
+            "before",
+            {"layers": len(jumped), "at": str(first.jumped_at), "kind": "jumped"},
+        )
+    froze = [layer for layer in layers if layer.froze_after is not None]
+    if froze and len(froze) < len(layers):
+        first = froze[0]
+        others = listed((layer.layer_name for layer in froze[1:]), len(froze) - 1)
+        yield Observation(
+            first.layer_name,
+            f"did not move any more after {first.froze_after}, while others did"
+            + (f"; nor did {others}" if others else ""),
+            "nothing to do if it was frozen on purpose; otherwise check that it still gets "
+            "gradients, and that its updates are not below half a step of its type",
+            {"layers": len(froze), "after": str(first.froze_after), "kind": "froze"},
+            severity=Severity.LOW,
         )
 
 
