@@ -11,6 +11,7 @@ from gradscope.attribution.boxes import read_boxes
 from gradscope.attribution.budget import Budget
 from gradscope.attribution.collected import Collected, result_of
 from gradscope.attribution.drawing.colour import COLORMAPS
+from gradscope.attribution.drawing.figure import check_figures
 from gradscope.attribution.folder import Folder
 from gradscope.attribution.picture import Progress, explain_picture
 from gradscope.attribution.request import asked, request
@@ -44,6 +45,7 @@ def explain(
     labels: str | Labels | None = None,
     output: str | Path | None = None,
     colormap: str | None = None,
+    figure: str | None = None,
     evaluated: bool = False,
     boxes: str | None = None,
     budget: float | None = None,
@@ -66,7 +68,8 @@ def explain(
     torch; ``images`` are files and folders; ``method`` one name or several, which share passes.
     ``target`` is a class index, a label, "top1" or "topK"; with ``versus`` what speaks for it
     rather than for another class. ``options`` go to every method that has them. With ``output`` a
-    heatmap, an overlay and the raw values of each map are written to that folder. ``evaluated``
+    heatmap, an overlay and the raw values of each map are written to that folder, and with
+    ``figure`` ("png", "svg" or "pdf") one for a paper, with a title and a colour bar. ``evaluated``
     measures insertion and deletion, parameter randomisation, sensitivity and agreement; ``boxes``
     (COCO or Pascal VOC annotations, masks) whether maps lie on the objects, and with ``evaluated``
     ROAD, faithfulness correlation and infidelity. Evaluation that has not begun after ``budget``
@@ -89,7 +92,9 @@ def explain(
         raise UsageError("--budget is for --evaluate, in seconds above 0")
     if colormap is not None and colormap not in COLORMAPS:
         raise UsageError(f"no colormap is called {colormap!r}; there are {', '.join(COLORMAPS)}")
-    folder = None if output is None else Folder(output_folder(output), colormap)
+    if figure is not None:
+        check_figures(figure)
+    folder = None if output is None else Folder(output_folder(output), colormap, figure)
     try:
         vision = open_vision(
             model, arch=arch, key=key, trust=trust, preprocess=preprocess, labels=labels,

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from gradscope.attribution.drawing.colour import Pixels, default
-from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay
+from gradscope.attribution.blur import gaussian_blur
+from gradscope.attribution.drawing.colour import Floats, Pixels, default
+from gradscope.attribution.drawing.figure import figure
+from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay, scale
 from gradscope.attribution.drawing.sheet import Panel, sheet
 from gradscope.attribution.maps import Map
 from gradscope.attribution.result import Diagnostics, Files
@@ -21,10 +24,12 @@ from gradscope.errors import UsageError
 from gradscope.files import write_whole
 from gradscope.models.geometry import Geometry
 from gradscope.models.images import Picture
-from gradscope.text import quoted
+from gradscope.text import escaped, quoted
 from gradscope.version import __version__
 
 _MOST_PIXELS = 1 << 24
+#: Of a pixel; below it a blur changes nothing.
+_LEAST_SIGMA = 0.3
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,13 +38,15 @@ class Folder:
 
     path: Path
     colormap: str | None = None
+    #: "png", "svg" or "pdf" for a figure of each map.
+    figures: str | None = None
     #: The stem of each picture's file names, by path.
     stems: dict[str, str] = field(default_factory=dict)
 
     def spare(self, pictures: Sequence[str]) -> None:
         """Refuse to write over a picture that is to be explained. Raises UsageError."""
         own = [re.escape(Path(path).stem) for path in pictures]
-        ours = re.compile(rf"(?:{'|'.join(own)})(-\d+)?\..+\.(heatmap|overlay|sheet)\.png")
+        ours = re.compile(rf"(?:{'|'.join(own)})(-\d+)?\..+\.(heatmap|overlay|sheet|figure)\.png")
         for path in pictures:
             if (
                 ours.fullmatch(Path(path).name)
@@ -69,8 +76,9 @@ class Folder:
         self, picture: Picture, geometry: Geometry, one: Map, known: Diagnostics
     ) -> tuple[Files, Panel]:
         values = one.values.detach().float().cpu().numpy()
+        shown, said = _smoothed(one, values)
         below = _reduced(picture.rgb())
-        in_picture = geometry.of_size(*below.shape[:2]).to_picture(values)
+        in_picture = geometry.of_size(*below.shape[:2]).to_picture(shown)
         sign, table = one.method.sign, self.colormap or default(one.method.sign)
         # A contour around single pixels would be dust, and they are hard to see among colours.
         pixels = one.method.family == "gradient"
@@ -88,8 +96,19 @@ class Folder:
         if one.found.values.dim() == 4:
             arrays["attribution"] = one.found.values[0].detach().float().cpu().numpy()
         write_whole(array, lambda stream: np.savez_compressed(stream, allow_pickle=False, **arrays))
-        panel = Panel(one.method.name, _numbers(known), drawn, (table, *bounds(values, sign)))
-        return Files(heatmap=str(heat), overlay=str(over), array=str(array)), panel
+        bar, ends = (table, *bounds(shown, sign)), scale(shown, sign)
+        numbers = ", ".join(filter(None, (_numbers(known), said)))
+        panel = Panel(one.method.name, numbers, drawn, bar, ends.partition(":")[0])
+        files = Files(heatmap=str(heat), overlay=str(over), array=str(array))
+        if self.figures is None:
+            return files, panel
+        path = self.path / f"{name}.figure.{self.figures}"
+        title, below_title = _titles(one)
+        line = "line: half of the mass" if contour else ""
+        ends = "; ".join(filter(None, (ends, line, said)))
+        made = figure(drawn, title, below_title, bar, ends, self.figures)
+        write_whole(path, lambda stream: stream.write(made))
+        return files.model_copy(update={"figure": str(path)}), panel
 
     def _stem(self, picture: Picture) -> str:
         if picture.path not in self.stems:
@@ -99,6 +118,34 @@ class Folder:
                 stem, number = f"{base}-{number}", number + 1
             self.stems[picture.path] = stem
         return self.stems[picture.path]
+
+
+def _smoothed(one: Map, values: Floats) -> tuple[Floats, str]:
+    """The map as it is drawn, and what was done to it.
+
+    Signed values of single pixels alternate too finely to be seen: a Gaussian of a hundredth of the
+    edge shows where they add up.
+    """
+    if one.method.family != "gradient" or one.method.sign != "signed":
+        return values, ""
+    sigma = min(values.shape) / 100
+    if sigma < _LEAST_SIGMA or not np.isfinite(values).all():
+        return values, ""
+    found: Floats = gaussian_blur(torch.from_numpy(values), sigma).numpy()
+    return found, f"smoothed by {sigma:.1f} px"
+
+
+def _titles(one: Map) -> tuple[str, str]:
+    """The class and its probability; the method and its layer."""
+    target = one.target
+    named = target.label or f"class {target.index}"
+    if target.versus is not None:
+        named += f" rather than {target.versus_label or target.versus}"
+    at = f" at {one.found.layer}" if one.found.layer else ""
+    return (
+        escaped(f"{named}, probability {target.probability:.2g}", 90),
+        escaped(f"{one.method.name}{at}", 110),
+    )
 
 
 def _reduced(pixels: Pixels) -> Pixels:

@@ -38,6 +38,7 @@ class Files(Record):
     heatmap: str | None = None
     overlay: str | None = None
     array: str | None = None
+    figure: str | None = None
 
 
 class Control(Record):

@@ -95,6 +95,12 @@ def explain(
         str | None,
         typer.Option(metavar="NAME", help="inferno, viridis, jet; coolwarm for signed maps."),
     ] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="png|svg|pdf", help="Each map also as a figure for a paper (Matplotlib)."
+        ),
+    ] = None,
     chunk: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Inputs at a time; by default by memory.")
     ] = None,
@@ -134,6 +140,7 @@ def explain(
             labels=labels,
             output=folder,
             colormap=colormap,
+            figure=figure,
             evaluated=evaluate,
             boxes=boxes,
             budget=limit,
@@ -147,7 +154,8 @@ def explain(
             **given,
         )
     if output.detail and report.result is not None:
-        say(f"wrote {3 * len(report.result.explanations)} files to {folder}")
+        each = 3 if figure is None else 4
+        say(f"wrote {each * len(report.result.explanations)} files to {folder}")
     return report
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -10,17 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from gradscope.attribution.drawing.colour import COLORMAPS, coloured
+from gradscope.attribution.drawing.figure import check_figures, figure
 from gradscope.attribution.drawing.overlay import (
     bounds,
     heatmap,
     normalised,
     overlay,
+    scale,
     top_mass,
 )
 from gradscope.attribution.drawing.preview import preview
 from gradscope.attribution.drawing.sheet import Panel, sheet
+from gradscope.attribution.folder import _smoothed
 from gradscope.errors import UsageError
 
 
@@ -220,3 +227,85 @@ def test_a_picture_of_one_pixel_can_be_drawn() -> None:
 
     assert overlay(one, np.ones((1, 1)), "positive").shape == (1, 1, 3)
     assert preview(one, 1, colour=True, unicode=True).plain == "▀"
+
+
+def drawn_figure(format_: str, title: str = "tabby, probability 0.7") -> bytes:
+    picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    return figure(picture, title, "gradcam at layer4", ("inferno", 0.2, 0.9), "min-max", format_)
+
+
+def test_a_figure_has_title_method_scale_and_the_bars_ends_as_text() -> None:
+    text = drawn_figure("svg").decode()
+
+    for word in ("tabby, probability 0.7", "gradcam at layer4", "min-max", ">0.2<", "<image"):
+        assert word in text
+
+
+@pytest.mark.parametrize(("format_", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"),
+                                                ("svg", b"<?xml")])  # fmt: skip
+def test_a_figure_is_the_same_bytes_every_time(format_: str, start: bytes) -> None:
+    assert drawn_figure(format_) == drawn_figure(format_)
+    assert drawn_figure(format_).startswith(start)
+
+
+def test_a_long_title_is_wrapped_and_its_signs_are_no_markup() -> None:
+    text = drawn_figure("svg", "$x_1$ " + "a very long name of a class " * 4).decode()
+
+    assert "$x_1$" in text
+    assert text.count("a very long name") >= 2
+
+
+def test_all_of_a_figure_lies_within_its_page() -> None:
+    image = np.asarray(Image.open(io.BytesIO(drawn_figure("png"))).convert("L"))
+
+    ink = np.argwhere(image < 128)
+    assert ink.min() > 2
+    assert (ink.max(0) < np.array(image.shape) - 2).all()
+
+
+def test_figures_without_matplotlib_name_what_to_install(monkeypatch: Any) -> None:
+    monkeypatch.setattr("gradscope.attribution.drawing.figure.find_spec", lambda _name: None)
+
+    with pytest.raises(UsageError, match=r"gradscope-diagnostics\[figures\]"):
+        check_figures("png")
+    with pytest.raises(UsageError, match="png, svg, pdf"):
+        check_figures("gif")
+
+
+@pytest.mark.parametrize(
+    ("values", "sign", "said"),
+    [([0.2, 0.5], "positive", "min-max: from the least value, 0.2"),
+     ([-1.0, 0.5], "positive", "ReLU: negative values cut off"), ([0.0, 1.0], "positive", "starts"),
+     ([-1.0, 1.0], "signed", "symmetric about 0"), ([-1.0, -2.0], "positive", "nothing to show")],
+)  # fmt: skip
+def test_a_bar_says_whether_values_were_cut_off_or_stretched(
+    values: list[float], sign: str, said: str
+) -> None:
+    assert scale(np.array([values]), sign).startswith(said)
+
+
+def drawn(family: str, sign: str, values: Any) -> tuple[Any, str]:
+    return _smoothed(SimpleNamespace(method=SimpleNamespace(family=family, sign=sign)), values)
+
+
+def test_signed_pixels_are_drawn_under_a_gaussian_of_a_hundredth_of_the_edge() -> None:
+    values = np.random.default_rng(0).normal(size=(200, 300)).astype(np.float32)
+
+    found, said = drawn("gradient", "signed", values)
+
+    wanted = gaussian_filter(values.astype(float), 2.0, mode="mirror", truncate=3.0)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert said == "smoothed by 2.0 px"
+
+
+@pytest.mark.parametrize(
+    ("family", "sign", "side"),
+    [("gradient", "positive", 200), ("perturbation", "signed", 200), ("gradient", "signed", 20)],
+)
+def test_other_maps_are_drawn_as_they_are(family: str, sign: str, side: int) -> None:
+    values = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
+
+    found, said = drawn(family, sign, values)
+
+    assert found is values
+    assert said == ""

@@ -67,6 +67,26 @@ def test_a_report_holds_the_map_its_target_and_what_it_takes_to_repeat_it(photo:
     assert result.preprocessing.size == (16, 16)
 
 
+def test_a_figure_is_one_more_file_of_each_map(photo: Path, tmp_path: Path) -> None:
+    report = explained(photo, method=["gradcam"], output=tmp_path / "out", figure="svg")
+
+    (found,) = report.result.explanations
+    text = Path(found.files.figure).read_text()
+    assert f"probability {found.target.probability:.2g}" in text
+    assert f"gradcam at {found.layer}" in text
+    assert (
+        explained(photo, method=["gradcam"], output=tmp_path / "out")
+        .result.explanations[0]
+        .files.figure
+        is None
+    )
+
+
+def test_an_unknown_figure_is_refused_before_anything_is_read(photo: Path) -> None:
+    with pytest.raises(UsageError, match="png, svg, pdf"):
+        explained(photo, figure="gif")
+
+
 def test_files_hold_the_raw_signed_values_in_input_geometry(photo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = explained(

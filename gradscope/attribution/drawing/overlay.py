@@ -42,6 +42,19 @@ def bounds(values: Floats, sign: str, clip: float = 0.995) -> tuple[float, float
     return (-high, high) if sign == "signed" else (float(size.min()), high)
 
 
+def scale(values: Floats, sign: str) -> str:
+    """What the ends of a map's colours are, in words: whether it was cut off or stretched."""
+    low, high = bounds(values, sign)
+    known = values[np.isfinite(values)]
+    if not high > low:
+        return "nothing to show: no value is above 0" if sign != "signed" else "all zero"
+    if sign == "signed":
+        return "symmetric about 0"
+    if low > 0:
+        return f"min-max: from the least value, {low:.2g}, not from 0"
+    return "ReLU: negative values cut off" if (known < 0).any() else "starts at 0"
+
+
 def top_mass(values: Floats, share: float) -> Mask:
     """The smallest set of the greatest values with ``share`` of the positive sum.
 

@@ -26,6 +26,8 @@ class Panel:
     image: Pixels
     #: Colormap and the values at its ends; None for no bar.
     bar: tuple[str, float, float] | None = None
+    #: What the bar's ends are.
+    scale: str = ""
 
 
 def sheet(panels: Sequence[Panel], caption: str = "") -> Pixels:
@@ -74,6 +76,9 @@ def _place(
         ends = f"{low:.2g}", f"{high:.2g}"
         draw.text((left, top + _BAR + 2), ends[0], "#555555", _font(_LINE))
         across = draw.textlength(ends[1], _font(_LINE))
+        word = _cut(draw, panel.scale, width // 2, _LINE)
+        middle = left + (width - draw.textlength(word, _font(_LINE))) / 2
+        draw.text((middle, top + _BAR + 2), word, "#555555", _font(_LINE))
         draw.text((left + width - across, top + _BAR + 2), ends[1], "#555555", _font(_LINE))
     top += _BAR + 4 + _LINE + 4
     draw.text((left, top), _cut(draw, panel.subtitle, width, _LINE), "#555555", _font(_LINE))
