@@ -52,7 +52,7 @@ def figure(
     high = min(_WIDTH * image.shape[0] / image.shape[1], _HIGHEST)
     top = _LINE * len(lines) + _MARGIN
     page = _WIDTH + 2 * _MARGIN, top + high + _FOOT
-    fixed = {"svg.fonttype": "none", "svg.hashsalt": "gradscope", "pdf.fonttype": 42}
+    fixed: Any = {"svg.fonttype": "none", "svg.hashsalt": "gradscope", "pdf.fonttype": 42}
     with rc_context({**fixed, "font.size": 7, "text.parse_math": False}):
         made = Figure(figsize=page, dpi=_DPI)
         made.text(_MARGIN / page[0], 1 - _MARGIN / page[1], "\n".join(lines), va="top", size=7.5)
