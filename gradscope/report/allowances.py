@@ -57,4 +57,4 @@ def remarks(
             again = f"{plural(covered, 'finding')} count{'s' * (covered == 1)} again"
             yield f"{what} expired on {allowance.expires}: {again}"
         elif not covered and asked and whole:
-            yield f"{what} covers no finding; remove it"
+            yield f"{what} covers no finding of this run"

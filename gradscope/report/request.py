@@ -20,6 +20,7 @@ from gradscope.report.baseline import (
     Baseline,
     Compared,
     compared,
+    evaluated,
     partial_run,
     read_baseline,
     stale,
@@ -119,7 +120,9 @@ class Request:
     def _notes(
         self, known: Compared, coverage: Coverage, whole: bool, today: date
     ) -> Iterator[str]:
-        yield from remarks(known.findings, self.allowances, self.rules, whole, today)
+        asked = evaluated(coverage)
+        rules = [r for r in self.rules if r.name in asked]
+        yield from remarks(known.findings, self.allowances, rules, whole, today)
         if whole:
             yield from stale_remark(stale(known.gone, coverage), self.accepted_in)
 

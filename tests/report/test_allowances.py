@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 
 import pytest
 
+from gradscope import analyze_weights
 from gradscope.report.allowances import allowed, remarks
 from gradscope.report.config import Allowance
 from gradscope.report.rules import load_rules
@@ -66,11 +68,24 @@ def test_an_expired_one_that_would_cover_is_told(finding) -> None:
     ]
 
 
+def test_a_rule_that_could_not_be_asked_leaves_no_allowance_in_vain() -> None:
+    digits = Path(__file__).resolve().parents[2] / "fixtures" / "digits.safetensors"
+    config = {"allow": [{"rules": ["W101"], "reason": "a constant"}]}
+
+    whole = analyze_weights(digits, config=config)
+    headers = analyze_weights(digits, config=config, headers_only=True)
+
+    assert whole.gate.notes == (
+        "the allowance of W101 for '*' (a constant) covers no finding of this run",
+    )
+    assert headers.gate.notes == ()
+
+
 def test_one_in_vain_is_told_of_a_whole_run_that_asked_its_rules(finding) -> None:
     in_vain = allowance(rules=["W101"])
 
     assert said([finding()], in_vain) == [
-        "the allowance of W101 for '*' (a constant) covers no finding; remove it"
+        "the allowance of W101 for '*' (a constant) covers no finding of this run"
     ]
     assert said([finding()], in_vain, whole=False) == []
     others = [r for r in RULES if r.name != "non-finite"]

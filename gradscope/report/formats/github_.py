@@ -8,7 +8,7 @@ from gradscope.report.formats import FILE, Display
 from gradscope.report.formats.places import LEVELS, place
 from gradscope.report.formats.table_ import grouped
 from gradscope.report.model import AnyReport, Finding
-from gradscope.text import escaped, plural, shortened
+from gradscope.text import escaped, shortened
 
 #: Annotations of each level. GitHub shows ten a step and drops the rest in silence; the tenth says
 #: how many there are.
@@ -25,7 +25,9 @@ def render(report: AnyReport, display: Display = FILE) -> str:
                      f"{failure.input}: {failure.message}")
         )  # fmt: skip
     if report.gate.exit_code == 4:
-        lines["error"].append(_command("error", None, "nothing was analysed", _reasons(report)))
+        lines["error"].append(
+            _command("error", None, "nothing was analysed", "; ".join(report.gate.reasons))
+        )
     for group in grouped([f for f in report.findings if f.state != "unchanged"]):
         command = _COMMANDS[LEVELS[group[0].severity]]
         lines[command].append(_annotation(command, group, display))
@@ -49,12 +51,7 @@ def _annotation(command: str, group: list[Finding], display: Display) -> str:
 def _shown(command: str, lines: list[str]) -> Iterator[str]:
     yield from lines[:_MOST]
     if len(lines) > _MOST:
-        rest = plural(len(lines) - _MOST, "more")
-        yield _command(command, None, "gradscope", f"{rest.removesuffix('s')}, see the report")
-
-
-def _reasons(report: AnyReport) -> str:
-    return "; ".join(report.gate.reasons) or "nothing was analysed"
+        yield _command(command, None, "gradscope", f"{len(lines) - _MOST:,} more, see the report")
 
 
 def _command(command: str, file: str | None, title: str, message: str) -> str:
