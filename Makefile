@@ -51,6 +51,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/flow.py
 	$(BIN)/python benchmarks/explain.py
+	$(BIN)/python benchmarks/spectra.py
 
 fixtures: $(VENV)/.test
 	$(BIN)/python fixtures/make.py all

@@ -334,6 +334,7 @@ def _result(examinations: Sequence[_Examination], casts: Wanted, complete: bool)
         notes=tuple(note for c in checkpoints for note in c.notes),
         adapters=tuple(adapter for e in examinations for adapter in e.examined.adapters),
         casting=casting([e.examined for e in examinations], tensors, casts),
+        attention=tuple(found for e in examinations for found in e.examined.attention),
     )
 
 

@@ -65,6 +65,28 @@ class Dequantized(Record):
     bits: int | None = None
 
 
+class AttentionResult(Record):
+    """The logits qᵀk / √size of the heads of one attention whose heads are known.
+
+    What rests on the norm before it is None where none is known, or where queries are normed.
+    """
+
+    input: str
+    module: str
+    #: Of the queries.
+    tensor: str
+    dtype: str
+    heads: int
+    key_heads: int
+    head_size: int
+    #: Of each head: σ₁(W_qᵀ W_k) / √size, and the effective rank of that product.
+    qk_norms: tuple[float, ...]
+    effective_ranks: tuple[float, ...]
+    #: The deviation of logits of independent inputs of unit variance, and what none exceeds.
+    logit_rms: tuple[float, ...] | None
+    logit_bounds: tuple[float, ...] | None
+
+
 class CastResult(Record):
     """What casting a tensor to a type costs; None is undefined (a tensor of zeros)."""
 
@@ -247,6 +269,7 @@ class WeightsResult(Record):
     notes: tuple[str, ...] = ()
     adapters: tuple[AdapterResult, ...] = ()
     casting: Casting | None = None
+    attention: tuple[AttentionResult, ...] = ()
 
 
 WeightsReport = Report[WeightsResult]
@@ -295,6 +318,8 @@ class Examined:
     adapters: tuple[AdapterResult, ...] = ()
     #: The tables of indices that are wrong.
     indices: tuple[IndexResult, ...] = ()
+    #: What its attention can come to, with spectra.
+    attention: tuple[AttentionResult, ...] = ()
     #: What was asked for of its tensors and there was no time for.
     left_out: tuple[Skip, ...] = ()
 

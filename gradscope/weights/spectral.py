@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from gradscope.spectra.matrices import Matrix, matrix, read
 from gradscope.spectra.spectrum import Spectrum, Tail, spectrum, tail
 from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
+from gradscope.weights.heads import attention
 from gradscope.weights.layouts import as_rows, layouts
 from gradscope.weights.result import Examined, Need, SpectrumResult, TensorResult
 from gradscope.weights.roles import MATRICES, Role
@@ -117,15 +118,23 @@ def with_spectra(
         for t in examined.tensors
     )
     measured = examined.measured | {Need.SPECTRA}
-    return replace(examined, tensors=tensors, measured=measured, left_out=left)
+    seen = replace(examined, tensors=tensors, measured=measured, left_out=left)
+    return seen if wanted.spent else replace(seen, attention=tuple(attention(seen, *_read(seen))))
+
+
+def _read(
+    examined: Examined,
+) -> tuple[Mapping[str, TensorRef], Callable[[TensorRef], UnitLayout | None]]:
+    """The tensors by name, quantised weights as their values, and how the units of each lie."""
+    values = {w.codes.name: w.values for w in examined.quantization.weights}
+    refs = {ref.name: values.get(ref.name) or ref for ref in examined.checkpoint.tensors}
+    roles = {t.name: t.role for t in examined.tensors}
+    return refs, layouts(refs.values(), roles, examined.document("config"))
 
 
 def _subjects(examined: Examined) -> Iterator[_Subject]:
     """The matrices of the model whose every element is finite."""
-    values = {w.codes.name: w.values for w in examined.quantization.weights}
-    refs = {ref.name: values.get(ref.name) or ref for ref in examined.checkpoint.tensors}
-    roles = {t.name: t.role for t in examined.tensors}
-    layout = layouts(refs.values(), roles, examined.document("config"))
+    refs, layout = _read(examined)
     for tensor in examined.tensors:
         ref = refs[tensor.name]
         if not _has_spectrum(tensor, ref):

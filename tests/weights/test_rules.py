@@ -263,6 +263,21 @@ def mixed_precision(factor: float) -> Plant:
     return plant
 
 
+def hot_heads(factor: float) -> Plant:
+    """Queries and keys of one layer multiplied, beside the configuration that tells their heads."""
+
+    def plant(folder: Path) -> Path:
+        tensors = transformer()
+        for part in ("q_proj", "k_proj"):
+            tensors[f"model.layers.1.self_attn.{part}.weight"] *= np.float32(factor)
+        config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 32}
+        (folder / "config.json").write_text(json.dumps(config))
+        write(folder / "model.safetensors", tensors)
+        return folder
+
+    return plant
+
+
 def of_rank_one(noise: float) -> Tensor:
     """A product of two vectors, of UP's shape, and some noise."""
     thin = gaussian(128, 1, seed=1, scale=1.0) @ gaussian(1, 32, seed=2, scale=1.0)
@@ -425,6 +440,11 @@ CASES = {
     "rank-collapse": Case(
         spoilt(UP, of_rank_one(0.001)), spoilt(UP, of_rank_one(0.1)),
         UP, "medium", {"dimensions": 32}, ("of 32 dimensions",),
+    ),
+    "attention-range": Case(
+        hot_heads(60), hot_heads(15),
+        "model.layers.1.self_attn.q_proj.weight", "low", {"affected_fraction": 1.0},
+        ("head 0-3 of 4", "QK-clip"),
     ),
     "random-spectrum": Case(
         spoilt(UP, initialised(1)), spoilt(UP, initialised(1.1)),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
-from gradscope.text import listed
+from gradscope.text import listed, runs
 from gradscope.weights.names import common_pattern
-from gradscope.weights.result import Examined, Need, SpectrumResult, TensorResult
+from gradscope.weights.result import (
+    AttentionResult,
+    Examined,
+    Need,
+    SpectrumResult,
+    TensorResult,
+)
 from gradscope.weights.roles import ADAPTERS, TABLES, Role
 from gradscope.weights.rules.tensors import LOST, SHAPED, mostly_dead
 
@@ -172,3 +178,43 @@ def _initialisations(
         yield "uniform", 0.245, math.sqrt(0.2), name, variance
     for name, variance in scaled + fixed:
         yield "Gaussian", 0.0, math.sqrt(0.5), name, variance
+
+
+@rule("W124", "attention-range", Severity.LOW, reads=Examined, needs=Need.SPECTRA)
+def attention_range(examined: Examined, *, clip: float = 100.0) -> Iterator[Observation]:
+    """Logits of attention heads can leave the range in which a softmax works.
+
+    Two signs, of attentions whose heads and norm are known. The deviation of the logits of
+    independent inputs is above 100, the level at which QK-clip intervenes (Kimi K2, 2025): the
+    softmax is one-hot before anything was compared, and its gradient is gone. Or, in float16, the
+    bound of the logits is beyond 65,504: an input exists whose logits are infinite. The bound holds
+    for every input of the norm, with bias and offset, rotated or not; real inputs stay far below.
+    """
+    for seen in examined.attention:
+        if seen.logit_rms is None or seen.logit_bounds is None:
+            continue
+        hot = [h for h, rms in enumerate(seen.logit_rms) if rms > clip]
+        wide = [h for h, bound in enumerate(seen.logit_bounds) if bound > _FLOAT16]
+        if hot or (wide and seen.dtype == "F16"):
+            yield _out_of_range(seen, hot, wide, clip)
+
+
+_FLOAT16 = 65504.0
+
+
+def _out_of_range(
+    seen: AttentionResult, hot: Sequence[int], wide: Sequence[int], clip: float
+) -> Observation:
+    rms, bound = max(seen.logit_rms or (0.0,)), max(seen.logit_bounds or (0.0,))
+    which = hot or wide
+    told = f"deviate by up to {rms:.3g}" if hot else f"can reach {bound:.3g}, float16 {_FLOAT16:,g}"
+    return Observation(
+        seen.tensor,
+        f"the logits of head {runs(which, len(which))} of {seen.heads} {told}",
+        "lower the learning rate of queries and keys, clip them (QK-clip), or normalise them "
+        "(QK-norm)"
+        if hot
+        else "compute the logits in bfloat16 or float32, or scale the queries before the product",
+        {"logit_rms": rms, "logit_bound": bound, "affected_fraction": len(which) / seen.heads},
+        threshold=clip if hot else _FLOAT16,
+    )

@@ -1,0 +1,112 @@
+"""Bounds and typical sizes of attention logits against logits that are computed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from gradscope.spectra.attention import Input, Side, heads
+
+Array = npt.NDArray[Any]
+SIZE, WIDTH = 8, 48
+
+
+def side(count: int, seed: int, bias: bool) -> Side:
+    rng = np.random.default_rng(seed)
+    return Side(
+        rng.normal(0, 0.3, (count * SIZE, WIDTH)),
+        rng.normal(0, 0.5, count * SIZE) if bias else None,
+    )
+
+
+def norm(seed: int, offset: bool) -> Input:
+    rng = np.random.default_rng(seed)
+    return Input(rng.normal(1, 0.5, WIDTH), rng.normal(0, 0.4, WIDTH) if offset else None)
+
+
+def logits(query: Side, key: Side, given: Input, x: Array, y: Array) -> Array:
+    """[heads, inputs] of pairs of normed inputs, key heads shared by query heads in a row."""
+    applied = []
+    for seen, values in ((query, x), (key, y)):
+        normed = values / np.linalg.norm(values, axis=1, keepdims=True) * math.sqrt(WIDTH)
+        handed = normed * given.gain + (0 if given.offset is None else given.offset)
+        made = handed @ seen.matrix.T + (0 if seen.bias is None else seen.bias)
+        applied.append(made.reshape(len(values), -1, SIZE))
+    q, k = applied
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    return np.einsum("nhs,nhs->hn", q, k) / math.sqrt(SIZE)
+
+
+def most_extreme(query: Side, key: Side, given: Input, head: int, shared: int) -> Array:
+    """Inputs towards the greatest logit of a head: its leading singular vectors."""
+    q = query.matrix.reshape(-1, SIZE, WIDTH)[head] * given.gain
+    k = key.matrix.reshape(-1, SIZE, WIDTH)[head // shared] * given.gain
+    left, _, right = np.linalg.svd(q.T @ k)
+    return np.stack([left[:, 0], right[0]])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_no_logit_exceeds_its_bound(bias: bool, offset: bool, key_heads: int) -> None:
+    query, key = side(4, 1, bias), side(key_heads, 2, bias)
+    given = norm(3, offset)
+    rng = np.random.default_rng(4)
+
+    found = heads(query, key, SIZE, given)
+
+    assert found.bounds is not None
+    for head in range(4):
+        far = most_extreme(query, key, given, head, 4 // key_heads)
+        x = np.concatenate([rng.normal(size=(5000, WIDTH)), far[:1], -far[:1]])
+        y = np.concatenate([rng.normal(size=(5000, WIDTH)), far[1:], far[1:]])
+        seen = np.abs(logits(query, key, given, x, y)[head])
+        assert seen.max() <= found.bounds[head]
+        assert seen[-2:].max() > 0.15 * found.bounds[head]  # and it is no idle bound
+
+
+def test_the_bound_is_met_where_queries_and_keys_are_the_same() -> None:
+    query = side(2, 1, bias=False)
+    given = Input(np.ones(WIDTH))
+
+    found = heads(query, query, SIZE, given)
+
+    for head in range(2):
+        far = most_extreme(query, query, given, head, 1)
+        seen = np.abs(logits(query, query, given, far[:1], far[1:]))[head]
+        assert found.bounds is not None
+        assert seen.max() == pytest.approx(found.bounds[head], rel=1e-9)
+
+
+def test_norms_and_ranks_are_those_of_the_product() -> None:
+    query, key = side(4, 5, bias=True), side(2, 6, bias=False)
+
+    found = heads(query, key, SIZE, None)
+
+    assert found.bounds is None
+    assert found.typical is None
+    for head in range(4):
+        q = query.matrix.reshape(4, SIZE, WIDTH)[head]
+        k = key.matrix.reshape(2, SIZE, WIDTH)[head // 2]
+        sigma = np.linalg.svd(q.T @ k, compute_uv=False)[:SIZE]
+        shares = sigma / sigma.sum()
+        assert found.norms[head] == pytest.approx(sigma[0] / math.sqrt(SIZE), rel=1e-9)
+        entropy = -(shares * np.log(shares)).sum()
+        assert found.ranks[head] == pytest.approx(math.exp(entropy), rel=1e-6)
+
+
+def test_the_typical_logit_is_the_deviation_over_random_inputs() -> None:
+    query, key, given = side(3, 7, bias=False), side(3, 8, bias=False), norm(9, offset=False)
+    rng = np.random.default_rng(10)
+    x, y = rng.normal(size=(2, 40_000, WIDTH))
+
+    found = heads(query, key, SIZE, given)
+
+    assert found.typical is not None
+    np.testing.assert_allclose(
+        logits(query, key, given, x, y).std(axis=1), found.typical, rtol=0.03
+    )
