@@ -30,6 +30,8 @@ class Option:
     choices: tuple[str, ...] = ()
     #: Whether a quarter of it gives a rougher map of the same kind, as repetitions are made.
     effort: bool = False
+    #: Whether it may be an array, too.
+    array: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,17 @@ _BUILT_IN = (
             "samples": Option(50, "random points", effort=True),
             "reference": _REFERENCE,
             "noise": Option(0.0, "standard deviation of the noise over the image's range"),
+        },
+    ),
+    Method(
+        "kernel-shap", "perturbation", "Shapley values of superpixels, by weighted least squares",
+        "Lundberg & Lee 2017, arXiv:1705.07874", _home("shapley", "kernel-shap"), sign="signed",
+        options={
+            "segments": Option(
+                49, "superpixels; in Python also their labels, an array [H, W]", array=True
+            ),
+            "samples": Option(1000, "coalitions of superpixels that are shown"),
+            "reference": _REFERENCE,
         },
     ),
     _input(
@@ -313,6 +326,8 @@ def completed(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked(name: str, option: Option, value: Any) -> Any:
+    if option.array and hasattr(value, "shape"):
+        return value
     if option.choices and value not in option.choices:
         raise UsageError(f"{name} is one of {', '.join(option.choices)}, not {value!r}")
     if isinstance(option.default, bool) and not isinstance(value, bool):
