@@ -14,6 +14,8 @@ __all__ = [
     "analyze_flow",
     "analyze_weights",
     "attribute",
+    "attribute_layer",
+    "attribute_neuron",
     "explain",
     "manifest",
     "read_report",
@@ -24,6 +26,7 @@ __all__ = [
 if TYPE_CHECKING:
     from gradscope.attribution.attribute import attribute
     from gradscope.attribution.explain import explain
+    from gradscope.attribution.internal import attribute_layer, attribute_neuron
     from gradscope.attribution.visualize import visualize
     from gradscope.drift.analysis import analyze_drift
     from gradscope.fingerprints.analysis import manifest, verify
@@ -38,6 +41,8 @@ _HOMES = {
     "analyze_flow": "gradscope.flow.analysis",
     "analyze_weights": "gradscope.weights.analysis",
     "attribute": "gradscope.attribution.attribute",
+    "attribute_layer": "gradscope.attribution.internal",
+    "attribute_neuron": "gradscope.attribution.internal",
     "manifest": "gradscope.fingerprints.analysis",
     "verify": "gradscope.fingerprints.analysis",
     "explain": "gradscope.attribution.explain",

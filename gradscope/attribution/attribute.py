@@ -78,19 +78,38 @@ def attribute(
     """
     chosen = method_named(method)
     given = completed(chosen, options)
-    _check_inputs(inputs)
     looked_at = as_model(model) if exact else quick(as_model(model))
     with held(looked_at.module):
-        # A tensor of inference mode cannot be differentiated; its copy can.
-        own = inputs.clone() if inputs.is_inference() else inputs.detach()
-        own = own.float() if own.dtype in HALF else own
-        subject = subject_of(looked_at, own, layer, seed, reads_layer=chosen.reads_layer)
-        subject = _aimed(subject, target, versus)
-        subject.mean, subject.std = (None if t is None else torch.tensor(t) for t in (mean, std))
+        subject = prepared(
+            looked_at, inputs, layer, target, versus, seed=seed, reads_layer=chosen.reads_layer,
+            mean=mean, std=std,
+        )  # fmt: skip
         if chunk is not None:
             subject.limit(chunk)
         subject.tick = progress or subject.tick
         return attributed(subject, chosen, given)
+
+
+def prepared(
+    model: Model,
+    inputs: Tensor,
+    layer: str,
+    target: int | Sequence[int] | None,
+    versus: int | Sequence[int] | None = None,
+    *,
+    seed: int = 0,
+    reads_layer: bool,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Subject:
+    """Inputs, their targets and a held model. Raises UsageError and InputError for wrong ones."""
+    _check_inputs(inputs)
+    # A tensor of inference mode cannot be differentiated; its copy can.
+    own = inputs.clone() if inputs.is_inference() else inputs.detach()
+    own = own.float() if own.dtype in HALF else own
+    subject = _aimed(subject_of(model, own, layer, seed, reads_layer=reads_layer), target, versus)
+    subject.mean, subject.std = (None if t is None else torch.tensor(t) for t in (mean, std))
+    return subject
 
 
 def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
