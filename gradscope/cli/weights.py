@@ -53,6 +53,13 @@ def weights(
             help="The singular values of every matrix: norms, ranks, tails, how random they look.",
         ),
     ] = False,
+    norms_only: Annotated[
+        bool,
+        typer.Option(
+            "--norms-only",
+            help="Of the singular values only the greatest: norms and stable ranks, much faster.",
+        ),
+    ] = False,
     bootstrap: Annotated[
         int,
         typer.Option(
@@ -83,6 +90,7 @@ def weights(
             cast=split_commas(cast),
             snr=snr,
             spectral=spectral,
+            norms_only=norms_only,
             bootstrap=bootstrap,
             budget=budget,
             device=device,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.spectra.algebra import Algebra
 from gradscope.spectra.marchenko import Bulk, bulk
+from gradscope.spectra.matrices import Matrix
 from gradscope.spectra.powerlaw import PowerLaw, fit, p_value
 
 Values = npt.NDArray[np.float64]
@@ -31,6 +33,19 @@ def spectrum(values: Values, rows: int, columns: int) -> Spectrum:
         effective_rank(np.sqrt(values)),
         bulk(values, rows, columns),
     )
+
+
+#: Columns up to which all eigenvalues cost less than the steps towards the greatest.
+_NARROW = 192
+
+
+def greatest(matrix: Matrix, algebra: Algebra) -> tuple[float, float]:
+    """The greatest singular value, to a relative 1e-4, and the sum of the squares of all."""
+    if matrix.columns <= _NARROW:
+        values = algebra.eigenvalues(matrix.chunks, matrix.columns)
+        return float(np.sqrt(values[-1])), float(values.sum())
+    squares = sum(float(np.square(chunk, dtype=np.float64).sum()) for chunk in matrix.chunks())
+    return algebra.norm(matrix.chunks, matrix.columns), squares
 
 
 @dataclass(frozen=True, slots=True)

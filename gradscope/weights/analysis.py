@@ -63,6 +63,7 @@ def analyze_weights(
     cast: Sequence[str] = (),
     snr: str | float | None = None,
     spectral: bool = False,
+    norms_only: bool = False,
     bootstrap: int = 0,
     budget: str | float | None = None,
     device: str = "cpu",
@@ -78,8 +79,8 @@ def analyze_weights(
     entry of ``errors``, never an exception; with ``keep_going`` the other shards of a checkpoint
     one of whose files fails while it is read are still analysed. ``cast`` are types that casting
     is measured to, ``snr`` the decibels that the best of them must keep. ``spectral`` computes the
-    singular values of every matrix, within ``budget`` seconds if any; ``bootstrap`` many drawn sets
-    test each fitted exponent.
+    singular values of every matrix, within ``budget`` seconds if any, with ``norms_only`` the
+    greatest alone; ``bootstrap`` many drawn sets test each fitted exponent.
 
     Raises UsageError for an unknown rule, key, device, severity or type.
     """
@@ -94,7 +95,7 @@ def analyze_weights(
         narrowed=narrowed(include, exclude),
     )
     casts = wanted_casts(cast, snr)
-    looks = list(_looks(casts, spectral, device, bootstrap, budget))
+    looks = list(_looks(casts, spectral, device, norms_only, bootstrap, budget))
     if headers_only and looks:
         one = "--cast" if casts.targets else "--spectral"
         raise UsageError(f"{one} reads the data, which --headers-only does not: give one of them")
@@ -113,7 +114,12 @@ def analyze_weights(
 
 
 def _looks(
-    casts: Wanted, spectral: bool, device: str, bootstrap: int, budget: str | float | None
+    casts: Wanted,
+    spectral: bool,
+    device: str,
+    norms_only: bool,
+    bootstrap: int,
+    budget: str | float | None,
 ) -> Iterator[Look]:
     """What is asked for beside the statistics. Raises UsageError."""
     if casts.targets:
@@ -121,10 +127,12 @@ def _looks(
     if spectral:
         from gradscope.weights.spectral import wanted_spectra, with_spectra
 
-        yield partial(with_spectra, wanted=wanted_spectra(device, bootstrap, budget))
-    elif bootstrap or budget is not None:
-        one = "--bootstrap" if bootstrap else "--budget"
-        raise UsageError(f"{one} is about spectra: give --spectral as well")
+        wanted = wanted_spectra(device, norms_only, bootstrap, budget)
+        yield partial(with_spectra, wanted=wanted)
+        return
+    given = {"--norms-only": norms_only, "--bootstrap": bootstrap, "--budget": budget is not None}
+    for option in (name for name, is_given in given.items() if is_given):
+        raise UsageError(f"{option} is about spectra: give --spectral as well")
 
 
 @dataclass

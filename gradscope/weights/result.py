@@ -280,7 +280,7 @@ class Need(StrEnum):
 
     HEADERS = "headers"
     STATISTICS = "statistics"
-    SPECTRA = "spectra (--spectral)"
+    SPECTRA = "whole spectra (--spectral)"
 
 
 @dataclass(frozen=True, slots=True)

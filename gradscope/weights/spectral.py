@@ -17,7 +17,7 @@ from gradscope.report.model import Skip
 from gradscope.spectra.algebra import Algebra, Array, Values
 from gradscope.spectra.convolutions import operator_norm, slices
 from gradscope.spectra.matrices import Matrix, matrix, read
-from gradscope.spectra.spectrum import Spectrum, Tail, spectrum, tail
+from gradscope.spectra.spectrum import Spectrum, Tail, greatest, spectrum, tail
 from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
 from gradscope.weights.heads import attention
@@ -40,6 +40,8 @@ class Wanted:
     """How spectra are computed, and until when."""
 
     algebra: Algebra
+    #: Whether the greatest singular values are enough.
+    norms_only: bool = False
     #: Drawn sets of the p-value of each fit; none without.
     bootstrap: int = 0
     #: As it was given, and when no further spectrum is begun, by ``time.monotonic``.
@@ -52,13 +54,21 @@ class Wanted:
         return time.monotonic() >= self.until
 
 
-def wanted_spectra(device: str, bootstrap: int = 0, budget: str | float | None = None) -> Wanted:
+def wanted_spectra(
+    device: str,
+    norms_only: bool = False,
+    bootstrap: int = 0,
+    budget: str | float | None = None,
+) -> Wanted:
     """What the options of ``--spectral`` say; the time of the budget begins now.
 
-    Raises UsageError for a budget that is no time and for a device that is absent.
+    Raises UsageError for a budget that is no time, for options that exclude each other, and for a
+    device that is absent.
     """
     until = math.inf if budget is None else time.monotonic() + _seconds(budget)
-    return Wanted(algebra_for(device), bootstrap, budget, until)
+    if norms_only and bootstrap:
+        raise UsageError("--bootstrap tests fitted tails, which --norms-only leaves out")
+    return Wanted(algebra_for(device), norms_only, bootstrap, budget, until)
 
 
 def _seconds(budget: str | float) -> float:
@@ -117,9 +127,13 @@ def with_spectra(
         t.model_copy(update={"spectrum": found[t.name]}) if t.name in found else t
         for t in examined.tensors
     )
-    measured = examined.measured | {Need.SPECTRA}
+    measured = examined.measured | (set() if wanted.norms_only else {Need.SPECTRA})
     seen = replace(examined, tensors=tensors, measured=measured, left_out=left)
-    return seen if wanted.spent else replace(seen, attention=tuple(attention(seen, *_read(seen))))
+    return (
+        seen
+        if wanted.norms_only or wanted.spent
+        else replace(seen, attention=tuple(attention(seen, *_read(seen))))
+    )
 
 
 def _read(
@@ -163,11 +177,14 @@ class _Work:
             return None
         if subject.tensor.role is Role.EXPERTS and subject.layout is not None:
             return self._experts(subject, subject.layout)
-        if subject.tensor.role in (Role.CONV, Role.DEPTHWISE):
+        if subject.tensor.role in (Role.CONV, Role.DEPTHWISE) and not self.wanted.norms_only:
             return self._convolution(subject)
         return self._matrix(matrix(subject.ref, subject.rows, subject.columns))
 
     def _matrix(self, found: Matrix) -> SpectrumResult:
+        if self.wanted.norms_only:
+            norm, squares = greatest(found, self.wanted.algebra)
+            return SpectrumResult(spectral_norm=norm, stable_rank=squares / norm**2 or None)
         values = self.wanted.algebra.eigenvalues(found.chunks, found.columns)
         return self._result(values, values, found)
 

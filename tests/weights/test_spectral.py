@@ -214,6 +214,8 @@ def test_what_the_budget_has_no_time_for_is_listed(
     [
         ({"budget": "60s"}, "give --spectral"),
         ({"bootstrap": 100}, "give --spectral"),
+        ({"norms_only": True}, "--norms-only is about spectra"),
+        ({"spectral": True, "norms_only": True, "bootstrap": 9}, "leaves out"),
         ({"spectral": True, "budget": "soon"}, "no time"),
         ({"spectral": True, "headers_only": True}, "--headers-only"),
     ],
@@ -281,3 +283,18 @@ def test_the_same_bytes_come_out_for_any_number_of_threads(tmp_path: Path) -> No
     one, three = (spectral(path, jobs=jobs, bootstrap=3) for jobs in (1, 3))
 
     assert renderer("json")(one, Display()) == renderer("json")(three, Display())
+
+
+def test_norms_alone_are_those_of_whole_spectra(tmp_path: Path) -> None:
+    tensors = transformer() | conv_net() | {"wide.weight": gaussian(300, 700, seed=9)}
+    path = write(tmp_path / "m.safetensors", tensors)
+
+    whole, alone = spectra(path), spectra(path, norms_only=True)
+
+    assert list(alone) == list(whole)
+    for name, seen in alone.items():
+        assert seen.spectral_norm == pytest.approx(whole[name].spectral_norm, rel=1e-4)
+        assert seen.stable_rank == pytest.approx(whole[name].stable_rank, rel=3e-4)
+        assert seen.alpha is seen.effective_rank is seen.mp_edge is None
+    absent = {n.rule for n in spectral(path, norms_only=True).coverage.not_evaluated}
+    assert "rank-collapse" in absent
