@@ -163,6 +163,14 @@ def _spelled(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+def place_in(input_: str, subject: str) -> str:
+    """What a finding is about within its input; empty where that is all of it, whatever its path.
+
+    A run's next checkpoint has the same fault under another name.
+    """
+    return "" if subject == input_ else subject
+
+
 def fingerprint(rule: str, subject: str, artefact: str = "") -> str:
     """The identity of a finding: the rule and what it is about, never a measured value.
 

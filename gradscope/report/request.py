@@ -36,6 +36,7 @@ from gradscope.report.model import (
     NotEvaluated,
     Report,
     fingerprint,
+    place_in,
 )
 from gradscope.report.rules import Rule, Subject, evaluate, load_rules, rules_of, select_for
 from gradscope.report.severity import Severity
@@ -239,5 +240,6 @@ def _of_input(finding: Finding, inputs: set[str]) -> Finding:
     """Named by the file's name where that is enough, for folders differ between machines."""
     names = {Path(path).name for path in inputs}
     name = Path(finding.input).name if len(names) == len(inputs) else finding.input
-    changed: dict[str, Any] = {"fingerprint": fingerprint(finding.rule, finding.subject, name)}
+    place = place_in(finding.input, finding.subject)
+    changed: dict[str, Any] = {"fingerprint": fingerprint(finding.rule, place, name)}
     return finding.model_copy(update=changed)

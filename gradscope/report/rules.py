@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from gradscope.docstrings import docstring
 from gradscope.errors import UsageError
 from gradscope.plugins import loaded
-from gradscope.report.model import Fact, Finding, NotEvaluated, Severity, fingerprint
+from gradscope.report.model import Fact, Finding, NotEvaluated, Severity, fingerprint, place_in
 from gradscope.text import meant, quoted
 
 
@@ -237,6 +237,5 @@ def _finding(r: Rule, seen: Observation, input_: str) -> Finding:
         evidence=seen.evidence,
         threshold=seen.threshold,
         recommendation=seen.recommendation,
-        # Of a whole input whatever its path: a run's next checkpoint has the same fault.
-        fingerprint=fingerprint(r.code, "" if seen.subject == input_ else seen.subject),
+        fingerprint=fingerprint(r.code, place_in(seen.input or input_, seen.subject)),
     )

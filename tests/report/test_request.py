@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from gradscope import analyze_weights
 from gradscope.errors import InputError, UsageError
 from gradscope.report.formats import renderer
-from gradscope.report.model import fingerprint
-from gradscope.report.request import Failures, requested
+from gradscope.report.model import Coverage, Report, fingerprint
+from gradscope.report.request import Failures, Judged, Request, requested
 from gradscope.weights.result import Examined
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
@@ -69,6 +69,24 @@ def test_a_fingerprint_names_the_input_only_where_inputs_share_rule_and_subject(
         fingerprint("W101", "fc.weight", "nan.safetensors"),
         fingerprint("W101", "fc.weight", "copy.safetensors"),
     ]
+
+
+def test_a_fault_of_whole_inputs_is_told_apart_by_their_names_and_not_their_folders(
+    finding,
+) -> None:
+    paths = ("runs/1/a.pt", "runs/1/b.pt")
+    faults = tuple(
+        finding(subject=path, input=path, fingerprint=fingerprint("W105", "")) for path in paths
+    )
+    nothing = Coverage(analyzed=2, total=2, unit="tensors", bytes=0)
+
+    report = Request("weights").report(
+        Report, None, inputs=(), coverage=nothing, judged=[Judged(faults)]
+    )
+
+    assert [f.fingerprint for f in report.findings] == [
+        fingerprint("W105", "", "a.pt"), fingerprint("W105", "", "b.pt")
+    ]  # fmt: skip
 
 
 def test_inputs_of_one_name_in_two_folders_have_two_fingerprints(
