@@ -77,7 +77,9 @@ def weights(
 ) -> Reported:
     """Statistics, outliers, dead units, numerics and health of checkpoints of any size."""
     from gradscope.cli.terminal import load_compiler, progress_bar
+    from gradscope.weights.casting import wanted_casts
 
+    wanted_casts(split_commas(cast), snr)  # refused before anything heavy is imported
     if not tensors.headers_only:
         load_compiler()
     from gradscope.weights.analysis import analyze_weights

@@ -14,7 +14,6 @@ from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.errors import UsageError
 from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
-from gradscope.weights.layouts import as_rows, layouts
 from gradscope.weights.result import (
     Casting,
     CastPlan,
@@ -77,6 +76,8 @@ def with_casts(
 
 
 def _layouts(examined: Examined) -> Callable[[TensorRef], UnitLayout | None]:
+    from gradscope.weights.layouts import layouts
+
     roles = {t.name: t.role for t in examined.tensors}
     return layouts(examined.checkpoint.tensors, roles, examined.document("config"))
 
@@ -113,6 +114,7 @@ def _subject(
 ) -> Subject:
     """A tensor as the matrix whose rows are its output units."""
     from gradscope.casts.measure import Subject
+    from gradscope.weights.layouts import as_rows
 
     return Subject(*as_rows(ref, layout(ref)), *_reach(tensor))
 

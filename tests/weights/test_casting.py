@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,18 @@ def test_a_request_that_cannot_be_met_is_refused(
 
     with pytest.raises(UsageError, match=message):
         gradscope.analyze_weights(path, **options)
+
+
+@pytest.mark.parametrize("options", [["--cast", "fp17"], ["--snr", "30dB"], ["--headers-only"]])
+def test_neither_wrong_requests_nor_headers_import_numerical_libraries(options: list[str]) -> None:
+    file = Path(gradscope.__file__).parents[1] / "fixtures" / "digits.safetensors"
+    command = [sys.executable, "-X", "importtime", "-m", "gradscope", "weights", str(file)]
+
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "gradscope.cli" in imported
+    assert not imported & {"numpy", "numba", "torch"}
 
 
 def test_the_table_says_what_each_type_costs_and_what_to_take(tmp_path: Path) -> None:
