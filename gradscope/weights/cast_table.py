@@ -20,7 +20,7 @@ def casts(found: Casting, display: Display) -> Iterator[RenderableType]:
     yield Text.assemble("\nCasts", f"   stored {size(found.stored_bytes)}")
     yield _formats(found)
     if found.plan is not None:
-        most = len(found.plan.kept) if display.detail > 1 else _NAMED
+        most = 10**9 if display.detail > 1 else _NAMED
         yield from _plan(found.plan, most)
 
 
@@ -60,6 +60,9 @@ def _plan(plan: CastPlan, most: int) -> Iterator[RenderableType]:
         (f"{size(plan.bytes)}, {_share(plan.saved_fraction)} saved", "bold"),
         f"   {taken}" if taken else "",
     )
+    if plan.exceptions:
+        unlike = (f"{shortened(n)} ({t or 'kept'})" for n, t in plan.exceptions.items())
+        yield Text(f"need more than their like: {listed(unlike, len(plan.exceptions), most)}")
     if plan.kept:
         names = listed(map(shortened, plan.kept), len(plan.kept), most)
         yield Text(f"keep {plural(len(plan.kept), 'tensor')} as stored: {names}", style="dim")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.errors import UsageError
 from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
+from gradscope.weights.names import pattern
 from gradscope.weights.result import (
     Casting,
     CastPlan,
@@ -249,4 +250,22 @@ def _plan(
         saved_fraction=saved / total if total else 0.0,
         tensors=dict(Counter(t.cast_plan for t in cast if t.cast_plan is not None)),
         kept=tuple(t.name for t in cast if t.cast_plan is None),
+        exceptions={t.name: t.cast_plan for t in _exceptions(cast)},
     )
+
+
+def _exceptions(cast: Sequence[TensorResult]) -> Iterator[TensorResult]:
+    """Tensors that need more bytes than most of those of their place in other layers or experts."""
+    groups: dict[object, list[TensorResult]] = defaultdict(list)
+    for tensor in cast:
+        groups[pattern(tensor.name), tensor.shape, tensor.dtype].append(tensor)
+    for group in groups.values():
+        usual, count = Counter(t.cast_plan for t in group).most_common(1)[0]
+        if 2 * count > len(group):
+            yield from (t for t in group if _planned_bytes(t) > _planned_bytes(t, usual))
+
+
+def _planned_bytes(tensor: TensorResult, *plan: str | None) -> float:
+    """Under its plan, or another one; more than any where it is kept."""
+    wanted = plan[0] if plan else tensor.cast_plan
+    return next((c.bytes for c in tensor.casts if c.format == wanted), math.inf)

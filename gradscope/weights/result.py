@@ -135,6 +135,8 @@ class CastPlan(Record):
     #: By format, how many tensors take it; ``kept`` names those that none serves.
     tensors: Mapping[str, int]
     kept: tuple[str, ...]
+    #: Layers and experts that need more than most of their like, with what they take (None: kept).
+    exceptions: Mapping[str, str | None]
 
 
 class Casting(Record):

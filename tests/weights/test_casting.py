@@ -161,6 +161,25 @@ def test_the_plan_takes_the_fewest_bits_that_keep_enough(tmp_path: Path) -> None
     )
 
 
+def test_the_expert_that_needs_more_than_the_others_is_named(tmp_path: Path) -> None:
+    tensors = {
+        f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": gaussian(
+            32, 64, seed=10 * layer + expert
+        )
+        for layer in range(2)
+        for expert in range(4)
+    }
+    odd = "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors[odd][:, 5] *= 300  # a column of outliers: what a scale of the row cannot serve
+    path = write(tmp_path / "m.safetensors", tensors)
+
+    report = gradscope.analyze_weights(path, cast=["int8", "bf16"], snr=35)
+
+    assert report.result.casting.plan.exceptions == {odd: "bf16"}
+    shown = renderer("table")(report, Display())
+    assert f"need more than their like: {odd} (bf16)" in shown
+
+
 def test_a_type_that_overflows_is_never_planned_and_the_tensor_is_named(tmp_path: Path) -> None:
     tensors = transformer()
     tensors[UP][0, 0] = 1e5
