@@ -162,12 +162,15 @@ def _is_of_heads(layer: Layer, tokens: Collection[tuple[int, int]]) -> bool:
 def _owner(last: Layer, layers: Sequence[Layer]) -> Layer:
     """Of the layers that return one tensor, the innermost block with a convolution, or the first.
 
-    A block, its last activation and the stage they end return one tensor under three names.
+    A block, its last activation and the stage they end return one tensor under three names. The
+    convolutions of a gate over channels, which have no positions, make no block.
     """
     same = [
         layer for layer in layers if layer.tensor == last.tensor and _grid(layer) == _grid(last)
     ]
-    convolutions = [layer.name for layer in layers if "conv" in layer.operator]
+    convolutions = [
+        layer.name for layer in layers if "conv" in layer.operator and _has_places(layer)
+    ]
     around = [
         layer for layer in same if any(name.startswith(layer.name + ".") for name in convolutions)
     ]

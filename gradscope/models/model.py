@@ -170,18 +170,24 @@ def _channels(module: nn.Module) -> int | None:
 
 
 def _built_size(module: nn.Module) -> tuple[int, int] | tuple[None, None]:
-    """The size that a vision transformer is built for, under the names that libraries give it."""
-    for holder in module.modules():
-        # What cuts images into patches knows their size; a configuration says what it likes.
-        if any(isinstance(child, nn.Conv2d) for child in holder.children()):
-            for size in _named(holder):
+    """The size that a vision transformer is built for, under the names that libraries give it.
+
+    What cuts the image into patches knows it; a configuration says what it likes. Later embeddings
+    cut maps, of another size.
+    """
+    for holder in (module, getattr(module, "patch_embed", None)):
+        for size in _named(holder):
+            return size
+    channels = _channels(module)
+    for part in module.modules():
+        convolutions = [child for child in part.children() if isinstance(child, nn.Conv2d)]
+        if any(child.in_channels == channels for child in convolutions):
+            for size in _named(part):
                 return size
-    for size in _named(module):
-        return size
     return None, None
 
 
-def _named(holder: nn.Module) -> Iterator[tuple[int, int]]:
+def _named(holder: object) -> Iterator[tuple[int, int]]:
     for name in ("img_size", "image_size", "input_resolution"):
         yield from pair(getattr(holder, name, None))
 

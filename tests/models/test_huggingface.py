@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_rather_than_drawn_at_random(tmp_path: Path
 
     with pytest.raises(InputError, match=r"2 of another shape: classifier\.bias \(file \[5\]"):
         load_model(path, arch="transformers:ViTForImageClassification(num_labels=6)")
-    with pytest.raises(InputError, match=r"missing from the file: vit\.layers\.\*\.attention\.…"):
+    with pytest.raises(InputError, match=r"missing from the file: vit\."):
         load_model(path, arch="transformers:ViTForImageClassification(num_hidden_layers=3)")
     with pytest.raises(UsageError, match="did you mean ViTForImageClassification"):
         load_model(path, arch="transformers:VitForImageClassification")

@@ -127,6 +127,19 @@ def test_of_several_names_for_one_tensor_the_innermost_block_is_taken() -> None:
     assert choose(made[1:]).layer.name == "stage.0.act"
 
 
+def test_a_gate_over_channels_is_no_block() -> None:
+    """Squeeze and excitation, whose convolutions have no positions, ends a block."""
+    made = [
+        layer("stage.0.conv", "convolution", tensor=(1, 0)),
+        layer("stage.0.gate.fc", "convolution", tensor=(2, 0), layout=Layout("maps", (1, 1))),
+        layer("stage.0.gate", "mul", tensor=(3, 0)),
+        layer("stage.0", "mul", tensor=(3, 0)),
+        layer("stage", "mul", tensor=(3, 0)),
+    ]
+
+    assert choose(made).layer.name == "stage.0"
+
+
 def test_a_model_without_positions_has_no_auto_layer() -> None:
     with pytest.raises(UsageError, match="no layer returns maps or patch tokens"):
         choose([layer("head", "addmm", layout=None)])

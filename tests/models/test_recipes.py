@@ -209,6 +209,29 @@ def test_space_may_be_rearranged_into_channels_first(preprocess: str | None) -> 
     assert opened(Rearranged(), preprocess).size[0] == 3
 
 
+class Stemmed(nn.Module):
+    """Visformer's kind: what is cut into patches is no image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 2, 2)
+        self.patch_embed1 = nn.Module()
+        self.patch_embed1.img_size = (20, 20)  # type: ignore[assignment]
+        self.patch_embed1.proj = nn.Conv2d(4, 4, 4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        assert x.shape[2] == 20, "not 20"
+        return self.patch_embed1.proj(x).mean((2, 3))
+
+
+def test_a_later_embedding_does_not_tell_the_size_of_images() -> None:
+    net: Any = Stemmed()
+    assert as_model(net).size == (3, None, None)
+    net.img_size = 40
+    assert opened(net).size == (3, 40, 40)
+
+
 class Wordless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[2] == 96
