@@ -71,10 +71,7 @@ def _written(model: Model, written: Preprocessing) -> Chosen:
     """The steps that a file or library has, of the size that the model is built for."""
     own, wanted = built_size(model), _wanted(written)
     if own is None:
-        if wanted is None or refusal(model, (written.channels, *wanted)) is not None:
-            size = image_size(model, written.channels)[1:]
-            return (fitted(written, size, None) if wanted is None else resized(written, size)), ()
-        return written if written.size == wanted else replace(written, crop=wanted), ()
+        return _freely(model, written, wanted)
     if written.size == own:
         return written, ()
     if wanted is None or written.size is None:
@@ -84,6 +81,18 @@ def _written(model: Model, written: Preprocessing) -> Chosen:
     if of_weights and refusal(model, (written.channels, *wanted)) is None:
         return written, (f"{said}; it takes the former, which is used",)
     return resized(written, own), (f"{said}, which is used",)
+
+
+def _freely(model: Model, written: Preprocessing, wanted: Size | None) -> Chosen:
+    """Steps for a model that is built for no size that is known: theirs, if it takes it."""
+    said = None if wanted is None else refusal(model, (written.channels, *wanted))
+    if wanted is not None and said is None:
+        return written if written.size == wanted else replace(written, crop=wanted), ()
+    size = image_size(model, written.channels)[1:]
+    if wanted is None:
+        return fitted(written, size, None), ()
+    note = f"{written.source} says {_shown(wanted)}, which the model refuses ({said}); "
+    return resized(written, size), (f"{note}{_shown(size)} is used",)
 
 
 def _shown(size: Size) -> str:

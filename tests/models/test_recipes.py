@@ -172,6 +172,16 @@ def test_a_recipes_name_asks_for_no_size() -> None:
                for note in found.loaded.notes)  # fmt: skip
 
 
+def test_a_size_that_is_written_down_and_refused_gives_way_and_is_told() -> None:
+    flat: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 5))
+    flat.pretrained_cfg = Vit(says=32).pretrained_cfg
+
+    found = opened(flat)
+
+    assert found.size == (3, 28, 28)
+    assert any("says 32×32, which the model refuses" in note for note in found.loaded.notes)
+
+
 # --- where nothing says it ------------------------------------------------------------------------
 
 
