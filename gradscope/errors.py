@@ -20,6 +20,10 @@ class UsageError(GradscopeError):
     exit_code = 2
 
 
+class NotApplicableError(UsageError):
+    """A method cannot read this model; other methods may."""
+
+
 class InputError(GradscopeError):
     """An input is missing, malformed, refused as unsafe, or changed while it was read.
 

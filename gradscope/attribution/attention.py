@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradscope.attribution.gradients import Result
 from gradscope.attribution.subject import Subject
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError, UsageError
 from gradscope.models.attention_weights import attentions
 from gradscope.models.layout import Layout, layout_of
 from gradscope.text import plural
@@ -116,7 +116,7 @@ def one_map(subject: Subject, image: int, formula: Formula) -> Result:
 def _layout(subject: Subject, tokens: int) -> Layout:
     found = layout_of((1, tokens, 1), (1, *subject.inputs.shape[1:]))
     if found is None:
-        raise UsageError(
+        raise NotApplicableError(
             f"{tokens} tokens do not form a grid of square patches over an image of "
             f"{subject.inputs.shape[2]}×{subject.inputs.shape[3]}"
         )

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradscope.attribution.applicable import check_applicable
 from gradscope.attribution.methods import Method, completed, method_named
+from gradscope.attribution.readings import called
 from gradscope.attribution.subject import Subject, Tick
-from gradscope.errors import InputError, UsageError
+from gradscope.errors import InputError, NotApplicableError, UsageError
 from gradscope.models.forms import as_model
 from gradscope.models.model import Model
 from gradscope.models.precision import HALF
-from gradscope.models.probe import held
+from gradscope.models.probe import first_not_finite, held
 from gradscope.models.quick import quick
 from gradscope.text import plural
+
+#: What autograd says of operators that have no derivative, or write over what it needs.
+_UNDERIVED = re.compile(r"derivative for|modified by an inplace operation")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,8 +53,9 @@ def attribute(
     inputs: Tensor,
     method: str = "gradcam",
     *,
-    target: int | Sequence[int] | None = None,
+    target: int | Sequence[int] | Callable[[Any], Tensor] | None = None,
     versus: int | Sequence[int] | None = None,
+    output_name: str | int | None = None,
     layer: str = "auto",
     seed: int = 0,
     chunk: int | None = None,
@@ -61,24 +68,31 @@ def attribute(
     """Which parts of preprocessed inputs [N, C, H, W] the model's score for a target rests on.
 
     ``model`` is an ``nn.Module``, a ScriptModule, an ExportedProgram or the ``model`` of what
-    ``load_model`` returns. ``target`` is a class, one class per image, or None for each image's
-    greatest logit; with ``versus`` the difference of two logits is explained. ``layer`` is read by
-    activation methods; ``auto`` takes the last with maps or patch tokens that the gradient
-    reaches. The model sees ``chunk`` inputs at a time, by default as many as memory allows; results
-    do not depend on it. ``mean`` and ``std`` are those of the inputs' normalisation, needed for
-    references such as "black". ``options`` are the method's own (see ``gradscope methods``). Long
-    work on a CPU is done by a private copy of the model, whose answers agree within 1e-5 of the
-    greatest and which is thrown away; ``exact`` puts everything to the model itself.
+    ``load_model`` returns. ``target`` is a class, one class per image, a function of the model's
+    output that returns a number for each image, or None for each image's greatest logit; with
+    ``versus`` the difference of two logits is explained. ``output_name`` says which of several
+    outputs is meant, by name or position. ``layer`` is read by activation methods; ``auto`` takes
+    the last with maps or patch tokens that the gradient reaches. The model sees ``chunk`` inputs at
+    a time, by default as many as memory allows; results do not depend on it. ``mean`` and ``std``
+    are those of the inputs' normalisation, needed for references such as "black". ``options`` are
+    the method's own (see ``gradscope methods``). Long work on a CPU is done by a private copy of
+    the model, whose answers agree within 1e-5 of the greatest and which is thrown away; ``exact``
+    puts everything to the model itself.
 
     The model is left as it was: parameters, gradients, buffers, training flags, hooks and the
     random state, also after an exception.
 
     Raises UsageError for an unknown method, option, layer or target, and for a model or layer
-    that the method cannot read, and InputError for inputs that are not finite.
+    that the method cannot read, and InputError for inputs and answers that are not finite.
     """
     chosen = method_named(method)
     given = completed(chosen, options)
-    looked_at = as_model(model) if exact else quick(as_model(model))
+    looked_at = replace(
+        as_model(model), known={}, output=None if output_name is None else str(output_name)
+    )
+    if callable(target):
+        looked_at, target = looked_at.read_by(called(target)), None
+    looked_at = looked_at if exact else quick(looked_at)
     with held(looked_at.module):
         subject = prepared(
             looked_at, inputs, layer, target, versus, seed=seed, reads_layer=chosen.reads_layer,
@@ -87,6 +101,7 @@ def attribute(
         if chunk is not None:
             subject.limit(chunk)
         subject.tick = progress or subject.tick
+        check_applicable(subject, chosen)
         return attributed(subject, chosen, given)
 
 
@@ -114,7 +129,12 @@ def prepared(
 
 def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
     """One method on a subject whose model is held; passes already made are reused."""
-    values, facts = method.compute(subject, **options)
+    try:
+        values, facts = method.compute(subject, **options)
+    except RuntimeError as error:
+        if not _UNDERIVED.search(str(error)):
+            raise
+        raise NotApplicableError(f"the model cannot be differentiated ({error})") from error
     notes = (*facts.pop("notes", ()), *(subject.chunks.notes if subject.chunks else ()))
     return Attribution(
         method.name,
@@ -165,6 +185,15 @@ def subject_of(
     subject = Subject(model, inputs, nothing, layer=named, seed=seed)
     # The one pass that CAM methods need also gives the classes.
     answered = subject.tapped if reads_layer else subject.answered
+    if not answered.scores.finite:
+        where = first_not_finite(model, inputs)
+        first = "" if where is None else f", and the first layer whose output is not is {where}"
+        raise InputError(
+            "model",
+            "malformed",
+            f"its answer is not finite (NaN or infinite), though the inputs are{first}; look for "
+            "NaN in the weights (gradscope weights), or for an overflow of half precision",
+        )
     return subject.about(answered.logits.detach().argmax(1))
 
 

@@ -18,7 +18,7 @@ from gradscope.attribution.propagation import beginning, slopes
 from gradscope.attribution.references import references
 from gradscope.attribution.sharing import arriving, normed
 from gradscope.attribution.subject import Subject
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
 from gradscope.models.tape import Step, Tape, record
 
 #: A step of the image's pass, the same of the reference's, the results' multipliers.
@@ -75,7 +75,7 @@ def _twins(tape: Tape, other: Tape) -> Mapping[int, Step]:
         for a, b in zip(tape.steps, other.steps, strict=True)
     )
     if not same:
-        raise UsageError(
+        raise NotApplicableError(
             "the model computes something else for the reference than for the image, so that they "
             "cannot be compared; use integrated-gradients"
         )
@@ -85,7 +85,7 @@ def _twins(tape: Tape, other: Tape) -> Mapping[int, Step]:
 def _linear(step: Step, other: Step, given: list[Tensor | None]) -> Sequence[Tensor]:
     for at, mine in enumerate(step.leaves):
         if isinstance(mine, Tensor) and at not in step.inputs and not _same(mine, other.leaves[at]):
-            raise UsageError(
+            raise NotApplicableError(
                 f"{step.name} chooses by the image, and chooses otherwise for the reference; use "
                 "integrated-gradients"
             )

@@ -14,6 +14,7 @@ from gradscope.attribution.drawing.colour import COLORMAPS
 from gradscope.attribution.drawing.figure import check_figures
 from gradscope.attribution.folder import Folder
 from gradscope.attribution.picture import Progress, explain_picture
+from gradscope.attribution.readings import Wanted
 from gradscope.attribution.request import asked, request
 from gradscope.attribution.result import ExplainReport, ExplainResult
 from gradscope.attribution.subject import Tick
@@ -38,8 +39,9 @@ def explain(
     arch: str | None = None,
     key: str | None = None,
     trust: Sequence[str] = (),
-    target: int | str = "top1",
+    target: Wanted = "top1",
     versus: int | str | None = None,
+    output_name: str | int | None = None,
     layer: str = "auto",
     preprocess: str | Preprocessing | None = None,
     labels: str | Labels | None = None,
@@ -66,14 +68,17 @@ def explain(
 
     ``model`` is a path (see ``load_model`` for ``arch``, ``key`` and ``trust``) or a model of
     torch; ``images`` are files and folders; ``method`` one name or several, which share passes.
-    ``target`` is a class index, a label, "top1" or "topK"; with ``versus`` what speaks for it
-    rather than for another class. ``options`` go to every method that has them. With ``output`` a
-    heatmap, an overlay and the raw values of each map are written to that folder, and with
-    ``figure`` ("png", "svg" or "pdf") one for a paper, with a title and a colour bar. ``evaluated``
-    measures insertion and deletion, parameter randomisation, sensitivity and agreement; ``boxes``
-    (COCO or Pascal VOC annotations, masks) whether maps lie on the objects, and with ``evaluated``
-    ROAD, faithfulness correlation and infidelity. Evaluation that has not begun after ``budget``
-    seconds is left out, and said. ``exact`` is as in ``attribute``.
+    ``target`` is a class index, a label, "top1" or "topK"; "pixel:Y,X", "mask:CLASS", "box:N",
+    "similar:IMAGE", "channel:K" or "text:FILE"; or a function of the model's output that returns a
+    number for each image. With ``versus`` what speaks for it rather than for another class.
+    ``output_name`` says which of several outputs is meant, by name or position. ``options`` go to
+    every method that has them. With ``output`` a heatmap, an overlay and the raw values of each map
+    are written to that folder, and with ``figure`` ("png", "svg" or "pdf") one for a paper, with a
+    title and a colour bar. ``evaluated`` measures insertion and deletion, parameter randomisation,
+    sensitivity and agreement; ``boxes`` (COCO or Pascal VOC annotations, masks) whether maps lie on
+    the objects, and with ``evaluated`` ROAD, faithfulness correlation and infidelity. Evaluation
+    that has not begun after ``budget`` seconds is left out, and said. ``exact`` is as in
+    ``attribute``.
 
     Files that cannot be read are entries of ``errors``, never exceptions. Raises UsageError for
     everything else that is wrong with the request.
@@ -98,7 +103,7 @@ def explain(
     try:
         vision = open_vision(
             model, arch=arch, key=key, trust=trust, preprocess=preprocess, labels=labels,
-            device=device,
+            device=device, output_name=output_name,
         )  # fmt: skip
         if not exact:
             vision = vision.answered_by(quick(vision.model))
@@ -118,7 +123,11 @@ def explain(
         for path in paths:
             with failures.caught():
                 explain_picture(run, shared, path, shown)
-    return _report(wanted, failures, run.inputs, result_of(run, shared), shared.budget)
+    refused = [
+        InputFailure(input=vision.loaded.path, kind="unsupported", message=said)
+        for said in run.refused
+    ]
+    return _report(wanted, failures, run.inputs, result_of(run, shared), shared.budget, refused)
 
 
 def _found(given: Iterable[str | Path], failures: Failures) -> list[str]:
@@ -136,7 +145,9 @@ def _report(
     inputs: Sequence[Input] = (),
     result: ExplainResult | None = None,
     budget: Budget | None = None,
+    refused: Sequence[InputFailure] = (),
 ) -> ExplainReport:
+    """``failures`` are pictures, ``refused`` methods that cannot read the model."""
     skipped = () if budget is None else tuple(budget.skipped())
     if skipped:
         wanted = replace(wanted, narrowed=("--budget",))
@@ -149,5 +160,10 @@ def _report(
     )
     judged = [] if result is None else [wanted.judged(result, result.model.path)]
     return wanted.report(
-        ExplainReport, result, inputs=inputs, coverage=coverage, judged=judged, errors=failures
+        ExplainReport,
+        result,
+        inputs=inputs,
+        coverage=coverage,
+        judged=judged,
+        errors=[*failures, *refused],
     )

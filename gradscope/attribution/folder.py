@@ -23,7 +23,7 @@ from gradscope.attribution.writing import save_png
 from gradscope.errors import UsageError
 from gradscope.files import write_whole
 from gradscope.models.geometry import Geometry
-from gradscope.models.images import Picture
+from gradscope.models.images import Picture, split_frame
 from gradscope.text import escaped, quoted
 from gradscope.version import __version__
 
@@ -45,6 +45,7 @@ class Folder:
 
     def spare(self, pictures: Sequence[str]) -> None:
         """Refuse to write over a picture that is to be explained. Raises UsageError."""
+        pictures = [split_frame(path)[0] for path in pictures]
         own = [re.escape(Path(path).stem) for path in pictures]
         ours = re.compile(rf"(?:{'|'.join(own)})(-\d+)?\..+\.(heatmap|overlay|sheet|figure)\.png")
         for path in pictures:
@@ -65,9 +66,9 @@ class Folder:
         if len(maps) > 1:
             original = Panel("original", f"{picture.width} x {picture.height}", picture.rgb())
             target = maps[0][0].target
-            caption = f"{Path(picture.path).name}: {target.index} {target.label or ''}".rstrip()
+            caption = f"{Path(picture.path).name}: {target.named}"
             panels = [original, *(panel for _, panel in written)]
-            page = sheet(panels, f"{caption}, probability {target.probability:.2g}")
+            page = sheet(panels, f"{caption}, {target.strength}")
             name = f"{self._stem(picture)}.{_class(maps[0][0])}.sheet.png"
             save_png(self.path / name, page, {"Title": caption})
         return [files for files, _ in written]
@@ -112,7 +113,8 @@ class Folder:
 
     def _stem(self, picture: Picture) -> str:
         if picture.path not in self.stems:
-            base = stem = Path(picture.path).stem
+            file, frame = split_frame(picture.path)
+            base = stem = Path(file).stem + ("" if frame is None else f"-{frame}")
             number = 2
             while stem in self.stems.values():
                 stem, number = f"{base}-{number}", number + 1
@@ -138,12 +140,12 @@ def _smoothed(one: Map, values: Floats) -> tuple[Floats, str]:
 def _titles(one: Map) -> tuple[str, str]:
     """The class and its probability; the method and its layer."""
     target = one.target
-    named = target.label or f"class {target.index}"
+    named = target.what if target.aim else target.label or f"class {target.index}"
     if target.versus is not None:
         named += f" rather than {target.versus_label or target.versus}"
     at = f" at {one.found.layer}" if one.found.layer else ""
     return (
-        escaped(f"{named}, probability {target.probability:.2g}", 90),
+        escaped(f"{named}, {target.strength}", 90),
         escaped(f"{one.method.name}{at}", 110),
     )
 
@@ -159,12 +161,17 @@ def _reduced(pixels: Pixels) -> Pixels:
 
 
 def _class(one: Map) -> str:
-    against = one.target.versus
-    return f"{one.target.index}" if against is None else f"{one.target.index}-vs-{against}"
+    """The target in a file's name."""
+    target = one.target
+    aim = "" if target.aim is None else re.sub(r"[^\w.+-]+", "-", target.aim).strip("-")
+    named = (
+        f"{aim}.{target.index}" if aim and target.what != target.aim else aim or f"{target.index}"
+    )
+    return named if target.versus is None else f"{named}-vs-{target.versus}"
 
 
 def _about(picture: Picture, one: Map) -> dict[str, str]:
-    title = f"{one.method.name}: {one.target.index} {one.target.label or ''}".rstrip()
+    title = f"{one.method.name}: {one.target.named}"
     facts = {"image": picture.path, "image_sha256": picture.sha256, "layer": one.found.layer}
     return {"Title": title, "Software": f"gradscope {__version__}", "Comment": json.dumps(facts)}
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradscope.attribution.cams import gradcam_parts
 from gradscope.attribution.gradients import Result
 from gradscope.attribution.subject import Subject
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
 
 _aten = torch.ops.aten
 #: The derivatives of rectifying activations; not of gates such as sigmoid.
@@ -64,7 +64,7 @@ def _rectified(subject: Subject, gated: bool) -> Result:
             parts.append(torch.autograd.grad(total, part)[0].detach())
         seen = mode.seen
     if not seen:
-        raise UsageError(
+        raise NotApplicableError(
             "no rectifier in the backward pass: the map would be the plain gradient; use "
             "saliency, smoothgrad or a CAM method"
         )

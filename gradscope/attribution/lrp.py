@@ -23,7 +23,7 @@ from gradscope.attribution.relevance import (
 )
 from gradscope.attribution.sharing import Shares
 from gradscope.attribution.subject import Subject
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError, UsageError
 
 #: The stabiliser of every rule but the epsilon rule.
 SMALL = 1e-6
@@ -66,6 +66,6 @@ def _box(subject: Subject) -> Rule:
 
 
 def _no_attention(*_: object) -> Shares:
-    raise UsageError(
+    raise NotApplicableError(
         "the model has attention, for whose softmax lrp has no rule; use attention-lrp or relevance"
     )

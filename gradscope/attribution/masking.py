@@ -17,7 +17,6 @@ from gradscope.attribution.gradients import Result
 from gradscope.attribution.subject import Answer, Points, Subject
 from gradscope.errors import UsageError
 from gradscope.models.model import Tap
-from gradscope.models.probe import logits_of
 
 #: Last places by which a score may differ between two batches.
 _ROUNDINGS = 32
@@ -140,7 +139,8 @@ class _Ablated:
         images = self.subject.inputs
         inputs = images if self.copies else images.expand(batch, *images.shape[1:]).contiguous()
         taps = {self.subject.layer_name: _at_call(self.calls, partial(self._ablate, channels))}
-        return logits_of(self.subject.model.forward(inputs, taps))[0][: len(channels)]
+        model = self.subject.model
+        return model.scores(model.forward(inputs, taps)).values[: len(channels)]
 
     def _ablate(self, channels: Tensor, output: Tensor) -> Tensor:
         layout = self.subject.layout

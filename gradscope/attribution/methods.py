@@ -8,7 +8,7 @@ Plug-ins add methods through the entry point group ``gradscope.methods``: each n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Literal
@@ -52,6 +52,8 @@ class Method:
     reads_layer: bool = False
     #: What to do where its values do not add up to the score.
     refine: str = "compare with integrated-gradients"
+    #: What it differentiates the score by; None for methods that need no gradient.
+    differentiates: Literal["input", "layer"] | None = None
 
     @property
     def compute(self) -> Callable[..., Any]:
@@ -87,12 +89,21 @@ def _home(module: str, name: str) -> str:
 
 
 def _input(name: str, summary: str, reference: str, module: str, **more: Any) -> Method:
-    return Method(name, "gradient", summary, reference, _home(module, name), **more)
+    home = _home(module, name)
+    return Method(name, "gradient", summary, reference, home, differentiates="input", **more)
 
 
 def _cam(name: str, summary: str, reference: str, module: str, **options: Option) -> Method:
-    home = _home(module, name)
-    return Method(name, "activation", summary, reference, home, _RELU | options, reads_layer=True)
+    return Method(
+        name, "activation", summary, reference, _home(module, name), _RELU | options,
+        reads_layer=True, differentiates="layer",
+    )  # fmt: skip
+
+
+def _gradient_free_cam(
+    name: str, summary: str, reference: str, module: str, **options: Option
+) -> Method:
+    return replace(_cam(name, summary, reference, module, **options), differentiates=None)
 
 
 def _perturbed(name: str, summary: str, reference: str, **more: Any) -> Method:
@@ -101,7 +112,8 @@ def _perturbed(name: str, summary: str, reference: str, **more: Any) -> Method:
 
 
 def _attended(name: str, summary: str, reference: str, **options: Option) -> Method:
-    return Method(name, "attention", summary, reference, _home("attention", name), options)
+    home = _home("attention", name)
+    return Method(name, "attention", summary, reference, home, options, differentiates="input")
 
 
 _BUILT_IN = (
@@ -205,6 +217,7 @@ _BUILT_IN = (
         "relevance", "attention",
         "attention weighted by its gradient and its relevance, through all blocks",
         "Chefer et al. 2021, arXiv:2012.09838", _home("transformers", "relevance"),
+        differentiates="input",
     ),
     _cam(
         "gradcam", "channels weighted by their mean gradient",
@@ -226,7 +239,7 @@ _BUILT_IN = (
         "layercam", "as hirescam, with positive gradients only",
         "Jiang et al. 2021, IEEE TIP 30:5875", "cams", **_SMOOTHED,
     ),
-    _cam(
+    _gradient_free_cam(
         "eigencam", "first principal component of the activations; independent of the target",
         "Muhammad & Yeasin 2020, arXiv:2008.00299", "cams",
     ),
@@ -241,17 +254,17 @@ _BUILT_IN = (
         "Cai 2025, arXiv:2501.06261", "cams", **_SMOOTHED,
         utility=Option("rest", "rest: logit and log-probability; or the logit", ("rest", "logit")),
     ),
-    _cam(
+    _gradient_free_cam(
         "kpcacam", "as eigencam, after a kernel", "Karmani et al. 2024, arXiv:2410.00267", "cams",
         kernel=Option("sigmoid", "the kernel", ("sigmoid", "rbf", "poly")),
         gamma=Option(0.0, "its coefficient; 0 for one over the channels"),
     ),
-    _cam(
+    _gradient_free_cam(
         "scorecam", "channels weighted by the score of the image masked by them",
         "Wang et al. 2020, arXiv:1910.01279", "masking",
         channels=Option(0, "only the channels of greatest variance; 0 for all"),
     ),
-    _cam(
+    _gradient_free_cam(
         "ablationcam", "channels weighted by what the score loses without them",
         "Desai & Ramaswamy 2020, WACV, eq. 3", "masking",
     ),

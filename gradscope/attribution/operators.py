@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
 from gradscope.models.tape import Step
 
 
@@ -97,7 +97,7 @@ def kind(step: Step) -> Kind:
     ):  # fmt: skip
         if name in names:
             return found
-    raise UsageError(
+    raise NotApplicableError(
         f"no rule for the operator {name}, which the model uses; use integrated-gradients, a CAM "
         "method or rise"
     )

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gradscope.attribution.attribute import Attribution, attributed
+from gradscope.attribution.applicable import check_applicable
+from gradscope.attribution.attribute import attributed
 from gradscope.attribution.collected import Collected
 from gradscope.attribution.evaluation import evaluate
 from gradscope.attribution.localisation import located, region_in
 from gradscope.attribution.maps import Map
 from gradscope.attribution.methods import Method
-from gradscope.attribution.request import Request
+from gradscope.attribution.readings import Read, read_for
+from gradscope.attribution.request import Asked, Request
 from gradscope.attribution.result import (
     Diagnostics,
     Explanation,
     Files,
     ImageFacts,
-    Prediction,
+    NotFinite,
     Target,
 )
 from gradscope.attribution.subject import Subject, Tick
-from gradscope.attribution.targets import targets
-from gradscope.errors import UsageError
+from gradscope.attribution.targets import predictions, targets
+from gradscope.errors import InputError, NotApplicableError, UsageError
 from gradscope.models.images import Picture, open_image
 from gradscope.models.labels import Labels
 from gradscope.models.preprocessing import Prepared
+from gradscope.models.probe import first_not_finite
+from gradscope.models.scores import Scores
+from gradscope.models.vision import Vision
 from gradscope.report.model import Input
 
-#: Classes that the report lists for each picture.
-_PREDICTIONS = 5
 #: Parts of a tick that one map is.
 _FINE = 1000
 #: Share of the work for a map that making it is, where it is evaluated too.
@@ -70,28 +76,51 @@ class Progress:
 
 def explain_picture(collected: Collected, request: Request, path: str, shown: Progress) -> None:
     """Collect the maps of one picture. The model is held. Raises InputError and UsageError."""
-    picture = open_image(path)
+    picture = open_image(path, request.vision.preprocessing.channels)
     prepared = request.vision.preprocessing(picture)
-    subject = _subject(request, prepared)
-    collected.classes = subject.answered.logits.shape[1]
-    collected.ends_in_softmax |= subject.answered.head == "probabilities"
-    labels = request.vision.labels(collected.classes)
-    made = _MADE if request.evaluated else 1.0
+    subject, read = _subject(request, prepared)
+    answer = subject.answer
+    collected.answered(answer)
+    labels = read.labels or _labels(request.vision, answer)
+    collected.notes.update(dict.fromkeys(f"{path}: {note}" for note in picture.notes))
+    collected.inputs.append(Input(path=path, format=picture.format, bytes=picture.bytes))
+    collected.images.append(_image_facts(picture, subject, labels))
+    if not answer.finite:
+        return
+    if request.chunk is not None:
+        subject.limit(request.chunk)
+    methods = collected.kept(
+        request.methods, lambda method, _options: check_applicable(subject, method)
+    )
     late = request.budget.next_picture()
-    for target in targets(subject, request.target, request.versus, labels):
+    made = _MADE if request.evaluated else 1.0
+    for target in targets(subject, read.of, request.versus, labels, request.aim):
         first = len(collected.explanations)
-        maps = [
-            _map(subject, target, method, options, shown.part(first + i, 0, made))
-            for i, (method, options) in enumerate(request.methods)
-        ]
+        maps = _maps(collected, methods, subject, target, partial(shown.part, start=0, end=made))
         collected.notes.update(dict.fromkeys(n for m in maps for n in m.notes))
         truth = _located(collected, request, maps, picture, prepared, labels)
         tick = shown.whole(first, len(maps), made)
         measured = _measured(request, maps, late, tick)
         known = [m.diagnostics(t | f) for m, t, f in zip(maps, truth, measured, strict=True)]
         collected.explanations += _explanations(request, picture, prepared, maps, known)
-    collected.images.append(_image_facts(picture, subject, labels))
-    collected.inputs.append(Input(path=path, format=picture.format, bytes=picture.bytes))
+
+
+def _maps(
+    collected: Collected,
+    methods: Sequence[Asked],
+    subject: Subject,
+    target: Target,
+    tick: Callable[[int], Tick],
+) -> list[Map]:
+    """One target's maps, one for each method that can read the model."""
+    maps: list[Map] = []
+    first = len(collected.explanations)
+
+    def make(method: Method, options: Mapping[str, Any]) -> None:
+        maps.append(_map(subject, target, method, options, tick(first + len(maps))))
+
+    collected.kept(methods, make)
+    return maps
 
 
 def _located(
@@ -130,7 +159,7 @@ def _map(
     against = None if target.versus is None else torch.tensor([target.versus], device=device)
     aimed = subject.about(torch.tensor([target.index], device=device), against)
     aimed.tick = tick
-    found = _attributed(aimed, method, options)
+    found = attributed(aimed, method, options)
     tick(1, 1)
     return Map(method, options, aimed, found, target)
 
@@ -151,57 +180,63 @@ def _explanations(
         yield one.explanation(picture, written, known)
 
 
-def _subject(request: Request, prepared: Prepared) -> Subject:
+def _subject(request: Request, prepared: Prepared) -> tuple[Subject, Read]:
+    """A picture as the methods take it, after a first pass, and what is explained of it."""
     vision = request.vision
     inputs = vision.like_parameters(prepared.inputs[None])
     mean, std = (torch.tensor(v) for v in (vision.preprocessing.mean, vision.preprocessing.std))
-    nothing = torch.zeros(1, dtype=torch.long, device=inputs.device)
-    subject = Subject(
-        vision.model, inputs, nothing, layer=request.layer, seed=request.seed, mean=mean, std=std
-    )
-    if request.chunk is not None:
-        subject.limit(request.chunk)
-    _first_pass(subject, any(m.reads_layer for m, _ in request.methods))
-    return subject
+    with _refusals(inputs):
+        read = read_for(request.target, vision, inputs, prepared.geometry)
+        model = vision.model if read.reading is None else vision.model.read_by(read.reading)
+        nothing = torch.zeros(1, dtype=torch.long, device=inputs.device)
+        subject = Subject(
+            model, inputs, nothing, layer=request.layer, seed=request.seed, mean=mean, std=std
+        )
+        if any(m.reads_layer for m, _ in request.methods):
+            with suppress(NotApplicableError):
+                _ = subject.tapped
+        _ = subject.answered
+    return subject, read
 
 
-def _first_pass(subject: Subject, reads_layer: bool) -> None:
-    """One pass; the model's own error about inputs of this size goes to the user."""
+@contextmanager
+def _refusals(inputs: Tensor) -> Iterator[None]:
+    """The model's own error about inputs of this size goes to the user."""
     try:
-        _ = subject.tapped if reads_layer else subject.answered
-    except (UsageError, torch.OutOfMemoryError):
+        yield
+    except (UsageError, InputError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UsageError(
-            f"the model refuses inputs {list(subject.inputs.shape)}: {said}; --preprocess sets how "
-            "images become inputs (size=…, image_mean=…)"
+            f"the model refuses inputs {list(inputs.shape)}: {said}; --preprocess sets how images "
+            "become inputs (size=…, image_mean=…)"
         ) from error
 
 
-def _attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
-    try:
-        return attributed(subject, method, options)
-    except UsageError as error:
-        raise UsageError(f"{method.name}: {error}") from error
+def _labels(vision: Vision, answer: Scores) -> Labels | None:
+    """The names of what is scored; one number, and those of an embedding, have none."""
+    classes = answer.values.shape[1]
+    return None if classes == 1 or answer.head == "embedding" else vision.labels(classes)
 
 
 def _image_facts(picture: Picture, subject: Subject, labels: Labels | None) -> ImageFacts:
-    logits, probabilities = subject.answer
-    best = logits.topk(min(_PREDICTIONS, len(logits))).indices.tolist()
+    answer = subject.answer
     return ImageFacts(
         path=picture.path,
         sha256=picture.sha256,
         width=picture.width,
         height=picture.height,
         mode=picture.mode,
-        predictions=tuple(
-            Prediction(
-                index=index,
-                label=(labels or {}).get(index),
-                score=float(logits[index]),
-                probability=float(probabilities[index]),
-            )
-            for index in best
-        ),
+        predictions=predictions(answer, labels) if answer.finite else (),
+        not_finite=None if answer.finite else _not_finite(subject),
+    )
+
+
+def _not_finite(subject: Subject) -> NotFinite:
+    values = subject.answer.values
+    return NotFinite(
+        scores=int((~torch.isfinite(values)).sum()),
+        total=values.numel(),
+        layer=first_not_finite(subject.model, subject.inputs),
     )

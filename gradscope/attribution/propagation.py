@@ -18,7 +18,7 @@ from gradscope.attribution.operators import Kind, is_layer, kind, moves
 from gradscope.attribution.relevance import Rule, foldable, layer_of
 from gradscope.attribution.sharing import SHARING, Shares, Sharing, arriving
 from gradscope.attribution.subject import Subject
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
 from gradscope.models.tape import Step, Tape, record
 
 _SOFTMAXES = ("_softmax", "_log_softmax", "_safe_softmax")
@@ -48,7 +48,7 @@ def propagated(subject: Subject, composite: Composite, needed: Kind | None = Non
     for image in range(len(subject.inputs)):
         tape = record(subject.model, subject.inputs[image : image + 1])
         if needed is not None and not any(kind(step) is needed for step in tape.steps):
-            raise UsageError(f"the model has no {needed}; use lrp")
+            raise NotApplicableError(f"the model has no {needed}; use lrp")
         found = Relevance(tape, composite)
         value, logits = beginning(tape)
         start = slopes(subject, image, logits) * logits
@@ -118,7 +118,7 @@ class Relevance:
         if self.composite.first_of_pixels is None:
             return self.composite.first or rule
         if id(step) not in self.of_pixels:
-            raise UsageError(
+            raise NotApplicableError(
                 "the model computes on its pixels before the first convolution, so that their "
                 "range is not that of its inputs; use composite=epsilon-gamma"
             )

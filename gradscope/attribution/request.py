@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradscope.attribution.aim import parse_aim
 from gradscope.attribution.boxes import Boxes
 from gradscope.attribution.budget import Budget
 from gradscope.attribution.folder import Folder
 from gradscope.attribution.methods import Method, completed, method_named
+from gradscope.attribution.readings import Wanted
 from gradscope.attribution.references import NAMES
 from gradscope.errors import UsageError
 from gradscope.models.images import open_image
@@ -18,14 +20,17 @@ from gradscope.models.labels import RANKED
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.vision import Vision
 
+#: A method with its options.
+Asked = tuple[Method, dict[str, Any]]
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
     """All that is the same for every picture."""
 
     vision: Vision
-    methods: tuple[tuple[Method, dict[str, Any]], ...]
-    target: int | str
+    methods: tuple[Asked, ...]
+    target: Wanted
     versus: int | str | None
     layer: str | None
     seed: int
@@ -34,6 +39,14 @@ class Request:
     boxes: Boxes | None
     budget: Budget
     folder: Folder | None
+
+    @property
+    def aim(self) -> str | None:
+        """What is explained where it is no class of the whole picture."""
+        if callable(self.target):
+            return getattr(self.target, "__name__", "a function")
+        found = parse_aim(str(self.target))
+        return None if found is None else str(found)
 
     @property
     def maps(self) -> int:
@@ -45,8 +58,8 @@ class Request:
 
 def request(
     vision: Vision,
-    asked: tuple[tuple[Method, dict[str, Any]], ...],
-    target: int | str,
+    asked: tuple[Asked, ...],
+    target: Wanted,
     versus: int | str | None,
     layer: str,
     seed: int,
@@ -57,6 +70,8 @@ def request(
     folder: Folder | None,
 ) -> Request:
     """The request with its layer checked and reference pictures read. Raises UsageError."""
+    if isinstance(target, str):
+        parse_aim(target)
     named = None if layer == "auto" else layer
     vision.model.check_layers([] if named is None else [named])
     methods = tuple((m, _with_reference_image(o, vision.preprocessing)) for m, o in asked)
@@ -64,9 +79,7 @@ def request(
                    folder)  # fmt: skip
 
 
-def asked(
-    method: str | Sequence[str], options: Mapping[str, Any]
-) -> tuple[tuple[Method, dict[str, Any]], ...]:
+def asked(method: str | Sequence[str], options: Mapping[str, Any]) -> tuple[Asked, ...]:
     """Methods with their options. Raises UsageError for an option that none of them has."""
     wanted = [method] if isinstance(method, str) else list(method)
     found = [method_named(name) for name in dict.fromkeys(wanted)]
@@ -89,4 +102,4 @@ def _with_reference_image(options: dict[str, Any], steps: Preprocessing) -> dict
         raise UsageError(
             f"--reference {wanted}: neither one of {', '.join(NAMES)} nor a picture file"
         )
-    return options | {"reference": steps(open_image(wanted)).inputs}
+    return options | {"reference": steps(open_image(wanted, steps.channels)).inputs}

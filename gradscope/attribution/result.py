@@ -14,11 +14,37 @@ class Target(Record):
 
     index: int
     label: str | None
-    #: The logit; with ``versus`` the difference of the two.
+    #: The logit, or whatever number the model returns; with ``versus`` the difference of the two.
     score: Number
-    probability: Number
+    #: None where the model gives no probabilities.
+    probability: Number | None
     versus: int | None = None
     versus_label: str | None = None
+    #: What it is where it is not a class of the whole picture: ``value``, ``pixel:12,40``.
+    aim: str | None = None
+
+    @property
+    def what(self) -> str:
+        """``281 tabby``; ``15 person (box:0)``; ``value``."""
+        named = f"{self.index} {self.label or ''}".rstrip()
+        if self.aim is None or self.aim.startswith("text:"):
+            return named
+        somewhere = self.aim.startswith(("pixel:", "mask:", "box:"))
+        return f"{named} ({self.aim})" if somewhere else self.aim
+
+    @property
+    def named(self) -> str:
+        """``281 tabby``; ``281 tabby rather than tiger cat``."""
+        if self.versus is None:
+            return self.what
+        return f"{self.what} rather than {self.versus_label or self.versus}"
+
+    @property
+    def strength(self) -> str:
+        """``probability 0.72``; ``score 3.1`` where the model gives no probabilities."""
+        if self.probability is None:
+            return f"score {self.score:.3g}"
+        return f"probability {self.probability:.2g}"
 
 
 class MapFacts(Record):
@@ -140,10 +166,7 @@ class Explanation(Record):
     @property
     def subject(self) -> str:
         """What findings about it name: ``cat.png: gradcam → 281 tabby``."""
-        named = f"{self.target.index} {self.target.label or ''}".rstrip()
-        if self.target.versus is not None:
-            named += f" rather than {self.target.versus_label or self.target.versus}"
-        return f"{self.image}: {self.method} → {named}"
+        return f"{self.image}: {self.method} → {self.target.named}"
 
 
 class Summary(Record):
@@ -167,11 +190,22 @@ class Prediction(Record):
     index: int
     label: str | None
     score: Number
-    probability: Number
+    #: None where the model gives no probabilities.
+    probability: Number | None
+
+
+class NotFinite(Record):
+    """An answer of NaN or infinity, for which there are no maps."""
+
+    #: How many of the scores are not finite, and how many there are.
+    scores: int
+    total: int
+    #: The first layer whose output is not finite; None where every layer's is.
+    layer: str | None
 
 
 class ImageFacts(Record):
-    """An image as it was read, and its five likeliest classes."""
+    """An image as it was read, and its five likeliest classes; none of an embedding."""
 
     path: str
     sha256: str
@@ -179,6 +213,8 @@ class ImageFacts(Record):
     height: int
     mode: str
     predictions: tuple[Prediction, ...]
+    #: None where the model's answer is finite.
+    not_finite: NotFinite | None = None
 
 
 class ModelFacts(Record):
@@ -192,6 +228,11 @@ class ModelFacts(Record):
     classes: int
     #: Whether it returns probabilities, whose gradients vanish where it is certain.
     ends_in_softmax: bool
+    #: The output that was read, and what its numbers are; None where no answer was.
+    output: str | None = None
+    head: str | None = None
+    #: Other outputs that could as well be meant.
+    competing: tuple[str, ...] = ()
 
 
 class Preprocessed(Record):
@@ -218,6 +259,7 @@ class Environment(Record):
 class Need(StrEnum):
     """The kinds of facts that a rule about explanations can need."""
 
+    ANSWERS = "answers"
     MAPS = "maps"
     COMPLETENESS = "completeness"
     EVALUATION = "evaluation"
@@ -242,7 +284,9 @@ class ExplainResult(Record):
     @property
     def measured(self) -> frozenset[Need]:
         """The kinds of facts that are there."""
-        facts = {Need.MAPS} if self.explanations else set()
+        facts = {Need.ANSWERS} if self.images else set()
+        if self.explanations:
+            facts.add(Need.MAPS)
         if any(e.diagnostics.completeness_delta is not None for e in self.explanations):
             facts.add(Need.COMPLETENESS)
         if self.evaluated:

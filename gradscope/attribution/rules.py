@@ -10,6 +10,7 @@ from gradscope.attribution.result import Control, Diagnostics, ExplainResult, Ex
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
+from gradscope.text import listed, quoted
 
 
 def _about(
@@ -198,7 +199,9 @@ def _unjudged(known: Sequence[Diagnostics]) -> str:
 
 
 @rule("E105", "low-confidence", Severity.LOW, reads=ExplainResult, needs=Need.MAPS)
-def low_confidence(result: ExplainResult, *, likely: float = 0.1) -> Iterator[Observation]:
+def low_confidence(
+    result: ExplainResult, *, likely: float = 0.1
+) -> Iterator[Observation | Unknown]:
     """The class that is explained is improbable to the model.
 
     Its probability is below ``likely``, so the map explains an answer that the model does not give.
@@ -206,7 +209,9 @@ def low_confidence(result: ExplainResult, *, likely: float = 0.1) -> Iterator[Ob
     """
     for e in result.explanations:
         probability = e.target.probability
-        if probability < likely:
+        if probability is None:
+            yield Unknown(f"{e.subject}: the model gives no probabilities")
+        elif probability < likely:
             yield _about(
                 e,
                 f"the model gives the target a probability of {probability:.2g}",
@@ -235,4 +240,56 @@ def assumed_preprocessing(result: ExplainResult) -> Iterator[Observation]:
             f"{what} is assumed ({', '.join(steps.steps)}){others}",
             "specify it with --preprocess: imagenet, a preprocessor_config.json, or "
             "image_mean=…,image_std=…,size=…",
+        )
+
+
+@rule("E107", "non-finite-output", Severity.CRITICAL, reads=ExplainResult, needs=Need.ANSWERS)
+def non_finite_output(result: ExplainResult) -> Iterator[Observation]:
+    """The model's answer to a picture contains NaN or infinity, so there is nothing to explain.
+
+    Inputs are always finite, so the cause lies in the model: NaN in the weights, an overflow of
+    half precision, a division by zero on this picture. The first layer in the order of the calls
+    whose output is not finite is named. A logarithm of a probability of 0 is not counted.
+    """
+    for image in result.images:
+        wrong = image.not_finite
+        if wrong is None:
+            continue
+        scores = (
+            "the score is"
+            if wrong.total == 1
+            else f"{wrong.scores:,} of {wrong.total:,} scores are"
+        )
+        place = (
+            "every layer's output is finite, the fault lies in what follows them"
+            if wrong.layer is None
+            else f"the first layer whose output is not is {wrong.layer}"
+        )
+        yield Observation(
+            image.path,
+            f"{scores} not finite, though the input is: {place}; no maps were made",
+            "look for NaN in the weights (gradscope weights); if they are fine, run the model in "
+            "float32, and compare with pictures that it answers",
+            {"not_finite": wrong.scores, "scores": wrong.total, "layer": wrong.layer or ""},
+            input=image.path,
+        )
+
+
+@rule("E108", "ambiguous-output", Severity.MEDIUM, reads=ExplainResult, needs=Need.ANSWERS)
+def ambiguous_output(result: ExplainResult) -> Iterator[Observation]:
+    """The model returns several sets of scores, and nothing tells which is its answer.
+
+    Names decide (``logits``, not ``features``), and what is made from what: features come before
+    the scores that are made from them. Two heads side by side are both answers; the first is
+    explained unless ``--output-name`` says otherwise.
+    """
+    model = result.model
+    if model.competing:
+        others = listed(map(quoted, model.competing), len(model.competing), 6)
+        yield Observation(
+            model.path,
+            f"the model returns several sets of scores; output {quoted(model.output or '')} is "
+            f"explained, the first of them, not {others}",
+            f"say which is meant: --output-name {model.competing[0]}",
+            {"output": model.output or "", "competing": len(model.competing)},
         )

@@ -16,6 +16,7 @@ from gradscope.models.layers import AutoLayer, auto_layer
 from gradscope.models.layout import Layout, layout_of
 from gradscope.models.model import Model, first_convolution
 from gradscope.models.probe import Pass, run
+from gradscope.models.scores import Scores
 from gradscope.text import quoted
 
 #: Items and images [M] -> inputs [M, C, H, W]: the inputs that a method puts to the model.
@@ -106,9 +107,11 @@ class Subject:
         return self.objective(run(self.model, inputs).logits, images)
 
     def probability(self, inputs: Tensor, images: Tensor) -> Tensor:
-        """The targets' probabilities [M]."""
-        found = run(self.model, inputs).probabilities
-        return found.gather(1, self.targets[images][:, None]).squeeze(1)
+        """The targets' probabilities [M]; the objective where the model gives no probabilities."""
+        seen = run(self.model, inputs)
+        if seen.probabilities is None:
+            return self.objective(seen.logits, images)
+        return seen.probabilities.gather(1, self.targets[images][:, None]).squeeze(1)
 
     @property
     def answered(self) -> Pass:
@@ -119,10 +122,10 @@ class Subject:
         return next(iter(self.shared.values()))
 
     @property
-    def answer(self) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities [K] of the first image."""
-        found = self.answered
-        return found.logits[0].detach(), found.probabilities[0].detach()
+    def answer(self) -> Scores:
+        """The scores [1, K] of the first image."""
+        found = self.answered.scores
+        return Scores(found.values[:1].detach(), found.head)
 
     @property
     def own_scores(self) -> Tensor:
@@ -153,7 +156,11 @@ class Subject:
             leaf = self._laid(points(which, images)).detach().requires_grad_()
             with torch.enable_grad():
                 scores = self.score(leaf, images)
-            return torch.autograd.grad(scores.sum(), leaf)[0].detach(), scores.detach()
+            if not scores.requires_grad:
+                # Of what a detector no longer finds the score is 0, whatever the image.
+                return torch.zeros_like(leaf), scores.detach()
+            found = torch.autograd.grad(scores.sum(), leaf, materialize_grads=True)[0]
+            return found.detach(), scores.detach()
 
         for which, images, found in self._worked(work, items, lambda chunks: chunks.gradient):
             yield which, images, *found

@@ -17,6 +17,7 @@ from gradscope.attribution.result import (
     ExplainResult,
     Explanation,
     ImageFacts,
+    ModelFacts,
     Prediction,
     Summary,
     VisualizeResult,
@@ -95,11 +96,19 @@ def visualize(result: VisualizeResult, display: Display) -> Iterator[RenderableT
 def _model(result: ExplainResult) -> Text:
     model, steps = result.model, result.preprocessing
     shown = {
-        "model": f"{model.format}, {model.parameters:,} parameters, {model.classes:,} classes",
+        "model": f"{model.format}, {model.parameters:,} parameters, {_answers(model)}",
         "input": ", ".join(steps.steps),
         "from": steps.source if steps.assumed else shortened(steps.source),
     }
     return facts(shown)
+
+
+def _answers(model: ModelFacts) -> str:
+    if model.head == "embedding":
+        return f"an embedding of {model.classes:,} numbers"
+    if model.head == "value":
+        return plural(model.classes, "value")
+    return f"{model.classes:,} classes"
 
 
 def _image(
@@ -108,7 +117,10 @@ def _image(
     yield Text.assemble(
         ("\n" + shortened(image.path), "bold"), f"  {image.width}×{image.height} {image.mode}"
     )
-    yield Padding(Text(_predictions(image.predictions), style="dim"), (0, 0, 0, 2))
+    if image.predictions:
+        yield Padding(Text(_predictions(image.predictions), style="dim"), (0, 0, 0, 2))
+    if not explanations:
+        return
     yield Padding(_maps(explanations, result.evaluated), (0, 0, 0, 2))
     for e in explanations:
         share = e.diagnostics.method.get("relevance_of_constants")
@@ -121,8 +133,14 @@ def _image(
 
 
 def _predictions(predictions: Sequence[Prediction]) -> str:
-    named = ((p.index, shortened(p.label or ""), f"{p.probability:.3f}") for p in predictions)
-    return " · ".join(" ".join(str(part) for part in parts if part != "") for parts in named)
+    return " · ".join(map(_prediction, predictions))
+
+
+def _prediction(p: Prediction) -> str:
+    strength = f"score {number(p.score)}" if p.probability is None else f"{p.probability:.3f}"
+    return " ".join(
+        str(part) for part in (p.index, shortened(p.label or ""), strength) if part != ""
+    )
 
 
 def _maps(explanations: Sequence[Explanation], evaluated: bool) -> RenderableType:
@@ -144,7 +162,7 @@ def _maps(explanations: Sequence[Explanation], evaluated: bool) -> RenderableTyp
 
 
 def _target(e: Explanation) -> str:
-    named = f"{e.target.index} {e.target.label or ''}".rstrip()
+    named = e.target.what
     if e.target.versus is None:
         return named
     return f"{named} − {e.target.versus} {e.target.versus_label or ''}".rstrip()

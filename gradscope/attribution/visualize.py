@@ -19,6 +19,7 @@ from gradscope.attribution.result import (
 )
 from gradscope.attribution.subject import Tick
 from gradscope.attribution.synthesis import synthesise
+from gradscope.attribution.targets import predictions
 from gradscope.attribution.writing import output_folder, save_png
 from gradscope.errors import InputError, UsageError
 from gradscope.files import write_whole
@@ -157,16 +158,7 @@ class _Goal:
     def predictions(self, image: Tensor) -> tuple[Prediction, ...]:
         with torch.no_grad():
             seen = run(self.model, self._inputs(image[None].to(self.device)))
-        logits, probabilities = seen.logits[0], seen.probabilities[0]
-        return tuple(
-            Prediction(
-                index=index,
-                label=(self.labels or {}).get(index),
-                score=float(logits[index]),
-                probability=float(probabilities[index]),
-            )
-            for index in logits.topk(min(5, len(logits))).indices.tolist()
-        )
+        return predictions(seen.scores, self.labels)
 
 
 def _written(folder: Path, goal: _Goal, image: Tensor, objective: Sequence[float]) -> str:

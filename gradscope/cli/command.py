@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -165,7 +166,9 @@ def checked(output: Output, inputs: Iterable[str]) -> list[tuple[str, Path]]:
     """The files to write, in which format each. Raises UsageError before anything heavy is done."""
     renderer(output.format_)
     reports = [_report_path(value) for value in output.report or ()]
-    _spare(reports, [path for path in inputs if os.path.exists(path)])
+    # Of photo.gif#3 the file is what must stay.
+    files = (path if os.path.exists(path) else re.sub(r"#\d+$", "", path) for path in inputs)
+    _spare(reports, [path for path in files if os.path.exists(path)])
     return reports
 
 

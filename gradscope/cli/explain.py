@@ -39,11 +39,22 @@ def explain(
     ] = None,
     folder: Folder = "explanations",
     target: Annotated[
-        str, typer.Option(metavar="CLASS", help="An index, a label, top1 or topK.")
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="An index, a label, top1 or topK; pixel:Y,X, mask:CLASS, box:N, similar:IMAGE, "
+            "channel:K or text:FILE.",
+        ),
     ] = "top1",
     versus: Annotated[
         str | None,
         typer.Option(metavar="CLASS", help="Explain the target rather than this class."),
+    ] = None,
+    output_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|INDEX", help="Which of several outputs of the model is its answer."
+        ),
     ] = None,
     layer: Annotated[
         str,
@@ -119,6 +130,9 @@ def explain(
     gate: Gate,
 ) -> Reported:
     """Why a vision model answers as it does: heatmaps, and whether to believe them."""
+    from gradscope.attribution.aim import parse_aim
+
+    parse_aim(target)
     methods = split_commas(method) or ["gradcam"]
     given = _options(option, {"reference": reference, "steps": steps, "tolerance": tolerance})
     _check(methods, given)
@@ -136,6 +150,7 @@ def explain(
             methods,
             target=target,
             versus=versus,
+            output_name=output_name,
             layer=layer,
             labels=labels,
             output=folder,

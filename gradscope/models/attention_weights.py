@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
 from gradscope.models.model import Model
-from gradscope.models.probe import logits_of
 from gradscope.text import listed
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
@@ -81,24 +80,24 @@ def attentions(model: Model, image: Tensor) -> Attentions:
         answer = model.forward(leaf, {})
     square = tuple(w for w in recorder.found if is_attention(w) and w.requires_grad)
     _check(square, recorder.found, batch)
-    return Attentions(square, logits_of(answer)[0][:1], batch)
+    return Attentions(square, model.scores(answer).values[:1], batch)
 
 
 def _check(square: tuple[Tensor, ...], found: list[Tensor], batch: int) -> None:
     advice = "use a CAM method, integrated-gradients or rise"
     if not square:
         seen = f" (its softmax over {list(found[0].shape)} is not one)" if found else ""
-        raise UsageError(f"no self-attention found in the model{seen}; {advice}")
+        raise NotApplicableError(f"no self-attention found in the model{seen}; {advice}")
     shapes = {tuple(w.shape) for w in square}
     if len(shapes) > 1 or any(w.dim() == 4 and len(w) != batch for w in square):
-        raise UsageError(
+        raise NotApplicableError(
             "attention does not cover all tokens in every block (it is windowed, or the number of "
             f"tokens changes: {listed(map(list, sorted(shapes)), len(shapes), 4)}), so blocks "
             f"cannot be multiplied; {advice}"
         )
     error = max(float((w.detach().sum(-1) - 1).abs().max()) for w in square)
     if not error <= _ROW_ERROR:
-        raise UsageError(
+        raise NotApplicableError(
             f"rows of the attention weights miss one by up to {error:.2g} (a mask, dropout or "
             f"another normalisation); {advice}"
         )

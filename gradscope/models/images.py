@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gradscope.errors import InputError
+from gradscope.text import plural
 
 Array = npt.NDArray[np.generic]
 #: What Pillow keeps in more than eight bits a pixel.
@@ -26,13 +27,17 @@ _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _NOT_DECODED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 #: How the common formats begin, for files without a telling suffix.
 _STARTS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
+_NPY = b"\x93NUMPY"
 #: Above the size of any picture within Pillow's limit of pixels.
 _LARGEST = 2**30
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Picture:
-    """An upright picture in three channels: uint8, or float32 in 0..1 for more than 8 bits."""
+    """An upright picture: uint8, or float32 in 0..1 for more than 8 bits.
+
+    It has three channels, or the bands of the file where a model takes four or more.
+    """
 
     path: str
     format: str
@@ -40,8 +45,10 @@ class Picture:
     mode: str
     bytes: int
     sha256: str
-    #: [H, W, 3]
+    #: [H, W, C]
     pixels: Array
+    #: What was read of it, where that was a choice.
+    notes: tuple[str, ...] = ()
 
     @property
     def height(self) -> int:
@@ -54,10 +61,11 @@ class Picture:
         return int(self.pixels.shape[1])
 
     def rgb(self) -> npt.NDArray[np.uint8]:
-        """The picture for display, uint8 [H, W, 3]."""
-        if self.pixels.dtype == np.uint8:
-            return self.pixels.astype(np.uint8, copy=False)
-        return np.clip(np.rint(self.pixels.astype(np.float64) * 255), 0, 255).astype(np.uint8)
+        """The picture for display, uint8 [H, W, 3]; of more bands the first three."""
+        shown = self.pixels[:, :, :3]
+        if shown.dtype == np.uint8:
+            return shown.astype(np.uint8, copy=False)
+        return np.clip(np.rint(shown.astype(np.float64) * 255), 0, 255).astype(np.uint8)
 
 
 def find_images(paths: Sequence[str]) -> Iterator[str]:
@@ -116,23 +124,44 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [*key, (-1, str(path))]
 
 
-def open_image(path: str) -> Picture:
-    """A picture of any format that Pillow reads; the first frame of an animated one.
+def split_frame(path: str) -> tuple[str, int | None]:
+    """The file and the frame in ``photo.gif#3``, counted from 0; None where none is named."""
+    found = re.fullmatch(r"(.+)#([0-9]{1,6})", path, re.DOTALL)
+    if found is None or os.path.exists(path):
+        return path, None
+    return found[1], int(found[2])
 
+
+def open_image(path: str, channels: int = 3) -> Picture:
+    """A picture of any format that Pillow reads, or an array [H, W, C] or [C, H, W] in an ``.npy``.
+
+    ``photo.gif#3`` is a frame of an animation, or a page; otherwise the first is read, and noted.
     EXIF orientation is applied; colour profiles are not. Transparent pixels lie over white. Grey
-    pictures get three equal channels; 16 bits keep their depth, 65535 becoming 1. 32-bit integers
-    are read as 16-bit where they fit, floats as 0..1 or 0..255; anything else is scaled by its own
-    range. NaN becomes black. Raises InputError for files that are missing, damaged, too large or
-    not pictures.
+    pictures get three equal channels; 16 bits keep their depth, 65535 becoming 1, or 4095 where no
+    value is above (12-bit sensors). 32-bit integers are read as 16-bit where they fit, floats as
+    0..1 or 0..255; anything else is scaled by its own range. NaN becomes black. For four and more
+    ``channels`` the bands of the file are read as they are.
+
+    Raises InputError for files that are missing, damaged, too large or not pictures, for a frame
+    that does not exist, and where there are fewer bands than channels.
     """
-    data = _bytes(path)
+    file, frame = split_frame(path)
+    data = _bytes(path, file)
     try:
         with warnings.catch_warnings():
             # Pillow warns from half of the size that it refuses; large photographs are that big.
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                kind, mode = image.format or "?", image.mode
-                pixels = _pixels(_upright(image))
+            if data.startswith(_NPY):
+                array = np.load(io.BytesIO(data), allow_pickle=False)
+                kind, mode, pixels, notes = "NPY", str(array.dtype), *_bands(array, channels)
+            else:
+                with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                    kind, mode = image.format or "?", image.mode
+                    which = _at_frame(image, path, frame)
+                    pixels, notes = _pixels(_upright(image), channels)
+                    notes = (*which, *notes)
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(
             path, "unsupported", f"it is too large for a model's input ({error}); shrink it"
@@ -147,14 +176,37 @@ def open_image(path: str) -> Picture:
             "truncated" if "truncated" in cause.lower() else "malformed",
             f"it cannot be decoded ({cause}); download or save it again",
         ) from None
+    if pixels.shape[2] < channels:
+        raise InputError(
+            path,
+            "unsupported",
+            f"it has {plural(pixels.shape[2], 'band')}, the model takes {channels}; an .npy holds "
+            "any number, [H, W, C]",
+        )
     digest = hashlib.sha256(data).hexdigest()
-    return Picture(path, kind, mode, len(data), digest, pixels)
+    return Picture(path, kind, mode, len(data), digest, pixels, notes)
 
 
-def _bytes(path: str) -> bytes:
+def _at_frame(image: Image.Image, path: str, frame: int | None) -> tuple[str, ...]:
+    """Go to a frame; a note where there was a choice. Raises InputError."""
+    count = getattr(image, "n_frames", 1)
+    if frame is not None and frame >= count:
+        there = f"#0 to #{count - 1}" if count > 1 else "#0"
+        raise InputError(
+            path, "missing", f"no such frame; it has {plural(count, 'frame')}, {there}"
+        )
+    if frame is not None:
+        image.seek(frame)
+    # A phone's second picture is a map of depth or brightness.
+    if frame is not None or count == 1 or image.format == "MPO":
+        return ()
+    return (f"the first of {count} frames is read; {path}#{count - 1} names the last",)
+
+
+def _bytes(path: str, file: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(_LARGEST + 1)
+        with Path(file).open("rb") as stream:
+            data = stream.read(_LARGEST + 1)
     except FileNotFoundError:
         raise InputError(path, "missing", "file not found") from None
     except IsADirectoryError:
@@ -212,29 +264,58 @@ def _unknown(data: bytes) -> str:
     return f"it is not a picture that Pillow can read; {_CONVERT}"
 
 
-def _pixels(image: Image.Image) -> Array:
+#: How many bands the modes have that do not become colours where more than three are asked for.
+_BANDED = ("RGBA", "CMYK", "RGBX")
+
+
+def _pixels(image: Image.Image, channels: int) -> tuple[Array, tuple[str, ...]]:
     if image.mode in _DEEP:
-        grey = _deep(np.asarray(image), image.mode)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        grey, notes = _deep(np.asarray(image), image.mode)
+        return np.repeat(grey[:, :, None], 3, axis=2), notes
+    if channels > 3 and image.mode in _BANDED:
+        return np.asarray(image), ()
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image.convert("RGB")), ()
 
 
-def _deep(values: Array, mode: str) -> npt.NDArray[np.float32]:
+def _bands(array: Array, channels: int) -> tuple[Array, tuple[str, ...]]:
+    """An array's bands as the last axis: the one that is as long as channels are asked for."""
+    if array.ndim == 2:
+        array = np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim != 3 or not array.size:
+        raise ValueError(f"an array of {list(array.shape)}, not [H, W, C] or [C, H, W]")
+    if array.shape[2] != channels and (
+        array.shape[0] == channels or array.shape[0] < min(array.shape[1:])
+    ):
+        array = array.transpose(1, 2, 0)
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array), ()
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"an array of {array.dtype}, not of numbers")
+    return _deep(
+        array, "I;16" if array.dtype == np.uint16 else "I" if array.dtype.kind in "iu" else "F"
+    )
+
+
+#: What 12-bit sensors make of white.
+_TWELVE_BITS = 4095.0
+
+
+def _deep(values: Array, mode: str) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
+    """More than eight bits as 0..1, and a note where that was a choice."""
     grey = values.astype(np.float64)
     numbers = grey[np.isfinite(grey)]
     if not numbers.size:
         raise ValueError("no pixel is finite")
     low, high = float(numbers.min()), float(numbers.max())
-    if mode.startswith("I;16"):
-        low, high = 0.0, 65535.0
-    else:
-        tops = (65535.0,) if mode == "I" else (1.0, 255.0)
-        fitting = (top for top in tops if low >= 0 and high <= top)
-        top = next(fitting, None)
-        low, high = (low, high) if top is None else (0.0, top)
+    tops = (65535.0,) if mode.startswith("I") else (1.0, 255.0)
+    twelve = mode.startswith("I") and low >= 0 and 255 < high <= _TWELVE_BITS
+    fitting = (top for top in tops if low >= 0 and high <= top)
+    top = _TWELVE_BITS if twelve else next(fitting, None)
+    low, high = (low, high) if top is None else (0.0, top)
     scaled = (grey - low) / (high - low) if high > low else np.zeros_like(grey)
-    return np.clip(np.nan_to_num(scaled), 0, 1).astype(np.float32)
+    notes = ("no value is above 4095: 12-bit data in 16 bits, white is 4095",) if twelve else ()
+    return np.clip(np.nan_to_num(scaled), 0, 1).astype(np.float32), notes

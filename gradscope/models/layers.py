@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
+from gradscope.models.graph import has_dead_end
 from gradscope.models.layout import Layout, layout_of
 from gradscope.models.model import Model, Tap
-from gradscope.models.probe import logits_of
 from gradscope.models.stream import Flow, on_stream
 
 
@@ -77,11 +77,13 @@ def survey(model: Model, inputs: Tensor, target: int | None = None) -> list[Laye
 
     with torch.enable_grad(), flow:
         answer = model.forward(leaf, {name: observer(name) for name in model.layers})
-    logits, _ = logits_of(answer)
+    logits = model.scores(answer).values
     score = logits.max(1).values.sum() if target is None else logits[:, target].sum()
-    known = [s.output for s in seen.values() if s.output.requires_grad]
+    # Where an operator has no derivative, what comes through is not the score's gradient.
+    whole = score.requires_grad and not has_dead_end(score)
+    known = [s.output for s in seen.values() if s.output.requires_grad and whole]
     found = iter(torch.autograd.grad(score, known, allow_unused=True) if known else ())
-    gradients = [next(found) if s.output.requires_grad else None for s in seen.values()]
+    gradients = [next(found) if s.output.requires_grad and whole else None for s in seen.values()]
     stream = on_stream(flow.operations)
     layers = []
     for (name, one), gradient in zip(seen.items(), gradients, strict=True):
@@ -111,7 +113,7 @@ def choose(layers: Sequence[Layer]) -> AutoLayer:
     # A block may return what an early one made.
     placed = sorted(_placed(layers), key=lambda layer: layer.made_by)
     if not placed:
-        raise UsageError(
+        raise NotApplicableError(
             "no layer returns maps or patch tokens; name one with --layer, or use a method that "
             "reads none (saliency, integrated-gradients, occlusion, rise)"
         )

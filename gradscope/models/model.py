@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.fx.immutable_collections import immutable_list
 
 from gradscope.errors import UsageError
 from gradscope.models.precision import Widened, note_of, tensors_of, wide_copy
+from gradscope.models.scores import Answering, Scores, answering
 from gradscope.text import escaped, quoted
 
 #: Sees a layer's output; what it returns, unless None, replaces that output.
@@ -43,10 +44,34 @@ class Model:
     #: The one size [C, H, W] of its images, where it is known; each None where it is free.
     size: tuple[int | None, int | None, int | None] = (None, None, None)
     notes: tuple[str, ...] = ()
+    #: The output that is asked for, by name or position; None lets the outputs decide.
+    output: str | None = None
+    #: How many classes have names; 0 where that is unknown.
+    names: int = 0
+    #: How a target reads what the model returns; None for one score for each class.
+    reading: Callable[[Any], Scores] | None = None
     #: Facts about the model that cost a pass to find out, by what asked for them.
     known: dict[Any, Any] = field(default_factory=dict)
     #: Faster copies of the model for an image, the best first; None where there are none.
     copied: Callable[[Tensor], Iterator[Copy]] | None = None
+
+    def answering(self, answer: Any) -> Answering:
+        """How the model answers, as its first finite answer shows. Raises UsageError."""
+        if "answering" not in self.known:
+            found = answering(answer, self.output, self.names, self.module)
+            if not found.read(answer).finite:
+                return found
+            self.known["answering"] = found
+        known: Answering = self.known["answering"]
+        return known
+
+    def scores(self, answer: Any) -> Scores:
+        """The scores [N, K] in what a pass returned. Raises UsageError where it has none."""
+        return (self.reading or self.answering(answer).read)(answer)
+
+    def read_by(self, reading: Callable[[Any], Scores]) -> Model:
+        """The same model for another target."""
+        return replace(self, reading=reading, known={})
 
     def check_layers(self, names: Iterable[str]) -> None:
         """Raise UsageError for a name that no layer has, with the closest names."""
@@ -85,8 +110,14 @@ def module_model(module: nn.Module) -> Model:
         hooked(module, called(module)),
         size=(_channels(module), *_built_size(module)),
         notes=notes,
+        names=_named_classes(module),
         copied=lambda image: _copies(module, called, image),
     )
+
+
+def _named_classes(module: nn.Module) -> int:
+    named = getattr(getattr(module, "config", None), "id2label", None)
+    return len(named) if isinstance(named, Mapping) else 0
 
 
 def _copies(

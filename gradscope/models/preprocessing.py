@@ -52,7 +52,7 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Three, or one for grey inputs (ITU-R 601 luma)."""
+        """Three, one for grey inputs (ITU-R 601 luma), or as many as the picture has bands."""
         return len(self.mean)
 
     @property
@@ -99,10 +99,11 @@ class Preprocessing:
     def _planes(self, picture: Picture) -> list[Image.Image]:
         deep = picture.pixels.dtype != np.uint8
         if deep:
-            planes = [Image.fromarray(picture.pixels[:, :, c].astype(np.float32)) for c in range(3)]
-            return planes[: self.channels]
-        image = Image.fromarray(picture.rgb())
-        return list(image.split()) if self.channels == 3 else [image.convert("L")]
+            floats = picture.pixels.astype(np.float32)
+            return [Image.fromarray(floats[:, :, c]) for c in range(self.channels)]
+        if self.channels == 1:
+            return [Image.fromarray(picture.rgb()).convert("L")]
+        return [Image.fromarray(picture.pixels[:, :, c]) for c in range(self.channels)]
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.resize is None or isinstance(self.resize, tuple):

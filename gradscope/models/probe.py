@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradscope.errors import UsageError
-from gradscope.models.model import Model
-from gradscope.models.precision import HALF
+from gradscope.models.model import Model, Tap
+from gradscope.models.scores import Scores
 from gradscope.text import quoted
-
-#: What a model returns: logits, probabilities, or one logit for "yes".
-Head = Literal["logits", "probabilities", "binary"]
 
 
 @contextmanager
@@ -50,14 +47,23 @@ def held(module: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Pass:
-    """One forward pass: logits [N, K] and the outputs of each tapped layer, piece by piece.
+    """One forward pass: scores [N, K] and the outputs of each tapped layer, piece by piece.
 
     Pieces are the batches of a model with a fixed batch size; otherwise there is one.
     """
 
-    logits: Tensor
-    head: Head
+    scores: Scores
     pieces: Mapping[str, tuple[Tensor, ...]]
+
+    @property
+    def logits(self) -> Tensor:
+        """The scores [N, K] themselves: logits, where the model returns such."""
+        return self.scores.values
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """Probabilities [N, K] of the classes; None where the model gives none."""
+        return self.scores.probabilities
 
     def gradients(self, objective: Tensor, layer: str) -> tuple[Tensor, ...]:
         """Gradients of a scalar by a layer's pieces; zero where it does not depend on one.
@@ -65,16 +71,12 @@ class Pass:
         Keeps the graph for other objectives.
         """
         of = self.pieces[layer]
+        if not objective.requires_grad:
+            # Of a layer that is called twice the last call may make another output.
+            return tuple(torch.zeros_like(piece) for piece in of)
         found = torch.autograd.grad(objective, of, retain_graph=True, allow_unused=True)
         pairs = zip(of, found, strict=True)
         return tuple(torch.zeros_like(t) if g is None else g.detach() for t, g in pairs)
-
-    @property
-    def probabilities(self) -> Tensor:
-        """Probabilities [N, K] of the classes."""
-        if self.head == "probabilities":
-            return self.logits
-        return self.logits.sigmoid() if self.head == "binary" else self.logits.softmax(1)
 
 
 def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Pass:
@@ -83,15 +85,20 @@ def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Pass:
     Where the inputs need no gradient, the graph begins at the taps: only what follows them is
     differentiated. A module that is called several times is tapped at its last call. Raises
     UsageError for a layer that does not exist, is not called or returns no tensor, and for a
-    model whose output is not an [N, K] tensor.
+    model without an output [N, K].
     """
     model.check_layers(layers)
+    if not layers and model.reading is None and "answering" not in model.known:
+        # The graph of the first pass tells what kind of answer it is.
+        inputs = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
     pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     answers = []
     for piece in _pieces(inputs, model.batch):
         seen: dict[str, Tensor] = {}
+        taps = {layer: _keeper(seen, layer) for layer in layers}
         with torch.enable_grad():
-            answers.append(model.forward(piece, {layer: _keeper(seen, layer) for layer in layers}))
+            # A copy: some models normalise what they are given in place.
+            answers.append(model.forward(piece.clone(), taps))
         for layer in layers:
             if layer not in seen:
                 raise UsageError(
@@ -99,13 +106,24 @@ def run(model: Model, inputs: Tensor, layers: Sequence[str] = ()) -> Pass:
                     "tensor; `gradscope layers` lists the layers that do"
                 )
             pieces[layer].append(seen[layer])
-    found = [logits_of(answer) for answer in answers]
-    logits = torch.cat([logits for logits, _ in found])[: len(inputs)]
-    return Pass(logits, found[0][1], {layer: tuple(kept) for layer, kept in pieces.items()})
+    found = [model.scores(answer) for answer in answers]
+    values = torch.cat([scores.values for scores in found])[: len(inputs)]
+    kept = {layer: tuple(seen) for layer, seen in pieces.items()}
+    return Pass(Scores(values, found[0].head), kept)
 
 
-def _keeper(seen: dict[str, Tensor], layer: str) -> Callable[[Tensor], Tensor]:
-    def keep(output: Tensor) -> Tensor:
+def answer_of(model: Model, inputs: Tensor) -> Any:
+    """What a held model returns for the first images, with its graph."""
+    piece = next(_pieces(inputs, model.batch)).detach().requires_grad_()
+    with torch.enable_grad():
+        return model.forward(piece.clone(), {})
+
+
+def _keeper(seen: dict[str, Tensor], layer: str) -> Tap:
+    def keep(output: Tensor) -> Tensor | None:
+        if not output.is_floating_point():
+            seen[layer] = output.dequantize() if output.is_quantized else output.float()
+            return None
         kept = output if output.requires_grad else output.detach().requires_grad_()
         seen[layer] = kept
         # Pass on a copy: what follows may write to it in place.
@@ -124,36 +142,19 @@ def _pieces(inputs: Tensor, batch: int | None) -> Iterator[Tensor]:
         yield torch.cat([piece, piece[-1:].expand(lacking, *piece.shape[1:])]) if lacking else piece
 
 
-def logits_of(output: Any) -> tuple[Tensor, Head]:
-    """The scores [N, K] in a model's output, K at least 2, and what kind of numbers they are.
+def first_not_finite(model: Model, inputs: Tensor) -> str | None:
+    """The first layer, in the order of the calls, whose output is not finite; None without one."""
+    found: list[str] = []
 
-    A single logit becomes two, its negative for "no" first. Raises UsageError for other outputs.
-    """
-    answer = _first_tensor(output)
-    if answer is None or (answer.dim() not in (1, 2) and answer.shape[2:].numel() != 1):
-        shape = type(output).__name__ if answer is None else list(answer.shape)
-        raise UsageError(
-            f"the model returns {shape}; attribution needs one score for each class, "
-            "[N, classes]: is it an image classifier?"
-        )
-    logits = answer.reshape(len(answer), -1).float() if answer.dtype in HALF else answer
-    logits = logits.reshape(len(answer), -1)
-    if logits.shape[1] == 1:
-        return torch.cat([-logits, logits], 1), "binary"
-    return logits, "probabilities" if _are_probabilities(logits.detach()) else "logits"
+    def look(name: str) -> Tap:
+        def tap(output: Tensor) -> None:
+            values = output.dequantize() if output.is_quantized else output
+            if not found and not bool(torch.isfinite(values).all()):
+                found.append(name)
 
+        return tap
 
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = output["logits"] if "logits" in output else next(iter(output.values()), None)
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list):
-        output = output[0] if output else None
-    return output if isinstance(output, Tensor) else None
-
-
-def _are_probabilities(logits: Tensor) -> bool:
-    return bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all())
+    with torch.no_grad():
+        for piece in _pieces(inputs, model.batch):
+            model.forward(piece.clone(), {name: look(name) for name in model.layers})
+    return next(iter(found), None)

@@ -224,10 +224,10 @@ def _normalisation(
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     mean = _numbers(keys.get("image_mean", IMAGENET.mean), "image_mean", wrong)
     std = _numbers(keys.get("image_std", IMAGENET.std), "image_std", wrong)
-    if len(mean) != len(std) or len(mean) not in (1, 3):
+    if len(mean) != len(std) or len(mean) in (0, 2):
         raise wrong(
-            f"image_mean has {len(mean)} numbers and image_std {len(std)}; both need one (grey) "
-            "or three"
+            f"image_mean has {len(mean)} numbers and image_std {len(std)}; both need one (grey), "
+            "or three and more"
         )
     return mean, _positive(std, "image_std", wrong)
 
@@ -291,8 +291,8 @@ def _checked(found: Preprocessing, wrong: Wrong) -> Preprocessing:
     for key, sizes in (("size", resize), ("the crop's size", found.crop or ())):
         if not all(1 <= size <= 16384 for size in sizes):
             raise wrong(f"{key} is {'×'.join(map(str, sizes))}; edges are 1 to 16384 pixels")
-    if found.channels not in (1, 3):
-        raise wrong(f"images have one or three channels, not {found.channels}")
+    if found.channels == 2:
+        raise wrong("images have one channel, or three and more, not 2")
     return found
 
 

@@ -107,7 +107,10 @@ def _with_channels(model: Model, found: Preprocessing) -> Preprocessing:
     # The first convolution may follow a rearrangement of space into channels.
     if found.size is not None and refusal(model, (found.channels, *found.size)) is None:
         return found
-    raise UsageError(f"the model takes {depth} channels, the preprocessing makes {found.channels}")
+    raise UsageError(
+        f"the model takes {depth} channels, the preprocessing makes {found.channels}; --preprocess "
+        f"with {depth} means and deviations (image_mean=…,image_std=…) fits it"
+    )
 
 
 def _written_down(loaded: Loaded) -> Preprocessing | None:

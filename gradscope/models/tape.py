@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError
 from gradscope.models.model import Model
-from gradscope.models.probe import Head, logits_of
+from gradscope.models.scores import Head
 
 #: Where a tensor lies. Tells values apart, where Python objects do not: a view may be another one.
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -105,7 +105,7 @@ class Tape:
                 for value, part in zip(step.inputs.values(), through(step, given), strict=True):
                     arrived[value] = arrived[value] + part if value in arrived else part
         if self.image not in arrived:
-            raise UsageError("the score does not depend on the image")
+            raise NotApplicableError("the score does not depend on the image")
         return arrived[self.image]
 
 
@@ -121,16 +121,17 @@ def record(model: Model, image: Tensor) -> Tape:
     recorder = _Recorder()
     image_value = recorder.number(leaf)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), recorder:
-        logits, head = logits_of(model.forward(leaf, {}))
+        scores = model.scores(model.forward(leaf, {}))
+    logits = scores.values
     answer = recorder.numbers.get(_place(logits))
     if answer is None:
-        raise UsageError("the score does not depend on the image")
+        raise NotApplicableError("the score does not depend on the image")
     # What is computed of the logits only tells what kind they are.
     last = next((i for i, s in enumerate(recorder.steps, 1) if answer in s.outputs), 0)
     steps = tuple(recorder.steps[:last])
     for step in steps:
         step.leaves[:] = [t.detach() if isinstance(t, Tensor) else t for t in step.leaves]
-    return Tape(steps, image_value, answer, logits.detach(), head)
+    return Tape(steps, image_value, answer, logits.detach(), scores.head)
 
 
 class _Recorder(TorchDispatchMode):
@@ -184,7 +185,7 @@ class _Recorder(TorchDispatchMode):
             if value is not None:
                 yield at, value
             elif _storage(leaf) in self.known:
-                raise UsageError(
+                raise NotApplicableError(
                     f"{name_of(function)} reads a tensor of which a part was written in place, so "
                     "that its parts cannot be told apart; use integrated-gradients"
                 )
@@ -214,7 +215,7 @@ def _returning(function: Any, leaves: Sequence[Any]) -> Any:
     name = name_of(function)
     packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
     if packet is None or not name.endswith("_") or not isinstance(leaves[0], Tensor):
-        raise UsageError(f"{name} writes in place, which cannot be followed")
+        raise NotApplicableError(f"{name} writes in place, which cannot be followed")
     overloads = (getattr(packet, overload) for overload in packet.overloads())
     return next(o for o in overloads if _takes(o) == _takes(function))
 

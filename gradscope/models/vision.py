@@ -20,6 +20,7 @@ from gradscope.models.model import Model
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held
 from gradscope.models.recipes import recipe
+from gradscope.models.scores import everything
 from gradscope.models.sizes import image_size
 
 
@@ -62,8 +63,13 @@ class Vision:
         """Every layer as an image of noise sees it, and the one that ``auto`` takes, if any."""
         # Noise rather than zeros: rectifiers are off on a flat image.
         noise = torch.randn((1, *self.size), generator=torch.Generator().manual_seed(0))
+        inputs = self.like_parameters(noise)
         with held(self.model.module):
-            layers = survey(self.model, self.like_parameters(noise))
+            try:
+                layers = survey(self.model, inputs)
+            except UsageError:
+                # No scores of classes; which target is meant is not asked here.
+                layers = survey(self.model.read_by(everything), inputs)
         try:
             return layers, choose(layers)
         except UsageError:
@@ -79,17 +85,26 @@ def open_vision(
     preprocess: str | Preprocessing | None = None,
     labels: str | Labels | None = None,
     device: str = "cpu",
+    output_name: str | int | None = None,
 ) -> Vision:
     """A model from a path, or one in memory, with its preprocessing and labels.
 
     Preprocessing comes from ``preprocess``, else from a file next to the model, the model itself or
-    torchvision, else it is ImageNet's, assumed. Raises as ``load_model`` does, and UsageError for
+    torchvision, else it is ImageNet's, assumed. ``output_name`` is the output that is meant where a
+    model has several. Raises as ``load_model`` does, and UsageError for
     preprocessing that does not suit the model.
     """
     loaded = _loaded(model, arch, key, trust, device)
+    named = _labels(loaded, labels)
+    answers = replace(
+        loaded.model,
+        output=None if output_name is None else str(output_name),
+        names=max(named, default=-1) + 1 if named else loaded.model.names,
+        known={},
+    )
+    loaded = replace(loaded, model=answers)
     steps, notes = recipe(loaded, preprocess)
-    loaded = replace(loaded, notes=(*loaded.notes, *notes))
-    return Vision(loaded, steps, _labels(loaded, labels))
+    return Vision(replace(loaded, notes=(*loaded.notes, *notes)), steps, named)
 
 
 def _loaded(

@@ -12,11 +12,11 @@ import pytest
 import torch
 from architectures import mobilenet_v2
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import gradscope
 from gradscope.attribution.methods import methods
-from gradscope.errors import UsageError
+from gradscope.errors import InputError, NotApplicableError, UsageError
 from gradscope.models.images import open_image
 from gradscope.models.preprocessing import IMAGENET, Preprocessing
 from gradscope.report.model import as_json
@@ -239,22 +239,142 @@ def test_a_size_that_the_model_refuses_is_a_usage_error_in_its_words(photo: Path
 
 
 def test_a_model_that_gives_no_scores_is_no_image_model(photo: Path) -> None:
-    with pytest.raises(UsageError, match="is it an image classifier"):
+    with pytest.raises(UsageError, match="scores at every position: --target mask:CLASS"):
         gradscope.explain(nn.Conv2d(3, 4, 3), photo)
 
 
-def test_a_grey_model_of_one_logit_is_explained(photo: Path) -> None:
+@pytest.fixture
+def number() -> nn.Module:
+    """A grey model that returns one number."""
     torch.manual_seed(0)
-    net = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 1)
-    ).eval()
+    ).eval()  # fmt: skip
 
-    result = gradscope.explain(net, photo, target=0).result
+
+def test_one_number_is_a_value_and_no_class(photo: Path, number: nn.Module) -> None:
+    result = gradscope.explain(number, photo, "saliency").result
 
     assert result.preprocessing.size == (28, 28)
     assert result.preprocessing.assumed
-    assert result.model.classes == 2
-    assert result.explanations[0].target.index == 0
+    assert (result.model.classes, result.model.head) == (1, "value")
+    target = result.explanations[0].target
+    assert (target.aim, target.probability, target.named) == ("value", None, "value")
+    (prediction,) = result.images[0].predictions
+    assert (prediction.score, prediction.probability) == (target.score, None)
+    assert any("if it is the logit of yes" in note for note in result.notes)
+
+
+def test_one_number_is_the_logit_of_yes_where_no_and_yes_have_names(
+    photo: Path, number: nn.Module
+) -> None:
+    value = gradscope.explain(number, photo, "saliency").result.explanations[0].target.score
+
+    yes, no = (
+        gradscope.explain(number, photo, "saliency", target=name, labels={0: "no", 1: "yes"}).result
+        for name in ("yes", "no")
+    )
+
+    assert (yes.explanations[0].target.score, no.explanations[0].target.score) == (value, -value)
+    probability = 1 / (1 + np.exp(-value))
+    assert yes.explanations[0].target.probability == pytest.approx(probability, rel=1e-5)
+    assert no.explanations[0].target.probability == pytest.approx(1 - probability, rel=1e-5)
+
+
+def test_a_models_own_probability_of_yes_is_told(photo: Path, number: nn.Module) -> None:
+    net = nn.Sequential(number, nn.Sigmoid())
+    logit = gradscope.explain(number, photo, "saliency").result.explanations[0].target.score
+
+    target = gradscope.explain(net, photo, "saliency", target=1).result.explanations[0].target
+
+    assert target.probability == target.score == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-5)
+
+
+def test_an_embedding_has_no_likeliest_class(photo: Path) -> None:
+    net = nn.Sequential(*list(model("rectifiers").children())[:2], nn.Flatten())
+    net.num_classes = 0  # type: ignore[assignment]
+
+    with pytest.raises(UsageError, match="an embedding"):
+        gradscope.explain(net, photo, preprocess=PREPROCESS)
+    result = gradscope.explain(net, photo, "saliency", preprocess=PREPROCESS, target=3).result
+    assert (result.model.head, result.images[0].predictions) == ("embedding", ())
+    assert result.explanations[0].target.named == "channel:3"
+
+
+class Heads(nn.Module):
+    """Two heads side by side, and the features that both read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.other = model("rectifiers"), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        kind = self.net(x)
+        return {
+            "features": x.mean((2, 3)),
+            "kind": kind,
+            "colour": self.other(x.square().mean((2, 3))),
+        }
+
+
+def test_heads_that_compete_are_told_and_one_can_be_asked_for(photo: Path) -> None:
+    first = gradscope.explain(Heads().eval(), photo, preprocess=PREPROCESS)
+    asked = gradscope.explain(
+        Heads().eval(), photo, "saliency", preprocess=PREPROCESS, output_name="colour"
+    )
+
+    assert (first.result.model.output, first.result.model.classes) == ("kind", 4)
+    assert [f.name for f in first.findings] == ["ambiguous-output"]
+    assert (asked.result.model.output, asked.result.model.classes) == ("colour", 3)
+    assert asked.findings == ()
+    maps = gradscope.attribute(Heads().eval(), torch.rand(1, 3, 16, 16), "saliency", output_name=2)
+    assert len(maps.diagnostics["scores"]) == 1
+
+
+class Spoiled(nn.Module):
+    """NaN for pictures that are dark, from one layer on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = model("rectifiers")
+        self.last = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dark = x.mean((1, 2, 3), keepdim=True) < 0
+        return self.net(self.last(x / (~dark)) if bool(dark.any()) else x)
+
+
+def test_an_answer_that_is_not_finite_is_a_finding_and_the_rest_is_done(tmp_path: Path) -> None:
+    for name, colour in (("dark.png", (9, 9, 9)), ("light.png", (250, 240, 200))):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / name)
+
+    report = gradscope.explain(
+        Spoiled().eval(), tmp_path, ["gradcam", "saliency", "occlusion"], preprocess=PREPROCESS
+    )
+
+    assert [Path(e.image).name for e in report.result.explanations] == ["light.png"] * 3
+    finding = report.findings[0]
+    assert (finding.name, Path(finding.input).name) == ("non-finite-output", "dark.png")
+    assert "4 of 4 scores are not finite" in finding.message
+    assert "the first layer whose output is not is last" in finding.message
+    assert report.gate.exit_code == 1
+    assert report.errors == ()
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_method_fails_on_an_answer_that_is_not_finite(
+    photo: Path, name: str, value: float
+) -> None:
+    net = model("rectifiers")
+    net.head.bias.data[2] = value
+
+    report = gradscope.explain(net, photo, name, preprocess=PREPROCESS, chunk=2)
+
+    assert [f.name for f in report.findings] == ["non-finite-output"]
+    assert report.result.explanations == ()
+    with pytest.raises(InputError, match="the first layer whose output is not is head"):
+        gradscope.attribute(net, torch.rand(1, 3, 16, 16), "saliency")
 
 
 def test_probabilities_instead_of_logits_are_told(photo: Path) -> None:
@@ -271,6 +391,10 @@ def test_every_method_runs_on_a_transformer_or_says_why_not(name: str) -> None:
     image = torch.randn(1, 3, 32, 32)
     few = {"rise": {"masks": 4}, "smoothgrad": {"samples": 2}, "integrated-gradients": {"steps": 2}}
 
+    if name == "lrp":
+        with pytest.raises(NotApplicableError, match="; use attention-lrp"):
+            gradscope.attribute(model("vit"), image, name, target=1)
+        return
     found = gradscope.attribute(model("vit"), image, name, target=1, **few.get(name, {}))
 
     assert torch.isfinite(found.values).all()
@@ -349,3 +473,40 @@ def test_a_picture_that_a_run_could_overwrite_is_refused_before_work(photo: Path
 
     assert drawn.read_bytes() == before
     assert explained(photo.parent, output=photo.parent / "out", target=1).errors == ()
+
+
+def test_a_model_of_more_channels_is_explained_with_as_many_means(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    bands = np.random.default_rng(0).integers(0, 255, (8, 8, 5), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", bands)
+    how = "image_mean=0.1/0.2/0.3/0.4/0.5,image_std=0.2/0.2/0.2/0.2/0.3,size=8x8"
+
+    result = gradscope.explain(
+        net, tmp_path / "a.npy", "input-x-gradient", preprocess=how, target=2, output=tmp_path
+    ).result
+
+    mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), torch.tensor([0.2, 0.2, 0.2, 0.2, 0.3])
+    x = torch.from_numpy(bands).permute(2, 0, 1)[None] / 255
+    x = (x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    wanted = gradscope.attribute(net, x, "input-x-gradient", target=2).values[0]
+    with np.load(result.explanations[0].files.array) as arrays:
+        torch.testing.assert_close(torch.from_numpy(arrays["attribution"]), wanted)
+    with pytest.raises(UsageError, match=r"takes 5 channels.*with 5 means"):
+        gradscope.explain(net, tmp_path / "a.npy", preprocess="size=8x8")
+
+
+def test_frames_of_one_file_have_files_of_their_own(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 20), (v, 90, 9)) for v in (10, 90, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    path = str(tmp_path / "a.gif")
+
+    report = gradscope.explain(
+        model("rectifiers"), [path, f"{path}#2"], "saliency", target=1, preprocess=PREPROCESS,
+        output=tmp_path / "out",
+    )  # fmt: skip
+
+    arrays = [Path(e.files.array).name for e in report.result.explanations]
+    assert arrays == ["a.saliency.1.npz", "a-2.saliency.1.npz"]
+    assert report.result.explanations[0].map != report.result.explanations[1].map
+    assert any("the first of 3 frames is read" in note for note in report.result.notes)

@@ -15,8 +15,10 @@ from gradscope.attribution.result import (
     ExplainResult,
     Explanation,
     Files,
+    ImageFacts,
     MapFacts,
     ModelFacts,
+    NotFinite,
     Preprocessed,
     Randomised,
     Target,
@@ -43,7 +45,7 @@ def result(
     *,
     diagnostics: dict[str, Any] | None = None,
     values: tuple[float, float] = (0.0, 1.0),
-    probability: float = 0.9,
+    probability: float | None = 0.9,
     sign: Any = "positive",
     assumed: bool = False,
     source: str = "assumed",
@@ -66,7 +68,11 @@ def result(
     )
     return ExplainResult(
         explanations=(explanation,),
-        images=(),
+        images=(
+            ImageFacts(
+                path="cat.png", sha256="0", width=4, height=4, mode="RGB", predictions=()
+            ),
+        ),
         model=ModelFacts(
             path="m.pt", sha256="0", format="export", architecture=None, parameters=1, classes=10,
             ends_in_softmax=False,
@@ -227,6 +233,7 @@ def test_a_map_without_measurements_is_unknown_to_the_rules_that_need_them() -> 
         ({"label": None}, "cat.png: gradcam → 281"),
         ({"versus": 5, "versus_label": "dog"}, "cat.png: gradcam → 281 tabby rather than dog"),
         ({"versus": 5}, "cat.png: gradcam → 281 tabby rather than 5"),
+        ({"aim": "value"}, "cat.png: gradcam → value"),
     ],
 )
 def test_a_finding_names_the_picture_the_method_and_the_target(
@@ -295,3 +302,47 @@ def test_each_finding_names_its_picture_and_one_about_the_model_the_model() -> N
         "low-confidence": "cat.png",
         "assumed-preprocessing": "m.pt",
     }
+
+
+def test_a_model_without_probabilities_is_neither_sure_nor_unsure() -> None:
+    seen = list(evaluate(select_for(ExplainResult), result(probability=None), "m.pt"))
+
+    assert not [f for f in seen if isinstance(f, Finding)]
+    (left,) = [n for n in seen if isinstance(n, NotEvaluated)]
+    assert (left.rule, "gives no probabilities" in left.reason) == ("low-confidence", True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (NotFinite(scores=3, total=10, layer="stem.conv"),
+         "3 of 10 scores are not finite, though the input is: the first layer whose output is not "
+         "is stem.conv"),
+        (NotFinite(scores=1, total=1, layer=None), "the score is not finite"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_not_finite_is_critical(wrong: NotFinite, said: str) -> None:
+    made = result()
+    spoiled = made.images[0].model_copy(update={"not_finite": wrong})
+
+    seen = evaluate(
+        select_for(ExplainResult), made.model_copy(update={"images": (spoiled,)}), "m.pt"
+    )
+
+    (finding,) = [f for f in seen if isinstance(f, Finding)]
+    assert (finding.name, str(finding.severity), finding.input) == (
+        "non-finite-output", "critical", "cat.png",
+    )  # fmt: skip
+    assert said in finding.message
+
+
+def test_outputs_that_compete_are_a_finding_about_the_model() -> None:
+    made = result()
+    facts = made.model.model_copy(update={"output": "kind", "competing": ("colour", "size")})
+
+    seen = evaluate(select_for(ExplainResult), made.model_copy(update={"model": facts}), "m.pt")
+
+    (finding,) = [f for f in seen if isinstance(f, Finding)]
+    assert (finding.name, finding.input) == ("ambiguous-output", "m.pt")
+    assert "output 'kind' is explained, the first of them, not 'colour', 'size'" in finding.message
+    assert "--output-name colour" in finding.recommendation

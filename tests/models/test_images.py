@@ -268,3 +268,106 @@ def test_a_folder_without_a_picture_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no pictures found in this folder") as error:
         list(find_images([str(tmp_path)]))
     assert error.value.kind == "missing"
+
+
+# --- frames, bands, twelve bits -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gif", "tif", "webp"])
+def test_a_frame_can_be_named_and_the_first_is_told(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.fromarray(np.full((3, 4, 3), v, np.uint8)) for v in (10, 90, 200)]
+    more = {"lossless": True} if suffix == "webp" else {}
+    path = saved(
+        tmp_path, frames[0], f"a.{suffix}", save_all=True, append_images=frames[1:], **more
+    )
+
+    first = open_image(path)
+    assert (first.pixels == 10).all()
+    assert first.notes == (f"the first of 3 frames is read; {path}#2 names the last",)
+    for number, value in enumerate((10, 90, 200)):
+        found = open_image(f"{path}#{number}")
+        assert (found.pixels == value).all()
+        assert found.notes == ()
+        assert found.path == f"{path}#{number}"
+    with pytest.raises(InputError, match=r"no such frame; it has 3 frames, #0 to #2") as error:
+        open_image(f"{path}#3")
+    assert error.value.kind == "missing"
+
+
+def test_a_picture_of_one_frame_has_a_first_and_no_note(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(RGB))
+
+    assert open_image(path).notes == ()
+    assert (open_image(f"{path}#0").pixels == RGB).all()
+    with pytest.raises(InputError, match="it has 1 frame, #0"):
+        open_image(f"{path}#1")
+    with pytest.raises(InputError, match="file not found"):
+        open_image(f"{path}.gif#1")
+
+
+def test_a_name_with_a_number_sign_is_a_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "shot#2")
+    Image.fromarray(RGB).save(path, format="png")
+
+    assert (open_image(path).pixels == RGB).all()
+
+
+@pytest.mark.parametrize(
+    ("greatest", "white"), [(255, 65535), (256, 4095), (4095, 4095), (4096, 65535)]
+)
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.npy"])
+def test_twelve_bits_in_sixteen_are_told_by_their_range(
+    tmp_path: Path, name: str, greatest: int, white: int
+) -> None:
+    values = np.array([[0, 7, greatest]], np.uint16)
+    path = str(tmp_path / name)
+    if name.endswith("npy"):
+        np.save(path, values)
+    else:
+        Image.fromarray(values).save(path)
+
+    found = open_image(path)
+
+    np.testing.assert_allclose(found.pixels[0, :, 0], values[0] / white, rtol=1e-6)
+    assert bool(found.notes) == (white == 4095)
+
+
+def test_the_bands_of_a_file_are_read_where_more_than_colours_are_asked_for(tmp_path: Path) -> None:
+    bands = np.random.default_rng(0).integers(0, 255, (6, 5, 4), dtype=np.uint8)
+    for mode, name in (("RGBA", "a.png"), ("CMYK", "a.tif")):
+        path = saved(tmp_path, Image.frombytes(mode, (5, 6), bands.tobytes()), name)
+        assert (open_image(path, 4).pixels == bands).all()
+        assert open_image(path, 3).pixels.shape == (6, 5, 3)
+    with pytest.raises(InputError, match="it has 3 bands, the model takes 4"):
+        open_image(saved(tmp_path, Image.fromarray(RGB)), 4)
+    with pytest.raises(InputError, match="it has 4 bands, the model takes 6"):
+        open_image(path, 6)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 7])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_array_has_any_number_of_bands(tmp_path: Path, channels: int, first: bool) -> None:
+    bands = np.random.default_rng(0).integers(0, 255, (9, 8, channels), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", bands.transpose(2, 0, 1) if first else bands)
+
+    if channels == 1:
+        with pytest.raises(InputError, match="it has 1 band, the model takes 3"):
+            open_image(str(tmp_path / "a.npy"))
+    found = open_image(str(tmp_path / "a.npy"), channels)
+
+    assert (found.pixels == bands).all()
+    assert (found.format, found.mode) == ("NPY", "uint8")
+    if channels > 2:
+        assert (found.rgb() == bands[:, :, :3]).all()
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros(5), np.zeros((2, 3, 4, 5)), np.array([["a"]]), np.zeros((0, 4, 3)),
+              np.array([[None]])],
+)  # fmt: skip
+def test_an_array_that_is_no_picture_is_malformed(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+
+    with pytest.raises(InputError) as error:
+        open_image(str(tmp_path / "a.npy"))
+    assert error.value.kind == "malformed"
