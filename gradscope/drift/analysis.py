@@ -151,16 +151,14 @@ def _drifted(
     if found.result is None:
         return None
     check_patterns(asked, found.result.tensors)
-    result, measured = found.result, found.measured
+    result = found.result
     if adapter is not None:
         from gradscope.drift.merging import merges
 
         with failures.caught():
             done = tuple(merges(found.seen, str(adapter)))
             asked, result = replace(asked, merges=done), result.model_copy(update={"merges": done})
-    if asked and Need.VALUES in measured:
-        measured |= {Need.EXPECTATION}
-    return Drifted(base, new, result, measured, asked)
+    return Drifted(base, new, result, found.measured, asked)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gradscope.drift.result import (
 from gradscope.drift.sums import Change, Measures
 from gradscope.report.severity import Severity
 from gradscope.text import runs
-from gradscope.weights.roles import Role
+from gradscope.weights.roles import TRAINING, Role
 
 #: Relative drift from which a change is low, medium, high (Minimal is info).
 BANDS = ((1e-1, Severity.HIGH), (1e-2, Severity.MEDIUM), (1e-4, Severity.LOW))
@@ -110,7 +110,7 @@ def alone(
 
 def _severity(seen: Seen) -> Severity:
     kind = seen.explanation.kind if seen.explanation is not None else None
-    if kind in _HARMLESS:
+    if kind in _HARMLESS or seen.role in TRAINING:
         return Severity.INFO
     if kind in _DAMAGE or kind == "re-initialised":
         return Severity.HIGH

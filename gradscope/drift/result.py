@@ -205,7 +205,6 @@ class Need(StrEnum):
 
     HEADERS = "headers"
     VALUES = "values"
-    EXPECTATION = "an expectation (--expect, --expect-frozen, --expect-changed)"
 
 
 @dataclass(frozen=True)

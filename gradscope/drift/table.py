@@ -13,8 +13,10 @@ from gradscope.report.formats.cells import Grid, number, sparkline, table
 from gradscope.report.severity import Severity
 from gradscope.text import escaped, shortened
 from gradscope.weights.names import pattern
+from gradscope.weights.roles import TRAINING
 
 _SHOWN = 24
+_NARROW_NAME = 32
 #: In the order in which a reader wants to know.
 _STATUSES = (
     "identical", "retyped", "rounding", "changed", "replaced", "reshaped", "added", "removed",
@@ -125,6 +127,7 @@ def _tensors(tensors: Sequence[TensorDrift], display: Display) -> Iterator[Rende
         yield Grid([(c, "right") if isinstance(c, str) else c for c in columns], rows)
     else:
         made = table(*columns)
+        made.columns[0].min_width = min(_NARROW_NAME, max(len(str(row[0])) for row in rows))
         made.columns[-1].no_wrap = False
         for row in rows:
             made.add_row(*row)
@@ -135,12 +138,21 @@ def _tensors(tensors: Sequence[TensorDrift], display: Display) -> Iterator[Rende
 
 
 def _grouped(tensors: Sequence[TensorDrift]) -> list[list[TensorDrift]]:
+    """What was only stored otherwise is one row; what training keeps comes last."""
     groups: dict[object, list[TensorDrift]] = {}
     for t in tensors:
-        kind = t.explanation.kind if t.explanation is not None else None
-        key = (pattern(t.name), t.base_shape, t.shape, t.base_dtype, t.dtype, t.status, kind)
+        why = t.explanation
+        key: object = (t.status, t.base_dtype, t.dtype, why.text if why else None)
+        if t.affected:
+            kind = why.kind if why is not None else None
+            key = (pattern(t.name), t.base_shape, t.shape, t.base_dtype, t.dtype, t.status, kind)
         groups.setdefault(key, []).append(t)
-    return sorted(groups.values(), key=lambda g: (-max(map(_rank, g)), -max(map(_drift, g))))
+    return sorted(groups.values(), key=_order)
+
+
+def _order(group: Sequence[TensorDrift]) -> tuple[bool, int, float]:
+    beside = group[0].role in TRAINING
+    return beside, -max(map(_rank, group)), -max(map(_drift, group))
 
 
 def _rank(tensor: TensorDrift) -> int:
@@ -154,7 +166,9 @@ def _drift(tensor: TensorDrift) -> float:
 def _row(group: Sequence[TensorDrift], display: Display, wide: bool) -> list[str | Text]:
     worst = max(group, key=_drift)
     many = f"  ×{len(group)}" if len(group) > 1 else ""
+    alike = len({pattern(t.name) for t in group}) == 1
     name = shortened(pattern(worst.name) if many else worst.name) + many
+    name = name if alike else f"{len(group):,} tensors"
     status = worst.status or "–"
     where = [_between(_shape(worst.base_shape), _shape(worst.shape)),
              _between(worst.base_dtype, worst.dtype)]  # fmt: skip

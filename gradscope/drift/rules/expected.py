@@ -17,7 +17,7 @@ _CONVERTED: frozenset[Kind | None] = frozenset(
 )
 
 
-@rule("D102", "unexpected-change", Severity.HIGH, reads=Drifted, needs=Need.EXPECTATION)
+@rule("D102", "unexpected-change", Severity.HIGH, reads=Drifted, needs=Need.VALUES)
 def unexpected_change(
     drifted: Drifted, *, decibels_per_bit: float = 3.0, merge_ulps: float = 2.0
 ) -> Iterator[Observation]:
@@ -55,7 +55,7 @@ def unexpected_change(
         yield _not_compared(unknown, len(merges))
 
 
-@rule("D103", "missing-change", Severity.HIGH, reads=Drifted, needs=Need.EXPECTATION)
+@rule("D103", "missing-change", Severity.HIGH, reads=Drifted, needs=Need.VALUES)
 def missing_change(drifted: Drifted) -> Iterator[Observation]:
     """Something that was said to change is the base's, bit for bit.
 
