@@ -48,6 +48,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/drift.py
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/flow.py
 	$(BIN)/python benchmarks/explain.py
