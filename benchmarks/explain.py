@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 
 from architectures import mobilenet_v2, resnet50
 
-from gradscope import attribute
+from gradscope import attribute, explain
 from gradscope.attribution.perturbation import _mask
 from gradscope.models.forms import as_model
 from gradscope.models.images import open_image
@@ -210,6 +211,42 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+#: Evaluated runs over plain ones, files and all.
+EVALUATED = (
+    ("gradcam",),
+    ("saliency",),
+    ("integrated-gradients",),
+    ("gradcam", "layercam", "integrated-gradients"),
+)
+EVALUATED_LIMIT = 8.0
+
+
+def evaluated() -> None:
+    """What --evaluate costs, for MobileNetV2 and a photograph."""
+    try:
+        net, _, _ = real_case()
+    except OSError as error:
+        print(f"--evaluate is left out: {error}; make fixtures")
+        return
+
+    def spent(methods: tuple[str, ...], **more: Any) -> float:
+        began = clock()
+        explain(net, str(FETCHED / "pictures" / "chelsea.png"), methods, preprocess="imagenet",
+                output=folder, **more)  # fmt: skip
+        return clock() - began
+
+    with tempfile.TemporaryDirectory() as folder:
+        spent(("gradcam",))
+        for methods in EVALUATED:
+            plain = statistics.median(spent(methods) for _ in range(3))
+            found = spent(methods, evaluated=True) / plain
+            verdict = "met" if found <= EVALUATED_LIMIT else "MISSED"
+            print(
+                f"--evaluate {', '.join(methods):<46} {found:5.2f} x plain ({plain:.2f} s)  target "
+                f"<= {EVALUATED_LIMIT:g}: {verdict}"
+            )
+
+
 def main() -> None:
     rounds = next((int(word) for word in sys.argv[1:] if word.isdigit()), 7)
     print(f"{torch.get_num_threads()} threads, {rounds} rounds, 224 x 224; resnet50 at random, and")
@@ -232,6 +269,7 @@ def main() -> None:
                 f"{method:<22} {took:7.2f} s  {found:5.2f} x {name:<17} target <= {limit}: "
                 f"{verdict:<7} maps differ by {apart(mine, other):.1e}"
             )
+    evaluated()
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_no_more_positions_are_tried_than_settle_the_verdict() -> None:
     clear = faithfulness(drawn(weights, torch.ones(16, 16) * (weights > 0)), weights, 0).control
     open_ = faithfulness(drawn(weights, torch.ones(16, 16)), torch.zeros(16, 16), 0).control
 
-    assert 3 <= clear.rankings <= open_.rankings <= 5
+    assert 3 <= clear.rankings <= open_.rankings <= 4
     assert open_.rankings > 3
 
 
@@ -138,7 +138,7 @@ def test_a_control_is_the_map_itself_elsewhere() -> None:
 
     places = list(moved(values, 0))
 
-    assert len(places) == 5
+    assert len(places) == 4
     assert not any(torch.equal(place, values) for place in places)
     rows = values.tolist()
     for place in places:
