@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def faithfulness(drawn: Canvas, values: Tensor, seed: int) -> Areas:
     generator = torch.Generator().manual_seed(seed + 3)
     orders = orders_of(values, seed)
     places = (ordered(place, generator) for place in moved(values, seed))
-    first = [place for place, _ in zip(places, range(_FEWEST), strict=False)]
+    first = list(islice(places, _FEWEST))
     found = np.array([*drawn.areas([*orders, *first])])
     own, control = found[: len(orders)], found[len(orders) :]
     for place in places:
@@ -183,10 +184,13 @@ def faithfulness(drawn: Canvas, values: Tensor, seed: int) -> Areas:
 
 
 def _settled(own: Iterable[float], control: Curves) -> bool:
-    """Whether another position would hardly change on which side of the control the map lies."""
+    """Whether another position would hardly change on which side of the control the map lies.
+
+    A thousandth is no side.
+    """
     count = len(control)
     reach = student(count - 1) * control.std(0, ddof=1) * (1 + 1 / count) ** 0.5
-    return bool((np.abs(own - control.mean(0)) > reach).all())
+    return bool((np.abs(own - control.mean(0)) > np.maximum(reach, 1e-3)).all())
 
 
 def _control(found: Curves) -> Control:
