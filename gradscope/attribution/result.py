@@ -102,7 +102,8 @@ class Localisation(Record):
 class Diagnostics(Record):
     """How far a map can be trusted. None means not measured, or not defined; never "good"."""
 
-    #: Sum of the attribution less S(x) - S(reference); and that over |S(x) - S(reference)|.
+    #: Sum of the attribution less S(x) - S(reference); and that over |S(x) - S(reference)|. Of
+    #: relevance, the sum with what constants hold, less S(x): the conservation residual.
     completeness_delta: Number | None = None
     relative_delta: Number | None = None
     #: Areas under the target's probability over the fraction of pixels shown or removed.

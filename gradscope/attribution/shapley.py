@@ -41,9 +41,9 @@ def kernel_shap(
 def _labels(image: Tensor, segments: int | Tensor) -> Tensor:
     """Which superpixel each pixel [H, W] belongs to, from 0 without gaps."""
     if isinstance(segments, int):
-        if not 2 <= segments <= image[0].numel():
-            raise UsageError("segments has to be at least 2, and at most the number of pixels")
-        return superpixels(image, segments)
+        if segments < 2:
+            raise UsageError("segments has to be at least 2")
+        return superpixels(image, min(segments, image[0].numel()))
     segments = torch.as_tensor(segments)
     if segments.shape != image.shape[1:]:
         raise UsageError(

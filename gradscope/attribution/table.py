@@ -29,6 +29,8 @@ from gradscope.text import escaped, plural, shortened
 #: How many pictures are previewed, and their greatest width.
 _PREVIEWS = 2
 _WIDEST = 56
+#: A share of the score beyond which little is left for the pixels.
+_MOSTLY = 0.5
 
 
 def explain(result: ExplainResult, display: Display) -> Iterator[RenderableType]:
@@ -126,6 +128,8 @@ def _image(
         share = e.diagnostics.method.get("relevance_of_constants")
         if share is not None:
             said = f"{e.method}: biases and constants hold {share:.0%} of the score"
+            if share > _MOSTLY and "biases" in e.options:
+                said += "; -O biases=false hands it on to the pixels"
             yield Padding(Text(said, style="dim"), (0, 0, 0, 2))
     reasons = {e.layer: e.layer_reason for e in explanations if e.layer_reason}
     for layer, reason in reasons.items():

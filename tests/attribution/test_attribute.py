@@ -379,11 +379,15 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def reads_attention(name: str) -> bool:
+    return methods()[name].family == "attention" or name == "attention-lrp"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_model_is_left_as_it_was(name: str) -> None:
     model: nn.Module = conv_net().train()
     x = images()
-    if methods()[name].family == "attention":
+    if reads_attention(name):
         model, x = vit_small().double().train(), torch.randn(1, 3, 32, 32).double()
     next(model.parameters()).requires_grad_(False)
     model(x).sum().backward()
@@ -425,7 +429,7 @@ def test_a_frozen_model_in_training_mode_is_explained_where_no_gradients_are_rec
 ) -> None:
     model: nn.Module = conv_net()
     x = images()
-    if methods()[name].family == "attention":
+    if reads_attention(name):
         model, x = vit_small().double(), torch.randn(1, 3, 32, 32).double()
     few = {"masks": 3} if name == "rise" else {}
     wanted = attribute(model.eval(), x, name, target=0, **few).values
