@@ -43,14 +43,16 @@ def synthesise(
     turn: float = 20.0,
     zoom: float = 0.35,
     jitter: float = 0.2,
+    crops: float = 0.0,
     device: torch.device | str = "cpu",
     progress: Tick = lambda _done, _total: None,
 ) -> Synthesis:
     """Maximise ``score`` of pixels [1, C, H, W] in 0..1, by Adam.
 
     ``turn`` is in degrees either way, ``zoom`` and ``jitter`` are fractions of the scale and of the
-    side. The same seed gives the same image. Raises UsageError where the score is not finite, and
-    where its gradient stays zero.
+    side. In the first ``crops`` of the steps the model sees a crop of half the side, for a quarter
+    of its work. The same seed gives the same image. Raises UsageError where the score is not
+    finite, and where its gradient stays zero.
     """
     generator = torch.Generator().manual_seed(seed)
     spectrum = initial_spectrum(size, generator).to(device).requires_grad_()
@@ -58,7 +60,10 @@ def synthesise(
     objective, blind = [], 0
     for step in range(steps):
         view = _view(generator, turn, zoom, jitter)
-        value, gradient = _gradient(score, spectrum, size, view, helped=step < _HELPED)
+        seen_size = size[1:]
+        if step < crops * steps:
+            view, seen_size = cropped(view, generator), (size[1] // 2, size[2] // 2)
+        value, gradient = _gradient(score, spectrum, size, view, seen_size, step < _HELPED)
         objective.append(_finite(value))
         blind = blind + 1 if not bool((gradient != 0).any()) else 0
         if blind >= _HELPED:
@@ -83,10 +88,11 @@ def _gradient(
     spectrum: Tensor,
     size: tuple[int, int, int],
     view: Tensor,
+    seen_size: tuple[int, int],
     helped: bool,
 ) -> tuple[float, Tensor]:
     with torch.enable_grad():
-        total = score(seen(pixels(spectrum, size)[None], view)).sum()
+        total = score(seen(pixels(spectrum, size)[None], view, seen_size)).sum()
     if not total.requires_grad:
         return float(total), torch.zeros_like(spectrum)
     (found,) = torch.autograd.grad(total, spectrum, retain_graph=helped, allow_unused=True)
@@ -133,9 +139,19 @@ def _view(generator: torch.Generator, turn: float, zoom: float, jitter: float) -
     return torch.tensor([[[cos, -sin, across], [sin, cos, down]]])
 
 
-def seen(images: Tensor, view: Tensor) -> Tensor:
-    """Images [1, C, H, W] under an affine map, bilinearly, borders reflected."""
-    grid = affine_grid(view, list(images.shape), align_corners=False)
+def cropped(view: Tensor, generator: torch.Generator) -> Tensor:
+    """The map from a crop of half the side, anywhere in the view, to the image."""
+    place = torch.rand(2, generator=generator) - 0.5
+    found = view.clone()
+    found[:, :, 2] += (view[:, :, :2] @ place[:, None])[:, :, 0]
+    found[:, :, :2] /= 2
+    return found
+
+
+def seen(images: Tensor, view: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Images [1, C, H, W] under an affine map, bilinearly, borders reflected; of another size."""
+    shape = [*images.shape[:2], *(size or images.shape[2:])]
+    grid = affine_grid(view, shape, align_corners=False)
     return grid_sample(
         images, grid.to(images), mode="bilinear", padding_mode="reflection", align_corners=False
     )

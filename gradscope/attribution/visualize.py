@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,16 @@ from gradscope.models.layout import layout_of
 from gradscope.models.load import Loaded
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held, run
+from gradscope.models.quick import quick
 from gradscope.models.vision import Vision, open_vision
 from gradscope.report.model import Coverage, Input, InputFailure
 from gradscope.report.request import Request, failure
 from gradscope.text import quoted
 from gradscope.version import __version__
+
+#: Share of the steps that see crops, and the side of the smallest image that is cropped.
+_CROPS = 2 / 3
+_LEAST_SIDE = 64
 
 
 def visualize(
@@ -71,10 +77,12 @@ def visualize(
     except InputError as error:
         return _report(None, None, [failure(error)])
     loaded, size = vision.loaded, vision.size
+    vision = vision.answered_by(quick(vision.model))
     with held(vision.model.module):
         goal = _Goal(vision, target, layer, channel)
-        found = synthesise(goal.score, size, steps=steps, seed=seed, device=goal.device,
-                           progress=progress)  # fmt: skip
+        crops = _CROPS if goal.takes_half else 0.0
+        found = synthesise(goal.score, size, steps=steps, seed=seed, crops=crops,
+                           device=goal.device, progress=progress)  # fmt: skip
         likeliest = goal.predictions(found.image)
     name = _written(folder, goal, found.image, found.objective) if folder else None
     result = VisualizeResult(
@@ -93,9 +101,14 @@ def visualize(
             seed=seed, device=str(goal.device), dtype=goal.dtype,
             versions={"gradscope": __version__, "torch": str(torch.__version__)},
         ),
-        notes=loaded.notes,
+        notes=(*loaded.notes, *_notes(crops, steps)),
     )  # fmt: skip
     return _report(loaded, result, [])
+
+
+def _notes(crops: float, steps: int) -> Iterator[str]:
+    if crops:
+        yield f"in the first {math.ceil(crops * steps)} steps the model saw crops of half the side"
 
 
 class _Goal:
@@ -119,6 +132,19 @@ class _Goal:
     @property
     def dtype(self) -> str:
         return str(self.kind).removeprefix("torch.")
+
+    @property
+    def takes_half(self) -> bool:
+        """Whether the model answers about images of half the size, and these are not too small."""
+        if min(self.vision.size[1:]) < _LEAST_SIDE:
+            return False
+        try:
+            channels, height, width = self.vision.size
+            with torch.no_grad():
+                self.score(torch.full((1, channels, height // 2, width // 2), 0.5).to(self.device))
+        except (RuntimeError, ValueError, AssertionError, IndexError, UsageError):
+            return False
+        return True
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gradscope.attribution.synthesis import (
+    cropped,
     frequencies,
     initial_spectrum,
     pixels,
@@ -134,3 +135,29 @@ def test_a_blind_score_and_one_that_is_not_finite_are_refused() -> None:
         synthesise(lambda x: x.detach().sum((1, 2, 3)), (1, 8, 8), steps=100)
     with pytest.raises(UsageError, match="became nan"):
         synthesise(lambda x: x.sum((1, 2, 3)) * torch.nan, (1, 8, 8), steps=3)
+
+
+def test_the_first_steps_may_see_crops_of_half_the_side() -> None:
+    sides: list[tuple[int, ...]] = []
+
+    def score(x: Tensor) -> Tensor:
+        sides.append(tuple(x.shape[2:]))
+        return x.mean((1, 2, 3))
+
+    synthesise(score, (3, 31, 20), steps=9, crops=2 / 3)
+
+    assert sides == [(15, 10)] * 6 + [(31, 20)] * 4
+
+
+def test_a_crop_lies_within_the_view_at_the_images_own_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    plain = torch.tensor([[[1.0, 0, 0], [0, 1.0, 0]]])
+
+    for _ in range(20):
+        found = seen(image, cropped(plain, generator), (4, 4))[0, 0]
+        # A row is eight more, a column one: nothing was scaled.
+        torch.testing.assert_close(found[1:] - found[:-1], torch.full((3, 4), 8.0))
+        torch.testing.assert_close(found[:, 1:] - found[:, :-1], torch.full((4, 3), 1.0))
+        assert found.min() >= 0
+        assert found.max() <= 63
