@@ -36,8 +36,10 @@ from gradscope.report.request import Request, failure
 from gradscope.text import quoted
 from gradscope.version import __version__
 
-#: Share of the steps that see crops, and the side of the smallest image that is cropped.
+#: Share of the steps that see crops, the steps that never do, without which a picture has no
+#: whole, and the side of the smallest image that is cropped.
 _CROPS = 2 / 3
+_WHOLE_STEPS = 64
 _LEAST_SIDE = 64
 
 
@@ -80,7 +82,8 @@ def visualize(
     vision = vision.answered_by(quick(vision.model))
     with held(vision.model.module):
         goal = _Goal(vision, target, layer, channel)
-        crops = _CROPS if goal.takes_half else 0.0
+        whole = max(_WHOLE_STEPS, round(steps * (1 - _CROPS)))
+        crops = max(0.0, 1 - whole / steps) if goal.takes_half else 0.0
         found = synthesise(goal.score, size, steps=steps, seed=seed, crops=crops,
                            device=goal.device, progress=progress)  # fmt: skip
         likeliest = goal.predictions(found.image)
