@@ -13,7 +13,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from gradscope import attribute
 from gradscope.attribution import sharing
+from gradscope.attribution.transformers import _balanced
 from gradscope.errors import UsageError
+from gradscope.models.forms import as_model
+from gradscope.models.tape import record
 
 from .forms import FORMS, images, model, saved
 from .oracles import oracle
@@ -226,3 +229,24 @@ def test_models_without_attention_are_sent_on() -> None:
         attribute(resnet18(4).eval(), x, "relevance", target=0)
     with pytest.raises(UsageError, match="use attention-lrp or relevance"):
         attribute(vit_small().eval(), x, "lrp", target=0)
+
+
+class Adds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = x[:, 0].flatten(1), x[:, 1].flatten(1)
+        return u + v
+
+
+@pytest.mark.parametrize(
+    ("u", "v"), [([3.0, 1.0], [1.0, 0.5]), ([3.0, 1.0], [-1.5, 0.5]), ([-3.0, 1.0], [0.5, 2.0])]
+)
+def test_a_sums_parts_carry_what_arrived_whatever_their_signs(u: Any, v: Any) -> None:
+    tape = record(as_model(Adds()), torch.tensor([u, v]).double().view(1, 2, 1, 2))
+    (step,) = [s for s in tape.steps if s.name == "add"]
+    arrived = torch.tensor([[0.7, 0.3]]).double()
+
+    found, _ = _balanced(step, [arrived])
+
+    for mine, wanted in zip(found, balanced(*step.taken, arrived), strict=True):
+        close(mine, wanted)
+    assert float(torch.stack(list(found)).sum()) == pytest.approx(1.0)
