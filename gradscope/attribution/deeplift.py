@@ -69,7 +69,7 @@ def _compared(subject: Subject, image: int, tape: Tape, other: Tape) -> tuple[Te
 
 
 def _twins(tape: Tape, other: Tape) -> Mapping[int, Step]:
-    """The reference's step for each of the image's. Raises UsageError where they differ."""
+    """The reference's step for each of the image's. Raises NotApplicableError where they differ."""
     same = len(tape.steps) == len(other.steps) and all(
         a.name == b.name and a.inputs == b.inputs and a.outputs == b.outputs
         for a, b in zip(tape.steps, other.steps, strict=True)

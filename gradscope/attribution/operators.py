@@ -80,7 +80,7 @@ def moves(step: Step) -> bool:
 
 
 def kind(step: Step) -> Kind:
-    """What a step does. Raises UsageError for an operator that no kind names."""
+    """What a step does. Raises NotApplicableError for an operator that no kind names."""
     name, taken = step.name, len(step.inputs)
     if name in ("mul", "div"):
         # A constant over an image's values is a function of each of them.

@@ -16,7 +16,7 @@ from gradscope.attribution.propagation import Composite, Relevance, beginning, p
 from gradscope.attribution.relevance import Rule, alpha_beta_rule, epsilon_rule, gamma_rule
 from gradscope.attribution.sharing import Shares, arriving, contributed, passed
 from gradscope.attribution.subject import Subject
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError, UsageError
 from gradscope.models.attention_weights import is_attention
 from gradscope.models.tape import Step, record
 
@@ -51,7 +51,7 @@ def _relevant(subject: Subject, image: int) -> Result:
     def formula(weights: Sequence[Tensor], gradients: Sequence[Tensor], _: int) -> Tensor:
         weighed = list(_of_weights(subject, image))
         if len(weighed) != len(weights):
-            raise UsageError("relevance does not reach the attention of every block")
+            raise NotApplicableError("relevance does not reach the attention of every block")
         pairs = zip(gradients, weighed, strict=True)
         blocks = (_with_skip((g * r).relu().mean(0)) for g, r in pairs)
         return reduce(lambda product, block: block @ product, blocks)

@@ -96,7 +96,7 @@ class Tape:
         """What ``through`` passes backwards from step to step to the image [N, C, H, W].
 
         ``start`` is what there is at the beginning, by value. What several steps pass to one value
-        is added. Raises UsageError if nothing arrives.
+        is added. Raises NotApplicableError if nothing arrives.
         """
         arrived = dict(start)
         for step in reversed(self.steps):
@@ -112,8 +112,8 @@ class Tape:
 def record(model: Model, image: Tensor) -> Tape:
     """The tape of a held model's pass over an image [1, C, H, W].
 
-    Raises UsageError where a tensor is written in place in part, since the rest of it is then
-    another value under the same name.
+    Raises NotApplicableError where a tensor is written in place in part, since the rest of it is
+    then another value under the same name.
     """
     batch = model.batch or 1
     # A leaf that requires a gradient keeps nn.MultiheadAttention off its fused fast path.

@@ -13,7 +13,7 @@ from architectures import resnet18, vit_small
 from torch import Tensor, nn
 
 from gradscope import attribute
-from gradscope.errors import UsageError
+from gradscope.errors import NotApplicableError, UsageError
 
 from .forms import FORMS, Rectifiers, images, model, saved
 from .oracles import oracle
@@ -290,7 +290,7 @@ class WrittenInPart(nn.Module):
     ],
 )
 def test_what_has_no_rule_is_named(net: nn.Module, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(NotApplicableError, match=said):
         attribute(net.eval(), images("vit"), "lrp", target=1)
 
 
