@@ -88,7 +88,7 @@ def test_the_json_report_matches_its_schema_and_is_the_same_every_time(folder: P
     cam, integrated = report["result"]["explanations"]
     assert cam["target"]["label"] == "cat"
     assert set(cam["map"]) >= {"shape", "min", "max", "sum"}
-    assert set(cam["files"]) == {"heatmap", "overlay", "array"}
+    assert set(cam["files"]) == {"heatmap", "overlay", "array", "figure"}
     known = integrated["diagnostics"]
     for key in ("completeness_delta", "relative_delta", "insertion_auc", "deletion_auc"):
         assert isinstance(known[key], float)
