@@ -247,6 +247,7 @@ def test_a_sums_parts_carry_what_arrived_whatever_their_signs(u: Any, v: Any) ->
 
     found, _ = _balanced(step, [arrived])
 
-    for mine, wanted in zip(found, balanced(*step.taken, arrived), strict=True):
+    a, b = step.taken
+    for mine, wanted in zip(found, balanced(a, b, arrived), strict=True):
         close(mine, wanted)
     assert float(torch.stack(list(found)).sum()) == pytest.approx(1.0)
