@@ -40,6 +40,7 @@ FLOOR = {
         "errors",
         "files",
         "formats",
+        "notebook",
         "plugins",
         "text",
         "version",

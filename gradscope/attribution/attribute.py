@@ -47,6 +47,12 @@ class Attribution:
     #: The scores that are explained, and the method's own diagnostics.
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from gradscope.attribution.notebook import attribution_html
+
+        return attribution_html(self)
+
 
 def attribute(
     model: object,

@@ -148,3 +148,9 @@ class History:
     def shape(self) -> tuple[int, int]:
         """(records, layers)."""
         return len(self.steps), len(self.layers)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from gradscope.histories.notebook import history_html
+
+        return history_html(self)

@@ -136,6 +136,12 @@ class Report(Record, Generic[R]):
     gate: Gate
     errors: tuple[InputFailure, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from gradscope.report.notebook import report_html
+
+        return report_html(self)
+
 
 AnyReport = Report[Any]
 
