@@ -27,6 +27,7 @@ from gradscope.errors import GradscopeError, OutputError, UsageError
 from gradscope.files import write_whole
 from gradscope.formats import suffixes
 from gradscope.report.formats import Display, renderer
+from gradscope.report.formats.sections import placed
 from gradscope.text import quoted
 
 ISSUES = "https://github.com/gradscope/gradscope/issues"
@@ -246,7 +247,7 @@ def published(report: Reported, output: Output, files: Iterable[tuple[str, Path]
     for name, path in files:
         text: str = renderer(name)(report, written)
         try:
-            write_whole(path, partial(_write, text))
+            write_whole(path, partial(_write, placed(text, path)))
         except OutputError as error:
             say(f"error: {error}")
             yield error.exit_code

@@ -16,8 +16,11 @@ from gradscope.plugins import load, plugins
 
 #: The built-in formats and the modules they live in, imported when one is asked for.
 BUILT_IN: Mapping[str, str] = {
-    name: f"gradscope.report.formats.{name}_"
-    for name in ("table", "json", "jsonl", "csv", "markdown", "github", "sarif", "junit")
+    name: f"gradscope.report.formats.{name.replace('-', '_')}_"
+    for name in (
+        *("table", "json", "jsonl", "csv", "markdown", "github", "sarif", "junit"),
+        "model-card",
+    )
 }
 
 

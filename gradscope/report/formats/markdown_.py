@@ -33,11 +33,11 @@ def _head(report: AnyReport) -> Iterator[str]:
         f"{size(coverage.bytes)} · exit {gate.exit_code}"
     )
     for given in report.inputs:
-        yield f"- {_code(given.path)} {_inert(given.format)}, {size(given.bytes)}"
+        yield f"- {code(given.path)} {inert(given.format)}, {size(given.bytes)}"
     for failure in report.errors:
-        yield f"- **not read in full** {_code(failure.input)}: {_inert(failure.message)}"
-    yield from (f"- {_inert(reason)}" for reason in gate.reasons[len(report.errors) :])
-    yield from (f"- {_inert(note)}" for note in gate.notes)
+        yield f"- **not read in full** {code(failure.input)}: {inert(failure.message)}"
+    yield from (f"- {inert(reason)}" for reason in gate.reasons[len(report.errors) :])
+    yield from (f"- {inert(note)}" for note in gate.notes)
 
 
 def _findings(report: AnyReport, most: int) -> str:
@@ -59,19 +59,19 @@ def _findings(report: AnyReport, most: int) -> str:
 
 def _row(group: list[Finding], several: bool) -> str:
     first = group[0]
-    like = (_code(f.subject) for f in group[1:])
+    like = (code(f.subject) for f in group[1:])
     others = f"<br>and {listed(like, len(group) - 1, 2)}" if len(group) > 1 else ""
-    where = f"<br>in {_code(first.input)}" if several else ""
+    where = f"<br>in {code(first.input)}" if several else ""
     state = "" if first.state == "new" else f"<br>{_state(first)}"
     return (
         f"| {first.severity.upper()}{state} | {first.rule} {first.name} "
-        f"| {_code(first.subject)}{others}{where} "
-        f"| {_inert(first.message)}<br>→ {_inert(first.recommendation)} |\n"
+        f"| {code(first.subject)}{others}{where} "
+        f"| {inert(first.message)}<br>→ {inert(first.recommendation)} |\n"
     )
 
 
 def _state(finding: Finding) -> str:
-    return _inert(f"allowed: {finding.allowed}") if finding.allowed else finding.state
+    return inert(f"allowed: {finding.allowed}") if finding.allowed else finding.state
 
 
 def _tail(report: AnyReport) -> Iterator[str]:
@@ -82,8 +82,8 @@ def _tail(report: AnyReport) -> Iterator[str]:
     for rule in report.coverage.not_evaluated:
         absent.setdefault(rule.reason, []).append(rule.rule)
     lines = chain(
-        (f"- not analysed: {_several(names)}: {_inert(why)}" for why, names in skipped.items()),
-        (f"- not evaluated: {', '.join(rules)} ({_inert(why)})" for why, rules in absent.items()),
+        (f"- not analysed: {_several(names)}: {inert(why)}" for why, names in skipped.items()),
+        (f"- not evaluated: {', '.join(rules)} ({inert(why)})" for why, rules in absent.items()),
     )
     if skipped or absent:
         yield "\n<details><summary>What was not looked at</summary>\n"
@@ -92,7 +92,7 @@ def _tail(report: AnyReport) -> Iterator[str]:
 
 
 def _several(names: list[str]) -> str:
-    return listed(map(_code, names), len(names))
+    return listed(map(code, names), len(names))
 
 
 def _text(lines: Iterable[str]) -> str:
@@ -112,13 +112,13 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "backslashreplace"))
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """Text that Markdown shows as it is, without links, mentions or markup."""
     shown = re.sub(r"([\\`*_\[\]<>~|#&$])", r"\\\1", escaped(text, 2000))
     return re.sub(r"@(?=\w)|://|(?<=www)\.", lambda at: f"{at[0]}&#8288;", shown)
 
 
-def _code(name: str) -> str:
+def code(name: str) -> str:
     """A name as code; within a table, too."""
     shown = shortened(name).replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
