@@ -16,7 +16,8 @@ from gradscope.report.rules import load_rules
 
 GROUP: Any = typer.main.get_command(app)
 COMMANDS = GROUP.commands
-CONTRACT = (Path(__file__).resolve().parents[1] / "docs" / "contract.md").read_text()
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+CONTRACT = (DOCS / "contract.md").read_text()
 
 
 def section(number: int) -> str:
@@ -61,3 +62,18 @@ def test_the_contract_lists_every_option_of_a_command(name: str) -> None:
     options = [o for p in COMMANDS[name].params for o in p.opts if o.startswith("--")]
 
     assert [o for o in options if not re.search(rf"{short.get(o, o)}\b", tables)] == []
+
+
+def test_the_index_lists_every_page_once() -> None:
+    index = (DOCS / "README.md").read_text()
+
+    assert sorted(re.findall(r"^\| \[([\w.]+)\]\(\1\) \|", index, re.MULTILINE)) == sorted(
+        page.name for page in DOCS.glob("*.md") if page.name != "README.md"
+    )
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_pages_lead_to_files_that_are_there(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#\s]+)\)", page.read_text())
+
+    assert [link for link in links if not (DOCS / link).exists()] == []
