@@ -7,7 +7,7 @@ from html import escape
 
 from gradscope.text import escaped, shortened
 
-_CELL = "text-align:left;vertical-align:top"
+_CELL = "text-align:left;vertical-align:top;padding:2px 8px"
 
 
 def words(text: str) -> str:
