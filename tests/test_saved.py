@@ -22,10 +22,13 @@ from gradscope import (
     analyze_flow,
     analyze_weights,
     explain,
+    manifest,
     read_report,
+    verify,
     visualize,
 )
 from gradscope.errors import InputError
+from gradscope.fingerprints.document import written
 from gradscope.report.formats import BUILT_IN, Display, renderer
 from gradscope.saved import KINDS
 
@@ -54,6 +57,7 @@ REPORTS: dict[str, Callable[[Path], Any]] = {
     "flow": lambda _: analyze_flow(FIXTURES / "sigmoid"),
     "unread": lambda folder: analyze_flow(folder / "missing.npz"),
     "drift": lambda folder: analyze_drift(FIXTURES / "digits.pt", strange(folder)),
+    "verify": lambda folder: verify(strange(folder), manifest=fingerprinted(folder)),
     "explain": lambda folder: explain(
         vision(folder), picture(folder), ["gradcam", "saliency"], layer="0", preprocess=PREPROCESS
     ),
@@ -62,6 +66,12 @@ REPORTS: dict[str, Callable[[Path], Any]] = {
     ),
 }
 PREPROCESS = "image_mean=0.5/0.5/0.5,image_std=0.5/0.5/0.5,size=16x16"
+
+
+def fingerprinted(folder: Path) -> Path:
+    """The manifest of another model."""
+    (folder / "m.json").write_text(written(manifest(FIXTURES / "digits.safetensors")))
+    return folder / "m.json"
 
 
 def vision(folder: Path, factor: float = math.nan) -> Path:

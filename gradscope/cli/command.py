@@ -28,6 +28,7 @@ from gradscope.files import write_whole
 from gradscope.formats import suffixes
 from gradscope.report.formats import Display, renderer
 from gradscope.report.formats.sections import placed
+from gradscope.report.palettes import palette
 from gradscope.text import quoted
 
 ISSUES = "https://github.com/gradscope/gradscope/issues"
@@ -166,6 +167,7 @@ def _check_gate(gate: Gate) -> list[str]:
 def checked(output: Output, inputs: Iterable[str]) -> list[tuple[str, Path]]:
     """The files to write, in which format each. Raises UsageError before anything heavy is done."""
     renderer(output.format_)
+    palette(output.colors)
     reports = [_report_path(value) for value in output.report or ()]
     # Of photo.gif#3 the file is what must stay.
     files = (path if os.path.exists(path) else re.sub(r"#\d+$", "", path) for path in inputs)
@@ -178,7 +180,7 @@ def _report_path(value: str) -> tuple[str, Path]:
     name, equals, path = value.partition("=")
     if not equals or not path:
         raise UsageError(f"--report takes FORMAT=PATH, e.g. json=report.json, not {value!r}")
-    renderer(name)
+    renderer(name, pictures=True)
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise UsageError(f"--report {value}: folder not found: {Path(path).parent}")
     if os.path.isdir(path):
@@ -237,17 +239,20 @@ def _spelled(text: str) -> tuple[str, ...]:
 
 def published(report: Reported, output: Output, files: Iterable[tuple[str, Path]]) -> Iterator[int]:
     """Print the report and write the files; the codes of what failed."""
-    shown = replace(screen(output.color, output.detail), anchor=output.sarif_anchor)
+    shown = replace(
+        screen(output.color, output.detail), anchor=output.sarif_anchor, colors=output.colors
+    )
     try:
         emit(renderer(output.format_)(report, shown))
     except OutputError as error:
         say(f"error: {error}")
         yield error.exit_code
-    written = Display(detail=2, root=shown.root, anchor=shown.anchor)
+    written = Display(detail=2, root=shown.root, anchor=shown.anchor, colors=shown.colors)
     for name, path in files:
-        text: str = renderer(name)(report, written)
         try:
-            write_whole(path, partial(_write, placed(text, path)))
+            drawn: str | bytes = renderer(name, pictures=True)(report, written)
+            whole = placed(drawn, path) if isinstance(drawn, str) else drawn
+            write_whole(path, partial(_write, whole))
         except OutputError as error:
             say(f"error: {error}")
             yield error.exit_code
@@ -256,5 +261,5 @@ def published(report: Reported, output: Output, files: Iterable[tuple[str, Path]
                 say(f"wrote {path}")
 
 
-def _write(text: str, file: BinaryIO) -> None:
-    file.write(text.encode("utf-8", "backslashreplace"))
+def _write(what: str | bytes, file: BinaryIO) -> None:
+    file.write(what if isinstance(what, bytes) else what.encode("utf-8", "backslashreplace"))

@@ -15,6 +15,7 @@ import typer
 
 from gradscope.errors import UsageError
 from gradscope.report.formats import BUILT_IN
+from gradscope.report.palettes import PALETTES
 from gradscope.report.severity import Severity
 from gradscope.text import quoted
 
@@ -93,7 +94,10 @@ class Output:
     report: Annotated[
         list[str] | None,
         typer.Option(
-            "--report", metavar="FORMAT=PATH", help="Also write a report to a file (repeatable)."
+            "--report",
+            metavar="FORMAT=PATH",
+            help="Also write a report to a file, or its main chart: svg=PATH, png=PATH "
+            "(repeatable).",
         ),
     ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Findings and verdict only.")] = False
@@ -101,6 +105,10 @@ class Output:
         bool, typer.Option("--verbose", "-v", help="Every tensor and every finding.")
     ] = False
     color: Annotated[Color, typer.Option("--color", help="Colour the table.")] = Color.AUTO
+    colors: Annotated[
+        str,
+        typer.Option(metavar="SCHEME", help=f"Colours of pages and charts: {', '.join(PALETTES)}."),
+    ] = "default"
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False
     sarif_anchor: Annotated[
         str | None,

@@ -21,6 +21,7 @@ from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
 from gradscope.report.request import Failures, part_failures, requested
 from gradscope.report.severity import Severity
+from gradscope.weights.names import block_of
 from gradscope.weights.patterns import filtered, narrowed
 from gradscope.weights.roles import AUXILIARY, TRAINING, Role, roles
 
@@ -309,7 +310,7 @@ def _result(
     names: Mapping[str, Role],
     why: Mapping[str, Explanation],
 ) -> DriftResult:
-    from gradscope.drift.describing import block_of, module_of, pools
+    from gradscope.drift.describing import module_of, pools
 
     tensors = tuple(_rows(base, new, matching, seen, names, why))
     model = [s for s in seen if s.role not in AUXILIARY and s.measures is not None]

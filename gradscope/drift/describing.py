@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -220,12 +219,6 @@ def pools(seen: Iterable[tuple[str, Seen]]) -> dict[str, Pooled]:
     for name, one in seen:
         groups.setdefault(name, []).append(one)
     return {name: pooled(group) for name, group in groups.items()}
-
-
-def block_of(name: str) -> str | None:
-    """The numbered block a tensor is in: ``layers.3`` of ``layers.3.mlp.weight``; None outside."""
-    found = re.match(r"((?:[^.]+\.)*?[^.]*?\.?\d+)\.", name)
-    return found[1] if found else None
 
 
 def module_of(name: str) -> str:

@@ -12,6 +12,7 @@ from gradscope.errors import InputError, UsageError
 from gradscope.flow import judgement
 from gradscope.flow.against import Run, common_steps
 from gradscope.flow.against import against as compared
+from gradscope.flow.curves import curves
 from gradscope.flow.dead_zones import covered, dead, dead_candidates, dead_stretches
 from gradscope.flow.depth import depth_of
 from gradscope.flow.directions import Cosines, cosines
@@ -244,6 +245,7 @@ def _analyzed(
         leap=leap(s),
         missing=tuple(missing(s)),
         convergence=fell,
+        curves=curves(s, shown),
         loss=loss_level(s),
         unoptimized=alone,
         damping=damping(s, against, window),

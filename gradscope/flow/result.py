@@ -460,6 +460,16 @@ class Captures(Record):
     steps: int
 
 
+class Curves(Record):
+    """The run as a whole, at the steps of the layers' series; None where nothing was recorded."""
+
+    steps: tuple[int, ...]
+    loss: tuple[Number | None, ...] | None
+    total_norm: tuple[Number | None, ...] | None
+    #: The greatest of the parameter groups.
+    learning_rate: tuple[Number | None, ...] | None
+
+
 class LossLevel(Record):
     """What the loss did; levels are medians of windows."""
 
@@ -575,6 +585,7 @@ class FlowResult(Record):
     accumulation: Accumulation | None = None
     captures: Captures | None = None
     convergence: Convergence | None = None
+    curves: Curves | None = None
     #: What differs from another run, where one was given.
     against: Against | None = None
     #: Kinds of facts the history has: what a rule may need.

@@ -32,3 +32,12 @@ def series(names: Iterable[str]) -> Mapping[str, Mapping[int, frozenset[str]]]:
         if match := _NUMBERED.match(name):
             found[match[1]][int(match[2])].add(match[3])
     return {stack: {n: frozenset(held) for n, held in m.items()} for stack, m in found.items()}
+
+
+_BLOCK = re.compile(r"((?:[^.]+\.)*?[^.]*?\.?\d+)\.")
+
+
+def block_of(name: str) -> str | None:
+    """The numbered block a tensor is in: ``layers.3`` of ``layers.3.mlp.weight``; None outside."""
+    found = _BLOCK.match(name)
+    return found[1] if found else None

@@ -18,10 +18,16 @@ from gradscope.plugins import load, plugins
 BUILT_IN: Mapping[str, str] = {
     name: f"gradscope.report.formats.{name.replace('-', '_')}_"
     for name in (
-        *("table", "json", "jsonl", "csv", "markdown", "github", "sarif", "junit"),
+        *("table", "json", "jsonl", "csv", "markdown", "github", "sarif", "junit", "html"),
         "model-card",
     )
 }
+
+
+#: What the pages and pictures of the extra ``html`` are made with.
+_EXTRA = ("altair", "jinja2", "markupsafe", "vl_convert")
+#: Pictures of the main chart, for ``--report`` alone.
+PICTURES: Mapping[str, str] = {name: f"gradscope.report.formats.{name}_" for name in ("svg", "png")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +44,13 @@ class Display:
     root: str = ""
     #: The text file that annotations are shown at; by default the input itself.
     anchor: str | None = None
+    #: Of a page and its charts: a name of ``palettes``.
+    colors: str = "default"
 
 
 FILE = Display()
 
-#: A report, and where it will be shown (by default in a file), as text.
+#: A report, and where it will be shown (by default in a file), as text; a PNG as bytes.
 Render = Callable[..., str]
 
 
@@ -51,13 +59,24 @@ def format_names() -> list[str]:
     return [*BUILT_IN, *(point.name for point in plugins("formats"))]
 
 
-def renderer(name: str) -> Render:
-    """The function of a format. Raises UsageError when there is none of that name."""
-    if name in BUILT_IN:
-        render: Render = import_module(BUILT_IN[name]).render
+def renderer(name: str, pictures: bool = False) -> Render:
+    """The function of a format, or of a picture. Raises UsageError when there is none."""
+    built_in = {**BUILT_IN, **PICTURES} if pictures else BUILT_IN
+    if name in built_in:
+        try:
+            render: Render = import_module(built_in[name]).render
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRA:
+                raise
+            raise UsageError(
+                f"{name} needs {error.name}: pip install 'gradscope-diagnostics[html]'"
+            ) from None
         return render
+    if name in PICTURES:
+        raise UsageError(f"a picture goes into a file: --report {name}=chart.{name}")
     found = {point.name: point for point in plugins("formats")}
     if name not in found:
-        raise UsageError(f"unknown format {name!r}; choose from {', '.join(format_names())}")
+        known = (*format_names(), *(PICTURES if pictures else ()))
+        raise UsageError(f"unknown format {name!r}; choose from {', '.join(known)}")
     render_plugin: Any = load("formats", found[name])
     return lambda report, display=FILE: render_plugin(report, display)

@@ -1,0 +1,162 @@
+"""What a page shows of ``explain`` and ``visualize``: the maps, and what they are worth."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gradscope.attribution.result import (
+    ExplainResult,
+    Explanation,
+    Prediction,
+    Target,
+    VisualizeResult,
+)
+from gradscope.report.panels import Chart, Column, Gallery, Grid, Panel, Picture, Row, inline
+
+
+def explain(result: ExplainResult) -> Iterator[Panel]:
+    """Each picture with its maps side by side, how far they can be trusted, and predictions."""
+    by_image: dict[str, list[Explanation]] = defaultdict(list)
+    for explanation in result.explanations:
+        by_image[explanation.image].append(explanation)
+    for image, those in by_image.items():
+        if any(e.files.overlay for e in those):
+            yield _gallery(image, those)
+    if any(e.diagnostics.insertion_auc is not None for e in result.explanations):
+        yield _faithfulness(result.explanations)
+    if result.explanations:
+        yield _maps(result.explanations)
+    for image_ in result.images:
+        if image_.predictions:
+            yield _predictions(f"What the model sees in {image_.path}", image_.predictions)
+
+
+def _gallery(image: str, explanations: Sequence[Explanation]) -> Gallery:
+    return Gallery(
+        image,
+        "The slider lays the maps over the picture.",
+        [
+            Picture(
+                f"{e.method} → {_said(e.target)}",
+                f"layer {e.layer}" if e.layer else "",
+                e.image,
+                e.files.overlay,
+            )
+            for e in explanations
+            if e.files.overlay
+        ],
+    )
+
+
+def _said(target: Target) -> str:
+    named = f"{target.index} {target.label or ''}".rstrip()
+    return f"{named}, less {target.versus_label or target.versus}" if target.versus else named
+
+
+def _faithfulness(explanations: Sequence[Explanation]) -> Chart:
+    """Insertion and deletion against the same curves for the map at random positions."""
+    import altair as alt
+
+    rows = [row for e in explanations for row in _areas(e)]
+    base = alt.Chart(inline(rows)).encode(
+        y=alt.Y("map:N", title=None, sort=None, axis=alt.Axis(labelLimit=300)),
+        tooltip=[alt.Tooltip("map:N"), alt.Tooltip("area:Q", format=".3f"),
+                 alt.Tooltip("control:Q", format=".3f"),
+                 alt.Tooltip("spread:Q", format=".3f", title="control's spread")],
+    )  # fmt: skip
+    bar = base.mark_bar(color="@@line1", height=9).encode(x=alt.X("area:Q", title="area"))
+    control = base.mark_tick(color="@@line2", thickness=3, size=17).encode(x=alt.X("control:Q"))
+    band = base.mark_rule(color="@@line2", strokeWidth=1.5).encode(
+        x=alt.X("low:Q"), x2=alt.X2("high:Q")
+    )
+    chart = (
+        alt.layer(bar, band, control)
+        .properties(width=340, height={"step": 24})
+        .facet(column=alt.Column("what:N", title=None, sort=None))
+    )
+    return Chart(
+        "Is the map faithful?",
+        "Bars are the map's area under the probability as its pixels are inserted (longer is "
+        "better) or deleted (shorter is better); the tick is a map of the same values at random "
+        "places. A bar that does not pass its tick explains nothing.",
+        chart.to_dict(),
+    )
+
+
+def _areas(e: Explanation) -> Iterator[Mapping[str, Any]]:
+    d = e.diagnostics
+    control = d.random_control
+    sides = (
+        ("insertion", d.insertion_auc, *((control.insertion_auc, control.insertion_spread)
+                                         if control else (None, None))),
+        ("deletion", d.deletion_auc, *((control.deletion_auc, control.deletion_spread)
+                                       if control else (None, None))),
+    )  # fmt: skip
+    for what, area, usual, spread in sides:
+        if area is not None:
+            yield {
+                "what": what, "map": f"{e.image.rpartition('/')[2]}: {e.method}", "area": area,
+                "control": usual, "spread": spread,
+                "low": None if usual is None or spread is None else usual - spread,
+                "high": None if usual is None or spread is None else usual + spread,
+            }  # fmt: skip
+
+
+def _maps(explanations: Sequence[Explanation]) -> Grid:
+    return Grid(
+        "Maps",
+        "Click a name for options and the method's own diagnostics.",
+        (
+            Column("map", number=False), Column("target", number=False), Column("score"),
+            Column("probability"), Column("layer", number=False), Column("concentration"),
+            Column("completeness", form="g"), Column("insertion"), Column("deletion"),
+        ),
+        [
+            Row(
+                [
+                    f"{e.image}: {e.method}", _said(e.target), e.target.score,
+                    e.target.probability, e.layer, e.map.concentration,
+                    e.diagnostics.relative_delta, e.diagnostics.insertion_auc,
+                    e.diagnostics.deletion_auc,
+                ],
+                [(name, _short(value))
+                 for name, value in {**e.options, **e.diagnostics.method}.items()],
+            )
+            for e in explanations
+        ],
+    )  # fmt: skip
+
+
+def _short(value: Any) -> Any:
+    return value if isinstance(value, int | float | None) else str(value)[:200]
+
+
+def _predictions(title: str, predictions: Sequence[Prediction]) -> Grid:
+    return Grid(
+        title,
+        "The likeliest classes.",
+        (Column("class", number=False), Column("score"), Column("probability")),
+        [Row([f"{p.index} {p.label or ''}".rstrip(), p.score, p.probability]) for p in predictions],
+    )
+
+
+def visualize(result: VisualizeResult) -> Iterator[Panel]:
+    """The image, and how its objective rose."""
+    import altair as alt
+
+    what = result.label or f"class {result.target}" if result.target is not None else (
+        f"{result.layer}, channel {result.channel}")  # fmt: skip
+    if result.image is not None:
+        caption = f"{result.steps} steps"
+        yield Gallery(what, "", [Picture(what, caption, result.image, None)])
+    rows = [{"step": i, "objective": v} for i, v in enumerate(result.objective)]
+    chart = (
+        alt.Chart(inline(rows))
+        .mark_line(color="@@line1")
+        .encode(x=alt.X("step:Q"), y=alt.Y("objective:Q", scale=alt.Scale(zero=False)))
+        .properties(width=640, height=160)
+    )
+    yield Chart("Objective", "Under the random view of each step.", chart.to_dict())
+    yield _predictions("What the model sees in it", result.predictions)

@@ -1,0 +1,206 @@
+"""What a page shows of ``gradscope weights``: where the damage is, what the values are like."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
+from gradscope.text import shortened
+from gradscope.weights.names import block_of, pattern
+from gradscope.weights.result import TensorResult, WeightsResult
+from gradscope.weights.roles import AUXILIARY
+
+#: Rows and columns that a map can have and still be read; beyond that blocks are put together.
+_ROWS, _COLUMNS = 60, 96
+#: Inputs that are drawn; all of them are in the table.
+_INPUTS = 4
+#: Roles that are drawn, those with the most parameters first, and tensors that make a series.
+_ROLES, _SERIES = 6, 3
+_STATUSES = ("critical", "poor", "fair", "good", "excellent")
+
+
+def weights(result: WeightsResult) -> Iterator[Panel]:
+    """The map of health, quantiles by depth, and every tensor."""
+    inputs = list(dict.fromkeys(t.input for t in result.tensors))
+    for path in inputs[:_INPUTS]:
+        of = f" of {shortened(path, 60)}" if len(inputs) > 1 else ""
+        judged = [t for t in result.tensors if t.health is not None and t.input == path]
+        if len(judged) > 1:
+            yield _health(judged, of)
+        described = [t for t in judged if t.statistics is not None and t.statistics.quantiles]
+        if series := _series(described):
+            yield _quantiles(series, of)
+    if result.tensors:
+        yield _tensors(result.tensors)
+
+
+# --- health ---------------------------------------------------------------------------------------
+
+
+def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
+    import altair as alt
+
+    cells = _cells(tensors)
+    blocks = list(dict.fromkeys(cell["block"] for cell in cells))
+    rows = list(dict.fromkeys(cell["row"] for cell in cells))
+    chart = (
+        alt.Chart(inline(cells))
+        .mark_rect()
+        .encode(
+            x=alt.X("block:O", sort=blocks, title="block, input to output",
+                    axis=alt.Axis(labelOverlap=True, labelLimit=120)),
+            y=alt.Y("row:O", sort=rows, title=None, axis=alt.Axis(labelLimit=260)),
+            color=alt.Color(
+                "status:N",
+                title="health",
+                scale=alt.Scale(
+                    domain=list(_STATUSES),
+                    range=["@@critical", "@@high", "@@medium", "@@low", "@@none"],
+                ),
+            ),
+            tooltip=[alt.Tooltip("tensor:N"), alt.Tooltip("score:Q", title="health"),
+                     alt.Tooltip("tensors:Q")],
+        )
+        .properties(width={"step": max(6, min(26, 900 // len(blocks)))}, height={"step": 15})
+    )  # fmt: skip
+    return Chart(
+        f"Health by place{of}",
+        "Each cell is what one block has in one place; its colour is that of the worst tensor "
+        "there. Health falls by findings alone: a calm map has nothing to show.",
+        chart.to_dict(),
+    )
+
+
+def _cells(tensors: Sequence[TensorResult]) -> list[dict[str, Any]]:
+    """The worst tensor of each block and place, in file order."""
+    placed = [(*_place(t.name), t) for t in tensors]
+    blocks = list(dict.fromkeys(block for block, _, _ in placed))
+    together = -(-len(blocks) // _COLUMNS)
+    column = {b: f"{blocks[i // together * together]}…" if together > 1 else b
+              for i, b in enumerate(blocks)}  # fmt: skip
+    coarse = len({row for _, row, _ in placed}) > _ROWS
+    found: dict[tuple[str, str], list[TensorResult]] = defaultdict(list)
+    for block, row, tensor in placed:
+        found[column[block], str(tensor.role) if coarse else row].append(tensor)
+    return [_cell(block, row, inside) for (block, row), inside in found.items()]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The block of a tensor and where in it the tensor is."""
+    block = block_of(name)
+    return (block, pattern(name[len(block) + 1 :])) if block else ("outside", name)
+
+
+def _cell(block: str, row: str, inside: Sequence[TensorResult]) -> dict[str, Any]:
+    worst = min(inside, key=_score)
+    assert worst.health is not None
+    return {
+        "block": block,
+        "row": row,
+        "tensor": worst.name,
+        "score": worst.health.score,
+        "status": worst.health.status,
+        "tensors": len(inside),
+    }
+
+
+def _score(tensor: TensorResult) -> float:
+    return 100.0 if tensor.health is None else tensor.health.score
+
+
+# --- quantiles ------------------------------------------------------------------------------------
+
+
+def _series(tensors: Sequence[TensorResult]) -> Mapping[str, Sequence[TensorResult]]:
+    """The tensors of the largest roles, in file order."""
+    roles: dict[str, list[TensorResult]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.role not in AUXILIARY:
+            roles[str(tensor.role)].append(tensor)
+    long = {role: those for role, those in roles.items() if len(those) >= _SERIES}
+    largest = sorted(long, key=lambda role: -sum(t.numel for t in long[role]))[:_ROLES]
+    return {role: long[role] for role in largest}
+
+
+def _quantiles(series: Mapping[str, Sequence[TensorResult]], of: str) -> Chart:
+    import altair as alt
+
+    rows = [row for role, tensors in series.items() for row in _bands(role, tensors)]
+    base = alt.Chart(inline(rows)).encode(
+        x=alt.X("depth:Q", title="tensor, in file order", axis=alt.Axis(tickMinStep=1)),
+        tooltip=[alt.Tooltip("tensor:N"), alt.Tooltip("median:Q", format=".4g"),
+                 alt.Tooltip("q1:Q", format=".4g", title="1 %"),
+                 alt.Tooltip("q99:Q", format=".4g", title="99 %")],
+    )  # fmt: skip
+    value = alt.Y("q1:Q", title="value")
+    layers = alt.layer(
+        base.mark_area(color="@@line1", opacity=0.22).encode(y=value, y2="q99:Q"),
+        base.mark_area(color="@@line1", opacity=0.45).encode(y=alt.Y("q25:Q"), y2="q75:Q"),
+        base.mark_line(color="@@line2", strokeWidth=1.5).encode(y=alt.Y("median:Q")),
+    ).properties(width=330, height=130)
+    chart = layers.facet(
+        facet=alt.Facet("role:N", title=None, sort=list(series)), columns=3
+    ).resolve_scale(x="independent", y="independent")
+    return Chart(
+        f"Values by depth and role{of}",
+        "The line is the median of each tensor, the dark band holds half of its values, the light "
+        "one all but the outer 2 %. A band that widens, collapses or jumps is where to look.",
+        chart.to_dict(),
+    )
+
+
+def _bands(role: str, tensors: Sequence[TensorResult]) -> Iterator[dict[str, Any]]:
+    for depth, tensor in enumerate(tensors):
+        assert tensor.statistics is not None
+        q = tensor.statistics.quantiles or {}
+        yield {
+            "role": role, "depth": depth, "tensor": tensor.name, "median": q.get("0.5"),
+            "q1": q.get("0.01"), "q25": q.get("0.25"), "q75": q.get("0.75"), "q99": q.get("0.99"),
+        }  # fmt: skip
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+_COLUMNS_SHOWN = (
+    Column("tensor", number=False), Column("role", number=False), Column("dtype", number=False),
+    Column("shape", number=False), Column("elements", form=","), Column("mean"), Column("std"),
+    Column("abs max"), Column("kurtosis"), Column("zeros", form="%"), Column("dead rows", form=","),
+    Column("health"),
+)  # fmt: skip
+
+
+def _tensors(tensors: Sequence[TensorResult]) -> Grid:
+    return Grid(
+        "Tensors",
+        "Click a heading to sort, a name for its histogram and quantiles.",
+        _COLUMNS_SHOWN,
+        [_row(tensor) for tensor in tensors],
+    )
+
+
+def _row(tensor: TensorResult) -> Row:
+    s = tensor.statistics
+    cells: list[Any] = [
+        tensor.name, str(tensor.role), tensor.dtype, "×".join(map(str, tensor.shape)) or "scalar",
+        tensor.numel,
+    ]  # fmt: skip
+    if s is None:
+        return Row([*cells, *[None] * 7])
+    q = s.quantiles or {}
+    more: list[tuple[str, Any]] = [(f"{float(p):g} quantile", v) for p, v in q.items()]
+    more += [
+        ("min", s.min), ("max", s.max), ("skewness", s.skewness), ("NaN", s.nan_count),
+        ("Inf", s.posinf_count + s.neginf_count), ("entropy bits", s.entropy_bits),
+    ]  # fmt: skip
+    if tensor.outliers is not None:
+        more.append(("peak ratio", tensor.outliers.peak_ratio))
+    dead = tensor.units.dead_rows if tensor.units is not None else None
+    score = tensor.health.score if tensor.health is not None else None
+    return Row(
+        [*cells, s.mean, s.std, s.abs_max, s.kurtosis, s.zero_fraction, dead, score],
+        [(name, value) for name, value in more if value is not None],
+        tensor.histogram,
+        (q.get("0.001"), q.get("0.999")),
+    )
