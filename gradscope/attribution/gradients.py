@@ -145,7 +145,7 @@ def gradient_shap(
 
     def points(which: Tensor, images: Tensor) -> Tensor:
         start, end = ends(which, images)
-        return start + positions[which].view(-1, 1, 1, 1).to(end) * (end - start)
+        return start + positions[which.cpu()].view(-1, 1, 1, 1).to(end) * (end - start)
 
     total = torch.zeros_like(subject.inputs)
     for which, images, found in subject.gradients(points, samples):

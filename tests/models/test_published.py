@@ -106,7 +106,7 @@ def test_without_the_library_or_its_name_nothing_is_known(
 
 
 def test_the_libraries_own_records_are_read() -> None:
-    pytest.importorskip("torchvision", reason="torchvision is not installed", exc_type=ImportError)
+    pytest.importorskip("torchvision.models", reason="no torchvision", exc_type=ImportError)
 
     first = of_torchvision("resnet50", "resnet50-0676ba61.pth", OTHER)
     second = of_torchvision("resnet50", "resnet50-11ad3fa6.pth", OTHER)
