@@ -144,6 +144,7 @@ def run(tree: Path, tests: Sequence[str], compiled: Path, limit: float | None = 
     """Pytest's exit code, or None beyond the limit of seconds; its processes end with it."""
     # Tests of downloaded models take most of the time and guard hardly a line alone.
     command = [sys.executable, "-m", "pytest", "-xqpno:cacheprovider", "-mnot fetched", *tests]
+    command[3:3] = ["-p", "no:gradscope"]  # the installed plug-in; the tests bring the tree's own
     # Without bytecode: two mutations of one length within a second would share it.
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     environment["NUMBA_CACHE_DIR"] = str(compiled)

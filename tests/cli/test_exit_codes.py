@@ -204,6 +204,10 @@ PARSERS: dict[str, Callable[[str], object]] = {
         re.fullmatch(r"::(error|warning|notice) .*", line)[0] for line in text.splitlines()
     ],
     "markdown": lambda text: text.index("## gradscope "),
+    "html": lambda text: re.fullmatch(r"<!doctype html>.*</html>", text.strip(), re.DOTALL)[0],
+    "model-card": lambda text: re.fullmatch(r"<!-- (\S+):begin -->.*<!-- \1:end -->\n", text, re.S)[
+        0
+    ],
     "table": lambda text: re.search(r"^(PASSED|FAILED|\x1b\[.*(PASSED|FAILED))", text, re.M)[0],
 }
 
