@@ -177,6 +177,10 @@ class GradientRecorder:
 
         Raises UsageError for an optimizer that the recorder does not have.
         """
+        settled = self._called and self._pending is None and not self._unseen
+        plain = optimizer is None and scaler is None and loss_scale is None
+        if settled and plain and (self._stopped or self._turns.passes(step)):
+            return
         owner = None if optimizer is None else self._optimizers.index(optimizer)
         if loss_scale is None:
             loss_scale = getattr(scaler, "_scale", None)

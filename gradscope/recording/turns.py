@@ -58,6 +58,20 @@ class Turns:
         self._open, self._skippable = True, may_skip
         return self._unstepped >= _UNSTEPPED and self._unstepped * _UNSTEPPED_SHARE >= self.captures
 
+    def passes(self, step: object) -> bool:
+        """Count a call at a step that is not to be recorded; False where there is more to do.
+
+        What most calls of a loop are: one optimizer, whose last step was seen.
+        """
+        if self._count != 1 or self._open or not isinstance(step, int | None):
+            return False
+        number = self._next if step is None else step
+        if number % self._every <= self._directions:
+            return False
+        self.captures += 1
+        self._open, self._skippable, self._next = True, False, number + 1
+        return True
+
     def undo(self) -> None:
         """Forget the last capture, whose step was not seen."""
         self.captures -= 1
