@@ -9,7 +9,7 @@ from typing import Any
 
 from gradscope.drift.result import DriftResult, TensorDrift
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
-from gradscope.weights.names import block_of, pattern
+from gradscope.weights.names import place_of
 from gradscope.weights.roles import TRAINING
 
 _COLUMNS, _ROWS = 96, 60
@@ -70,7 +70,7 @@ def _map(tensors: Sequence[TensorDrift]) -> Chart:
 
 
 def _cells(tensors: Sequence[TensorDrift]) -> Iterator[Mapping[str, Any]]:
-    placed = [(*_place(t.name), t) for t in tensors]
+    placed = [(*place_of(t.name), t) for t in tensors]
     blocks = list(dict.fromkeys(block for block, _, _ in placed))
     together = -(-len(blocks) // _COLUMNS)
     column = {b: blocks[i // together * together] for i, b in enumerate(blocks)}
@@ -86,11 +86,6 @@ def _cells(tensors: Sequence[TensorDrift]) -> Iterator[Mapping[str, Any]]:
             "status": worst.status, "tensors": len(inside),
             "log": round(math.log10(value), 3) if value > 0 else None,
         }  # fmt: skip
-
-
-def _place(name: str) -> tuple[str, str]:
-    block = block_of(name)
-    return (block, pattern(name[len(block) + 1 :])) if block else ("outside", name)
 
 
 def _roles(result: DriftResult) -> Grid:

@@ -41,3 +41,9 @@ def block_of(name: str) -> str | None:
     """The numbered block a tensor is in: ``layers.3`` of ``layers.3.mlp.weight``; None outside."""
     found = _BLOCK.match(name)
     return found[1] if found else None
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """The block of a tensor, and where in it the tensor is: what the blocks of a stack share."""
+    block = block_of(name)
+    return (block, pattern(name[len(block) + 1 :])) if block else ("outside", name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 from gradscope.text import shortened
-from gradscope.weights.names import block_of, pattern
+from gradscope.weights.names import place_of
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import AUXILIARY
 
@@ -75,7 +75,7 @@ def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
 
 def _cells(tensors: Sequence[TensorResult]) -> list[dict[str, Any]]:
     """The worst tensor of each block and place, in file order."""
-    placed = [(*_place(t.name), t) for t in tensors]
+    placed = [(*place_of(t.name), t) for t in tensors]
     blocks = list(dict.fromkeys(block for block, _, _ in placed))
     together = -(-len(blocks) // _COLUMNS)
     column = {b: f"{blocks[i // together * together]}…" if together > 1 else b
@@ -85,12 +85,6 @@ def _cells(tensors: Sequence[TensorResult]) -> list[dict[str, Any]]:
     for block, row, tensor in placed:
         found[column[block], str(tensor.role) if coarse else row].append(tensor)
     return [_cell(block, row, inside) for (block, row), inside in found.items()]
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The block of a tensor and where in it the tensor is."""
-    block = block_of(name)
-    return (block, pattern(name[len(block) + 1 :])) if block else ("outside", name)
 
 
 def _cell(block: str, row: str, inside: Sequence[TensorResult]) -> dict[str, Any]:
