@@ -12,19 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-yaml = pytest.importorskip("yaml", reason="PyYAML is of the test extra: run `make test`")
+pytest.importorskip("yaml", reason="PyYAML is of the test extra: run `make test`")
+
+from .workflows import ACTION, HOOKS, INSTALL, RUN, run_action
 
 ROOT = Path(__file__).resolve().parents[1]
 HEALTHY = str(ROOT / "fixtures" / "digits.safetensors")
-ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
-HOOKS = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())}
-INSTALL, RUN = ACTION["runs"]["steps"]
 
 
 @pytest.fixture
@@ -71,28 +69,12 @@ class Ran:
 @pytest.fixture
 def action(tmp_path: Path, program: dict[str, str]) -> Callable[..., Ran]:
     def run(files: str, **given: str) -> Ran:
-        inputs = {name: spec.get("default") for name, spec in ACTION["inputs"].items()}
-        inputs |= {"files": files, "install": "false"}
-        inputs |= {name.replace("_", "-"): value for name, value in given.items()}
-        script, summary, output = (tmp_path / name for name in ("run.sh", "summary", "output"))
-        script.write_text(RUN["run"])
-        summary.write_text("")
-        output.write_text("")
-        env = program | {
-            "RUNNER_TEMP": str(tmp_path), "GITHUB_STEP_SUMMARY": str(summary),
-            "GITHUB_OUTPUT": str(output),
-            **{name: _evaluated(value, inputs) for name, value in RUN["env"].items()},
-        }  # fmt: skip
-        shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
-        done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True)
-        pairs = (line.split("=", 1) for line in output.read_text().splitlines())
-        return Ran(done.returncode, done.stdout, summary.read_text(), dict(pairs))
+        done = run_action(tmp_path, program, files=files, **given)
+        output, summary = ((tmp_path / name).read_text() for name in ("output", "summary"))
+        pairs = (line.split("=", 1) for line in output.splitlines())
+        return Ran(done.returncode, done.stdout, summary, dict(pairs))
 
     return run
-
-
-def _evaluated(expression: str, inputs: dict[str, Any]) -> str:
-    return re.sub(r"\$\{\{ inputs\.([\w-]+) \}\}", lambda at: inputs[at[1]], expression)
 
 
 # --- the action ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from functools import cache, partial
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image, ImageOps
 from vl_convert import javascript_bundle
@@ -40,10 +40,7 @@ def render(report: AnyReport, display: Display = FILE) -> str:
     scripts = [_page("page.js")]
     if any(isinstance(panel, Chart) for panel in panels):
         scripts.insert(0, _charts())
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-        _page("page.html")
-    )
-    return template.render(
+    return _template().render(
         report=report,
         gate=report.gate,
         coverage=report.coverage,
@@ -66,6 +63,11 @@ def render(report: AnyReport, display: Display = FILE) -> str:
         fact=_fact,
         size=size,
     )
+
+
+@cache
+def _template() -> Template:
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(_page("page.html"))
 
 
 def _page(name: str) -> str:
