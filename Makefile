@@ -11,7 +11,7 @@ N ?= 30
 SEED ?= 1
 PART ?=
 
-.PHONY: demo test mutants check bench fixtures format clean
+.PHONY: demo test mutants check bench fixtures docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python fixtures/make.py demo
@@ -56,6 +56,10 @@ bench: $(VENV)/.test
 
 fixtures: $(VENV)/.test
 	$(BIN)/python fixtures/make.py all
+
+# The pages of reference, from what the program registers; a test compares them.
+docs: $(VENV)/.demo
+	$(BIN)/python docs/reference.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

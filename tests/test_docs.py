@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import typer
+from reference import pages
 
 from gradscope.attribution.methods import methods
 from gradscope.cli import app
@@ -62,6 +63,19 @@ def test_the_contract_lists_every_option_of_a_command(name: str) -> None:
     options = [o for p in COMMANDS[name].params for o in p.opts if o.startswith("--")]
 
     assert [o for o in options if not re.search(rf"{short.get(o, o)}\b", tables)] == []
+
+
+@pytest.mark.parametrize(("name", "made"), pages().items(), ids=pages())
+def test_a_page_of_reference_says_what_the_program_registers(name: str, made: str) -> None:
+    assert (DOCS / name).read_text() == made, "run `make docs`"
+
+
+def test_pages_of_reference_link_to_headings_that_are_there() -> None:
+    for page in pages().values():
+        headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+        plain = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        anchors = {f"{a}-{n}" if (n := plain[:i].count(a)) else a for i, a in enumerate(plain)}
+        assert {link for link in re.findall(r"\]\(#(.*?)\)", page) if link not in anchors} == set()
 
 
 def test_the_index_lists_every_page_once() -> None:
