@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Gate, Jobs, Output, Tensors
+from gradscope.cli.options import Gate, Jobs, KeepGoing, Output, Tensors
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -41,6 +41,13 @@ def drift(
         ),
     ],
     *,
+    parent: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What NEW may be mixed from, beside BASE: its share is fitted (repeatable).",
+        ),
+    ] = None,
     expect: Annotated[
         Expect | None, typer.Option(help="What the new one should be as a whole.")
     ] = None,
@@ -64,6 +71,7 @@ def drift(
         ),
     ] = None,
     tensors: Tensors,
+    keep_going: KeepGoing = False,
     jobs: Jobs = None,
     output: Output,
     gate: Gate,
@@ -82,11 +90,13 @@ def drift(
             base,
             new[0],
             *new[1:],
+            parents=parent or (),
             expect=expect.value if expect is not None else None,
             adapter=adapter,
             expect_frozen=expect_frozen or (),
             expect_changed=expect_changed or (),
             max_drift=parse_limits(max_drift or ()),
+            keep_going=keep_going,
             jobs=jobs,
             progress=tick,
             **tensors.wanted,

@@ -60,7 +60,13 @@ Jobs = Annotated[
         help="Threads; by default one per core. Results do not depend on it.",
     ),
 ]
-
+KeepGoing = Annotated[
+    bool,
+    typer.Option(
+        "--keep-going",
+        help="When a file fails while it is read, analyse the rest of its checkpoint.",
+    ),
+]
 
 AcceptedIn = Annotated[
     str | None,

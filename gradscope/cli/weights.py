@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Device, Gate, Jobs, Output, Tensors, split_commas
+from gradscope.cli.options import Device, Gate, Jobs, KeepGoing, Output, Tensors, split_commas
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -24,13 +24,7 @@ def weights(
     ],
     *,
     tensors: Tensors,
-    keep_going: Annotated[
-        bool,
-        typer.Option(
-            "--keep-going",
-            help="When a file fails while it is read, analyse the rest of its checkpoint.",
-        ),
-    ] = False,
+    keep_going: KeepGoing = False,
     cast: Annotated[
         list[str] | None,
         typer.Option(

@@ -31,7 +31,9 @@ BANDS = ((1e-1, Severity.HIGH), (1e-2, Severity.MEDIUM), (1e-4, Severity.LOW))
 _TOP_ROWS, _RANGES = 10, 16
 
 #: Explanations by which nothing of what the tensor computes was lost or learnt.
-_HARMLESS = {"cast", "rounded", "permuted", "transposed", "reshaped", "quantised", "tied"}
+_HARMLESS = {
+    "cast", "rounded", "permuted", "transposed", "reshaped", "quantised", "tied", "combined"
+}  # fmt: skip
 _DAMAGE = {"bit-flip", "byte-swapped", "zeroed", "non-finite"}
 
 
@@ -88,9 +90,7 @@ def drift_of(seen: Seen, input_: str) -> TensorDrift:
     )
 
 
-def alone(
-    ref: TensorRef, role: Role, input_: str, kind: Status, why: Explanation | None
-) -> TensorDrift:
+def alone(ref: TensorRef, role: Role, input_: str, kind: Status) -> TensorDrift:
     """The row of a tensor that only one has."""
     added = kind == "added"
     return TensorDrift(
@@ -103,14 +103,16 @@ def alone(
         base_shape=None if added else ref.shape,
         shape=ref.shape if added else None,
         numel=ref.numel,
-        explanation=why,
     )
 
 
 def _severity(seen: Seen) -> Severity:
-    kind = seen.explanation.kind if seen.explanation is not None else None
-    if kind in _HARMLESS or seen.role in TRAINING:
+    why = seen.explanation
+    kind = why.kind if why is not None else None
+    if seen.role in TRAINING:
         return Severity.INFO
+    if why is not None and kind in _HARMLESS:
+        return severity_of(float(why.facts.get("left", 0.0)))
     if kind in _DAMAGE or kind == "re-initialised":
         return Severity.HIGH
     return severity_of(seen.measures.relative_drift if seen.measures is not None else None)

@@ -36,16 +36,18 @@ def expectations(
     changed: Sequence[str],
     max_drift: Mapping[str, float],
     adapter: object,
+    mixed: bool = False,
 ) -> Expectations:
-    """The request, checked. Raises UsageError."""
+    """The request, checked; ``mixed`` where parents were given. Raises UsageError."""
     known = get_args(Expected)
     if expect is not None and expect not in known:
         raise UsageError(f"--expect {expect}: it is one of {', '.join(known)}")
-    if (expect == "merge") != (adapter is not None):
+    if adapter is not None and expect != "merge":
+        raise UsageError("--adapter is only used by --expect merge")
+    if expect == "merge" and (adapter is None) != mixed:
         raise UsageError(
-            "--expect merge needs --adapter DIR, the adapter that was merged"
-            if adapter is None
-            else "--adapter is only used by --expect merge"
+            "--expect merge needs --adapter DIR, the adapter that was merged, or --parent FILE, "
+            "what the base was mixed with: one of them"
         )
     for role, limit in max_drift.items():
         if role not in ("*", *Role):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.text import plural, quoted
@@ -36,6 +36,8 @@ class Matching:
     removed: tuple[TensorRef, ...]
     added: tuple[TensorRef, ...]
     notes: tuple[str, ...] = ()
+    #: By the new name of pairs that exist because one side stores a tensor twice: what is tied.
+    ties: Mapping[str, str] = field(default_factory=dict)
 
 
 def matched(base: Sequence[TensorRef], new: Sequence[TensorRef]) -> Matching:
@@ -95,6 +97,52 @@ def renamed(
     return _matching(
         base, new, pairs, (*matching.notes, f"{note}{quoted(first)} is {quoted(moved[first])}")
     )
+
+
+def tied(
+    matching: Matching,
+    base: Sequence[TensorRef],
+    new: Sequence[TensorRef],
+    same: Callable[[TensorRef, TensorRef], bool],
+) -> Matching:
+    """The same, with what one side stores once and the other twice paired with the one copy.
+
+    A matrix that only one side has, and that equals another one there, is that one: output layers
+    tied to the table of tokens. ``same`` compares two tensors of one type and shape.
+    """
+    partners = {m.base.name: m.new for m in matching.pairs}
+    origins = {m.new.name: m.base for m in matching.pairs}
+    pairs: list[Matched] = []
+    ties: dict[str, str] = {}
+    for alone, refs, others, which in (
+        (matching.removed, base, partners, "new checkpoint"),
+        (matching.added, new, origins, "base"),
+    ):
+        for ref in alone:
+            twin = _twin(ref, [r for r in refs if r.name in others], same)
+            if twin is not None:
+                once = replace(others[twin.name], name=ref.name)
+                pairs.append(Matched(ref, once) if others is partners else Matched(once, ref))
+                ties[ref.name] = (
+                    f"tied differently: the {which} stores it once, as "
+                    f"{quoted(others[twin.name].name)}"
+                )
+    return replace(
+        matching,
+        pairs=(*matching.pairs, *pairs),
+        removed=tuple(r for r in matching.removed if r.name not in ties),
+        added=tuple(r for r in matching.added if r.name not in ties),
+        ties=ties,
+    )
+
+
+def _twin(
+    ref: TensorRef, refs: Iterable[TensorRef], same: Callable[[TensorRef, TensorRef], bool]
+) -> TensorRef | None:
+    if len(ref.shape) < 2:
+        return None
+    alike = (r for r in refs if (r.dtype, r.shape) == (ref.dtype, ref.shape))
+    return next((r for r in alike if same(ref, r)), None)
 
 
 def _unique(items: Iterable[tuple[str | None, TensorRef]]) -> dict[str, TensorRef]:

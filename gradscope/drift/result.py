@@ -24,7 +24,7 @@ Status = Literal[
 Kind = Literal[
     "cast", "rounded", "quantised", "scaled", "low-rank", "permuted", "transposed", "reshaped",
     "re-initialised", "byte-swapped", "bit-flip", "zeroed", "from-zero", "pruned", "rows",
-    "non-finite", "tied",
+    "non-finite", "tied", "combined",
 ]  # fmt: skip
 
 
@@ -39,6 +39,7 @@ class Explanation(Record):
     text: str
     #: ‖new − what the explanation predicts‖ / ‖new‖; 0 where it holds to the bit.
     residual: float | None = None
+    #: ``left`` among them is what more than rounding leaves of it.
     facts: Mapping[str, Fact] = {}
 
 

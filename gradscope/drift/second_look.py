@@ -9,18 +9,13 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import Tile, read_range, tiles
 from gradscope.drift.sums import Measures, Rounding, compared, floats, measures
-from gradscope.statistics.scan import scan
-from gradscope.statistics.tally import merged, tally
 
 #: Elements of a first impression.
 _START = 4096
-
-Permutation = npt.NDArray[np.intp]
 
 
 def compare_all(base: TensorRef, new: TensorRef, rounding: Rounding | None = None) -> Measures:
@@ -57,24 +52,6 @@ def transpositions(base: TensorRef, new: TensorRef) -> Iterator[tuple[int, ...]]
         moved = axes_moved(new, axes)
         if axes != tuple(sorted(axes)) and moved.shape == base.shape and same(base, moved):
             yield axes
-
-
-def permuted(base: TensorRef, new: TensorRef, axis: int) -> Permutation | None:
-    """For each slice of the new tensor along a dimension, which of the base's it is, if all are."""
-    order = (axis, *(a for a in range(len(base.shape)) if a != axis))
-    if axis and (base.decoding is not None or new.decoding is not None):
-        return None
-    one, two = (_hashes(axes_moved(r, order) if axis else r) for r in (base, new))
-    here, there = np.argsort(one, kind="stable"), np.argsort(two, kind="stable")
-    if not np.array_equal(one[here], two[there]):
-        return None
-    found = np.empty(len(one), np.intp)
-    found[there] = here
-    return found
-
-
-def _hashes(ref: TensorRef) -> npt.NDArray[np.uint64]:
-    return merged(tally(tile, scan) for tile in tiles(ref)).row_hashes()
 
 
 def scale_residual(base: TensorRef, new: TensorRef, factor: float) -> float:

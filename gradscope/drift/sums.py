@@ -132,7 +132,7 @@ def _piece(
         np.zeros(5, np.int64),
         np.zeros(kernels.OCTAVES + 1, np.int64),
         _distances(base, new, one, two),
-        _roundings(x, y, rounding),
+        None if rounding is None else roundings_of(x, y, rounding),
         first_row,
         (np.zeros(count), np.zeros(count), np.zeros(count, np.int64)),
         np.zeros(LARGEST),
@@ -185,9 +185,8 @@ def _range_of(dtype: str) -> tuple[Any, Any]:
     return sign, code(np.flatnonzero(codings.code_values(dtype) == greatest)[0])
 
 
-def _roundings(x: Array, y: Array, rounding: Rounding | None) -> Array | None:
-    if rounding is None:
-        return None
+def roundings_of(x: Array, y: Array, rounding: Rounding) -> Array:
+    """How many of ``y`` are ``x`` rounded how, as ``kernels.roundings`` counts them."""
     counts = np.zeros(4, np.int64)
     form = rounding.form
     exact, rounded = (y, x) if rounding.reverse else (x, y)

@@ -99,6 +99,27 @@ def test_a_file_that_changes_while_it_is_read_is_exit_3(tmp_path: Path, base: st
     assert [e.kind for e in report.errors] == ["changed"]
 
 
+def test_keep_going_compares_the_shards_that_did_not_change(tmp_path: Path, base: str) -> None:
+    folder = sharded(tmp_path)
+    second = folder / "model-00002-of-00002.safetensors"
+
+    def disturb(_done: int, _total: int) -> None:
+        if not second.with_suffix(".seen").exists():
+            second.with_suffix(".seen").touch()
+            second.write_bytes(second.read_bytes() + b"x")
+
+    report = gradscope.analyze_drift(base, folder, progress=disturb, keep_going=True)
+
+    assert report.gate.exit_code == 3
+    assert [e.input for e in report.errors] == [str(second)]
+    assert report.result is not None
+    assert report.result.counts == {"identical": 7}
+    assert report.findings == ()
+    lost = len(model()) - 7
+    assert len(report.coverage.skipped) == 2 * lost  # those of the shard, and their partners
+    assert (report.coverage.analyzed, report.coverage.total) == (7, 7 + 2 * lost)
+
+
 def test_headers_alone_show_shapes_types_and_names(tmp_path: Path) -> None:
     new = model() | {"embed_tokens.weight": drawn(60, 32)}
     new["layers.0.mlp.weight"] = new["layers.0.mlp.weight"].half()
@@ -131,7 +152,8 @@ def test_formats_may_differ(tmp_path: Path, base: str) -> None:
         assert report.result.counts == {"identical": len(model())}
 
 
-def test_shards_compare_with_one_file(tmp_path: Path, base: str) -> None:
+def sharded(tmp_path: Path) -> Path:
+    """The model in two shards, the first of seven tensors."""
     folder = tmp_path / "sharded"
     folder.mkdir()
     items = list(model().items())
@@ -141,8 +163,11 @@ def test_shards_compare_with_one_file(tmp_path: Path, base: str) -> None:
         written(folder / name, dict(part))
         where |= {tensor: name for tensor, _ in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
 
-    report = gradscope.analyze_drift(base, folder)
+
+def test_shards_compare_with_one_file(tmp_path: Path, base: str) -> None:
+    report = gradscope.analyze_drift(base, sharded(tmp_path))
 
     assert report.result is not None
     assert report.result.counts == {"identical": len(model())}

@@ -193,7 +193,9 @@ def test_permuted_rows_heads_and_columns_are_told(tmp_path: Path) -> None:
     assert "interleaved" in halves.text
     assert columns is not None
     assert columns.text.endswith("32 columns are permuted")
-    assert kind(tmp_path, w[order] * 1.01) != "permuted"
+    scaled = why(tmp_path, w[order] * 1.01)
+    assert scaled is not None
+    assert scaled.text.endswith("32 rows are permuted, and moved by 0.0099 of their norm")
 
 
 def test_channels_in_another_order_are_permuted_columns(tmp_path: Path) -> None:

@@ -59,15 +59,36 @@ def test_what_only_one_has_is_a_finding_each(tmp_path: Path) -> None:
     assert found(report) == {"tensor-set-changed": ["medium", "medium"]}
 
 
-def test_a_tied_output_layer_that_is_no_longer_stored_is_info(tmp_path: Path) -> None:
-    tied = model() | {"lm_head.weight": model()["embed_tokens.weight"].clone()}
+def test_a_tied_output_layer_is_said_to_be_tied_differently(tmp_path: Path) -> None:
+    twice = model() | {"lm_head.weight": model()["embed_tokens.weight"].clone()}
 
-    gone, back = drift(tmp_path, tied, model()), drift(tmp_path, model(), tied)
+    gone, back = drift(tmp_path, twice, model()), drift(tmp_path, model(), twice)
 
-    assert found(gone) == found(back) == {"tensor-set-changed": ["info"]}
-    assert only(gone, "lm_head.weight").explanation.kind == "tied"
+    for report, once in ((gone, "new checkpoint"), (back, "base")):
+        told = only(report, "lm_head.weight")
+        assert told.status == "identical"
+        assert told.explanation is not None
+        assert told.explanation.kind == "tied"
+        assert f"the {once} stores it once, as 'embed_tokens.weight'" in told.explanation.text
+        assert found(report) == {"tensor-set-changed": ["info"]}
+        assert report.result is not None
+        assert report.result.counts == {"identical": len(twice)}
     untied = model() | {"lm_head.weight": model()["embed_tokens.weight"] * 2}
     assert found(drift(tmp_path, untied, model())) == {"tensor-set-changed": ["medium"]}
+    assert only(drift(tmp_path, untied, model()), "lm_head.weight").status == "removed"
+
+
+def test_a_tie_is_compared_across_a_cast_and_under_expectations(tmp_path: Path) -> None:
+    twice = model() | {"lm_head.weight": model()["embed_tokens.weight"].clone()}
+    cast = {n: t.half() for n, t in model().items()}
+
+    report = drift(tmp_path, twice, cast, expect="converted")
+
+    told = only(report, "lm_head.weight")
+    assert (told.status, told.explanation and told.explanation.kind) == ("rounding", "rounded")
+    assert told.explanation is not None
+    assert "tied differently" in told.explanation.text
+    assert found(report) == {}
 
 
 def test_tensors_are_in_the_order_of_the_base_then_what_was_added(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_every_value_that_torch_rounds_counts_as_rounded(dtype: str, scale: floa
 
 
 def _roundings(exact: torch.Tensor, rounded: torch.Tensor, dtype: str) -> Any:
-    from gradscope.drift.sums import _roundings as measure
+    from gradscope.drift.sums import roundings_of as measure
 
     return measure(exact.numpy(), rounded.numpy(), Rounding(dtype))
 

@@ -229,15 +229,16 @@ def tensor_set_changed(drifted: Drifted) -> Iterator[Observation]:
 
     Names are compared without what wrappers put around them, and a tensor whose content is under
     another name is the same one. A loader leaves what it does not find at its random values. One
-    finding for each of removed, added and reshaped; one tied copy that is no longer stored, or
-    stored again, is info, and so are buffers and what training keeps.
+    finding for each of removed, added and reshaped; what is tied differently, stored once on one
+    side and twice on the other, is info, and so are buffers and what training keeps.
     """
+    if tied := [t for t in drifted.result.tensors if _is(t, "tied")]:
+        yield _set_changed(tied, "identical", "stored by one side alone", Severity.INFO)
     for status, words in _WORDS.items():
         found = [t for t in drifted.result.tensors if t.status == status]
-        tied = [t for t in found if _is(t, "tied")]
         beside = [t for t in found if t.role in AUXILIARY]
-        grave = [t for t in found if t not in tied and t not in beside]
-        for group, severity in ((grave, None), (tied, Severity.INFO), (beside, Severity.INFO)):
+        grave = [t for t in found if t not in beside]
+        for group, severity in ((grave, None), (beside, Severity.INFO)):
             if group:
                 yield _set_changed(group, status, words, severity)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from gradscope.drift.expectations import matching
 from gradscope.drift.result import Drifted, Expected, Kind, Merge, Need, TensorDrift
@@ -30,7 +30,8 @@ def unexpected_change(
     bit, half of the 6.02 dB that an ideal uniform quantiser gains with each (Bennett 1948); the
     rest as for a conversion. `--expect merge`: what the adapter names is W + s B A (DoRA: with its
     magnitudes) within 2 units in the last place of the stored type, root mean square, because the
-    product and the sum are rounded one after the other; nothing else differs but by a cast.
+    product and the sum are rounded one after the other; nothing else differs but by a cast. With
+    `--parent FILE` a merge is any mix of base and parents, to rounding.
     """
     tensors = drifted.result.tensors
     for pattern in drifted.expected.frozen:
@@ -60,11 +61,13 @@ def missing_change(drifted: Drifted) -> Iterator[Observation]:
     """Something that was said to change is the base's, bit for bit.
 
     `--expect-changed GLOB`: each tensor must differ by more than a cast. `--expect merge`: each
-    weight that the adapter names must; "merged" models that are their base were published more
-    than once (verl #7285). `--expect quantised`: at least one weight must be in fewer bits.
+    weight that the adapter names must, or any weight of a mix; "merged" models that are their base
+    were published more than once (verl #7285). `--expect quantised`: at least one weight must be in
+    fewer bits.
     """
+    tensors = drifted.result.tensors
     for pattern in drifted.expected.changed:
-        group = matching(pattern, drifted.result.tensors)
+        group = matching(pattern, tensors)
         same = [t for t in group if not t.affected]
         if same:
             yield _unchanged(same, len(group), f"matching {quoted(pattern)} should have changed")
@@ -72,12 +75,19 @@ def missing_change(drifted: Drifted) -> Iterator[Observation]:
     idle = [m for m in merges if m.unchanged]
     if idle:
         yield _not_merged(idle, len(merges))
-    if drifted.expected.kind == "quantised" and not any(map(_smaller, drifted.result.tensors)):
+    if drifted.expected.kind == "merge" and not merges and not any(map(_mixed, tensors)):
+        yield Observation(
+            drifted.new,
+            "no tensor is a mix of the base and its parents: the merge did nothing",
+            "check that the merged checkpoint was given, and that its weights were saved",
+            {"tensors": len(tensors)},
+        )
+    if drifted.expected.kind == "quantised" and not any(map(_smaller, tensors)):
         yield Observation(
             drifted.new,
             "no weight is stored in fewer bits than in the base",
             "check that the quantised checkpoint was given, and that its weights were saved",
-            {"tensors": len(drifted.result.tensors)},
+            {"tensors": len(tensors)},
         )
 
 
@@ -109,8 +119,17 @@ def _identical(tensor: TensorDrift, _: float) -> bool:
 
 
 def _converted(tensor: TensorDrift, _: float) -> bool:
+    return tensor.status == "identical" or _only(tensor, _CONVERTED)
+
+
+def _only(tensor: TensorDrift, kinds: Container[Kind | None]) -> bool:
+    """Whether one of some explanations leaves nothing but rounding."""
     why = tensor.explanation
-    return tensor.status == "identical" or (why is not None and why.kind in _CONVERTED)
+    return why is not None and why.kind in kinds and "left" not in why.facts
+
+
+def _merged(tensor: TensorDrift, _: float) -> bool:
+    return _converted(tensor, _) or _only(tensor, ("combined",))
 
 
 def _quantised(tensor: TensorDrift, decibels: float) -> bool:
@@ -121,29 +140,29 @@ def _quantised(tensor: TensorDrift, decibels: float) -> bool:
     return float(ratio) >= decibels * float(bits)
 
 
+def _mixed(tensor: TensorDrift) -> bool:
+    return tensor.explanation is not None and tensor.explanation.kind == "combined"
+
+
 def _smaller(tensor: TensorDrift) -> bool:
     return tensor.explanation is not None and tensor.explanation.kind in ("quantised", "rounded")
 
 
 _FITS: Mapping[Expected, Callable[[TensorDrift, float], bool]] = {
     "identical": _identical,
-    "merge": _converted,
+    "merge": _merged,
     "quantised": _quantised,
     "converted": _converted,
 }
 _WORDS: Mapping[Expected, str] = {
     "identical": "should be identical",
-    "merge": "are not the adapter's and should be the base's",
+    "merge": "should be the base's but for the merge",
     "quantised": "should be the base's in fewer bits",
     "converted": "should be a conversion of the base's",
 }
 
 
 # -- words -----------------------------------------------------------------------------------------
-
-
-def _is_of(tensor: TensorDrift, role: str) -> bool:
-    return tensor.role == role or (role == "*" and tensor.role not in AUXILIARY)
 
 
 def _moved(tensor: TensorDrift) -> float:

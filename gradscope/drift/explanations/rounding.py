@@ -1,0 +1,72 @@
+"""The same values in fewer bits: casts, and casts on the way back to a wider type."""
+
+from __future__ import annotations
+
+from gradscope.drift import kernels
+from gradscope.drift.explanations.subject import Subject
+from gradscope.drift.result import Explanation
+from gradscope.drift.second_look import compare_all, compare_start
+from gradscope.drift.sums import Measures, Rounding, rounding_between
+from gradscope.report.model import Fact
+from gradscope.statistics.dtypes import FORMATS
+from gradscope.text import plural
+
+#: Elements of which chance may put all on a coarser grid.
+_FEW = 4
+
+#: The surest first: what is nearest is a neighbour as well.
+HOW = (
+    (kernels.NEAREST, "to nearest"),
+    (kernels.TOWARDS_ZERO, "towards zero"),
+    (kernels.NEIGHBOUR, "to either neighbour (stochastically)"),
+)
+
+
+def retyped(s: Subject) -> Explanation | None:
+    """Of identical values: another type."""
+    if s.base.dtype == s.new.dtype:
+        return None
+    text = f"{s.base.dtype} stored as {s.new.dtype}, every value kept"
+    return Explanation(kind="cast", text=text, residual=0.0)
+
+
+def cast(s: Subject) -> Explanation | None:
+    """Every value is the other one's, rounded to the type of fewer bits."""
+    rounding = rounding_between(s.base.dtype, s.new.dtype)
+    return None if rounding is None else _rounded(s.measures, rounding)
+
+
+def _rounded(m: Measures, rounding: Rounding) -> Explanation | None:
+    assert m.roundings is not None
+    for place, how in HOW:
+        if m.roundings[place] == m.numel:
+            beyond = m.roundings[kernels.BEYOND]
+            lost = f"; {plural(beyond, 'element')} beyond its range" if beyond else ""
+            if m.base_norm and not m.new_norm and m.finite:
+                lost = "; every element is below its range and became zero"
+            what = f"rounded to {rounding.dtype} {how}{lost}"
+            text = f"the base is the new tensor {what}" if rounding.reverse else what
+            facts: dict[str, Fact] = {"dtype": rounding.dtype, "beyond": beyond}
+            return Explanation(kind="rounded", text=text, residual=0.0, facts=facts)
+    return None
+
+
+def rounded_in_place(s: Subject) -> Explanation | None:
+    """Stored in the type of the base, but rounded to a narrower one on the way."""
+    if s.base.dtype != s.new.dtype or not s.floats or s.quantized is not None:
+        return None
+    if s.base.dtype not in ("F64", "F32", "F16", "BF16") or s.measures.numel < _FEW:
+        return None
+    own = FORMATS[s.base.dtype]
+    for dtype in ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"):
+        if FORMATS[dtype].mantissa_bits >= own.mantissa_bits:
+            continue
+        rounding = Rounding(dtype)
+        start = compare_start(s.base, s.new, rounding)
+        if _rounded(start, rounding) is None:
+            continue
+        found = _rounded(compare_all(s.base, s.new, rounding), rounding)
+        if found is not None:
+            text = f"{found.text}, and stored as {s.new.dtype}"
+            return found.model_copy(update={"text": text})
+    return None
