@@ -5,11 +5,13 @@ What a device does instead is in ``torch_algebra``; both are the same two functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 Array = npt.NDArray[Any]
 Values = npt.NDArray[np.float64]
@@ -39,8 +41,8 @@ class Numpy:
     def eigenvalues(self, chunks: Chunks, columns: int) -> Values:
         """From the Gram matrix of the short side, in float64: exact to 1e-15 of the greatest."""
         gram = np.zeros((columns, columns))
-        for chunk in chunks():
-            wide = chunk.astype(np.float64)
+        for part in _parts(chunks, columns):
+            wide = part.astype(np.float64)
             gram += wide.T @ wide
         return np.asarray(np.maximum(np.linalg.eigvalsh(gram), 0.0))
 
@@ -51,10 +53,34 @@ class Numpy:
             narrow = vector.astype(np.float32)
             total = np.zeros(columns)
             for chunk in chunks():
-                total += chunk.T @ (chunk @ narrow)
+                image = chunk @ narrow
+                unit = float(np.abs(image).max()) or 1.0  # in float32, products may be too small
+                total += unit * (chunk.T @ (image / image.dtype.type(unit))).astype(np.float64)
             return total
 
         return leading(product, columns)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Within it, BLAS uses one thread a matrix: several matrices at once serve more cores.
+
+    LAPACK's reduction of a matrix hardly gains by threads, which wait for one another at every
+    column; and so the same bytes come out on any number of cores.
+    """
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
+#: Elements that are widened at once.
+_WIDENED = 1 << 22
+
+
+def _parts(chunks: Chunks, columns: int) -> Iterator[Array]:
+    """The chunks in runs of rows, of which each has at least as many as columns but the last."""
+    step = max(columns, _WIDENED // columns)
+    for chunk in chunks():
+        yield from (chunk[at : at + step] for at in range(0, len(chunk), step))
 
 
 def leading(product: Callable[[Values], Values], n: int) -> float:

@@ -50,7 +50,9 @@ class Torch:
             total = torch.zeros(columns, dtype=torch.float64, device=self.device)
             for part in parts:
                 sent = torch.from_numpy(vector).to(self.device).to(part.dtype)
-                total += (part.T @ (part @ sent)).double()
+                image = part @ sent
+                unit = float(image.abs().max()) or 1.0  # in float32, products may be too small
+                total += unit * (part.T @ (image / unit)).double()
             return total.cpu().numpy()
 
         return leading(product, columns)

@@ -14,7 +14,7 @@ import numpy as np
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.errors import UsageError
 from gradscope.report.model import Skip
-from gradscope.spectra.algebra import Algebra, Array, Values
+from gradscope.spectra.algebra import Algebra, Array, Values, one_thread_each
 from gradscope.spectra.convolutions import operator_norm, slices
 from gradscope.spectra.matrices import Matrix, matrix, read
 from gradscope.spectra.spectrum import Spectrum, Tail, greatest, spectrum, tail
@@ -110,16 +110,20 @@ class _Subject:
 def with_spectra(
     examined: Examined, engine: Engine[Any, Any], progress: Callable[[int], None], *, wanted: Wanted
 ) -> Examined:
-    """The tensors with their spectra, the cheapest first, while there is time for them.
+    """The tensors with their spectra, while there is time for them.
 
-    Raises InputError when a file changes or ends while it is read.
+    The cheapest first within a budget, of which they then get the most; else the dearest first,
+    after which no core waits for another. Raises InputError when a file changes or ends while it
+    is read.
     """
-    subjects = sorted(_subjects(examined), key=lambda s: s.cost)
+    whole = wanted.budget is None
+    subjects = sorted(_subjects(examined), key=lambda s: s.cost, reverse=whole)
     found: dict[str, SpectrumResult] = {}
-    for subject, result in zip(subjects, engine(_Work(wanted), subjects), strict=True):
-        if result is not None:
-            found[subject.tensor.name] = result
-        progress(subject.ref.nbytes)
+    with one_thread_each():
+        for subject, result in zip(subjects, engine(_Work(wanted), subjects), strict=True):
+            if result is not None:
+                found[subject.tensor.name] = result
+            progress(subject.ref.nbytes)
     late = [s.tensor.name for s in subjects if s.tensor.name not in found]
     reason = f"its spectrum: no time left of --budget {wanted.budget}"
     left = tuple(Skip(subject=name, reason=reason) for name in late)

@@ -10,11 +10,13 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_info
 
 from gradscope.checkpoints import open_checkpoint
 from gradscope.errors import UsageError
+from gradscope.spectra import algebra as cpu_algebra
 from gradscope.spectra import matrices
-from gradscope.spectra.algebra import Algebra, Numpy, leading
+from gradscope.spectra.algebra import Algebra, Numpy, leading, one_thread_each
 from gradscope.spectra.matrices import Matrix, matrix
 from gradscope.spectra.torch_algebra import Torch, algebra_on
 
@@ -52,6 +54,38 @@ def test_the_norm_is_the_greatest_singular_value(
 
     (w,) = found.chunks()
     assert norm == pytest.approx(np.linalg.norm(w.astype(np.float64), 2), rel=1e-4)
+
+
+@pytest.mark.parametrize("algebra", ALGEBRAS)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_norms_of_very_small_and_great_elements_are_found(algebra: Algebra, scale: float) -> None:
+    w = heavy(300, 250)
+    found = Matrix.of((w.astype(np.float64) * scale).astype(np.float32))
+
+    norm = algebra.norm(found.chunks, found.columns)
+
+    assert norm == pytest.approx(scale * np.linalg.norm(w.astype(np.float64), 2), rel=1e-4)
+
+
+def test_a_matrix_is_widened_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = heavy(130, 20)
+    monkeypatch.setattr(cpu_algebra, "_WIDENED", 200)
+    found = Matrix.of(w)
+
+    values = Numpy().eigenvalues(found.chunks, found.columns)
+
+    wanted = np.linalg.svd(w.astype(np.float64), compute_uv=False)[::-1] ** 2
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-13 * wanted[-1])
+
+
+def test_blas_uses_one_thread_a_matrix_and_gets_its_own_back() -> None:
+    def blas() -> list[int]:
+        return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"]
+
+    before = blas()
+    with one_thread_each():
+        assert set(blas()) == {1}
+    assert blas() == before
 
 
 def test_equal_and_vanishing_eigenvalues_end_the_search() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def dense(k: Array, groups: int, n: int) -> Array:
     [
         ((6, 4, 3, 3), 1, 8), ((4, 6, 3, 3), 1, 8), ((8, 1, 3, 3), 8, 8), ((8, 2, 5), 2, 9),
         ((3, 2, 2, 2, 2), 1, 3), ((5, 3, 1, 1), 1, 4), ((5, 4, 4, 3), 1, 5),
-        ((30, 40, 3, 3), 1, 5), ((60, 30, 3), 2, 6),
+        ((30, 40, 3, 3), 1, 5), ((60, 30, 3), 2, 6), ((26, 25, 2, 2, 2), 1, 3),
     ],
 )  # fmt: skip
 def test_the_norm_is_that_of_the_linear_map(shape: tuple[int, ...], groups: int, n: int) -> None:
@@ -69,6 +70,51 @@ def test_slices_are_those_of_every_place_halved() -> None:
     np.testing.assert_allclose(slices(k, Numpy()), np.sort(np.concatenate(wanted)) / 2, rtol=1e-9)
 
 
+def by_frequency(k: Array, n: int) -> float:
+    """The greatest norm of the Fourier transforms that NumPy computes."""
+    axes = tuple(range(2, k.ndim))
+    found = np.fft.fftn(k, [n] * len(axes), axes).reshape(*k.shape[:2], -1)
+    return float(np.linalg.svd(np.moveaxis(found, -1, 0), compute_uv=False).max())
+
+
+def spiked(*shape: int) -> Array:
+    out, into, *places = shape
+    rng = np.random.default_rng(5)
+    spikes = rng.normal(size=(out, 20)) @ rng.normal(size=(20, into * math.prod(places)))
+    return kernel(*shape) + 0.05 * spikes.reshape(shape)
+
+
+def high_pass(*shape: int) -> Array:
+    left, right = kernel(shape[0], 1, seed=1), kernel(1, shape[1], seed=2)
+    laplace = np.outer([1, -2, 1], [1, -2, 1])
+    return kernel(*shape) + 0.2 * (left @ right)[:, :, None, None] * laplace
+
+
+@pytest.mark.parametrize(
+    ("made", "apart"),
+    [(kernel, 1e-2), (spiked, 1e-2), (high_pass, 2e-4), (lambda *s: kernel(*s) + 0.3, 2e-4)],
+    ids=["noise", "spiked", "high-pass", "mean"],
+)
+def test_the_frequency_of_the_norm_is_found_among_many(made: Any, apart: float) -> None:
+    """Where frequencies hardly differ, as in noise, to a hundredth; else to the last digits."""
+    for out, into in ((48, 48), (96, 64), (32, 80)):
+        k = made(out, into, 3, 3)
+        wanted = by_frequency(k, 16)
+
+        found = operator_norm(k)
+
+        assert wanted * (1 - apart) <= found <= wanted * (1 + 2e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_norm_scales_with_the_kernel(scale: float) -> None:
+    k = kernel(30, 26, 3, 3)
+
+    assert operator_norm(scale * k) == pytest.approx(scale * operator_norm(k), rel=1e-5)
+
+
 def test_zeros_have_no_norm() -> None:
     assert operator_norm(np.zeros((3, 2, 3, 3))) == 0.0
     assert operator_norm(np.zeros((40, 30, 3, 3))) == 0.0
+    one_of_two = np.concatenate([np.zeros((30, 30, 3)), kernel(30, 30, 3)])
+    assert operator_norm(one_of_two, groups=2) == pytest.approx(operator_norm(kernel(30, 30, 3)))
