@@ -30,7 +30,14 @@ from gradscope.flow.facts import Candidate, ExplodingFacts
 from gradscope.flow.graph import Graph
 from gradscope.flow.growth import growing, growth_rate
 from gradscope.flow.levels import Levels
-from gradscope.flow.limits import DEPTH_RATIO, LEVEL_RATIO, SHORTEST, UPDATE_HIGH
+from gradscope.flow.limits import (
+    DEPTH_RATIO,
+    GROWTH_FACTOR,
+    LEVEL_RATIO,
+    MIN_TREND,
+    SHORTEST,
+    UPDATE_HIGH,
+)
 from gradscope.flow.norms import usual_norm
 from gradscope.flow.regions import (
     Stretch,
@@ -83,15 +90,17 @@ def exploding(series: Series, levels: Levels) -> Exploding:
     own, above = -levels.below_own, _only(usable, -levels.below_loss)
     own = _only(usable, np.exp(own, out=own))
     top = math.log(DEPTH_RATIO)
-    level = hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / _LEAVE_LEVEL)
-    found = jumps(logs)
+    level = _lasting(hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / _LEAVE_LEVEL) & usable)
+    found, growth = jumps(logs), growing(series, logs)
+    for flags in (growth, level):
+        flags &= ~_catching_up(series, flags)
     tests = {
         "non-finite": series.nonfinite & ~series.skipped[:, None],
         "spike": found.spike,
-        "growth": growing(series, logs),
+        "growth": growth,
         "update": _large_updates(series),
         "depth": hysteresis(above > top, above > top - _LEAVE_NATS) & usable,
-        "level": _lasting(level & usable),
+        "level": level,
     }
     return Exploding(tests, found, own, above)
 
@@ -106,6 +115,20 @@ def _lasting(flags: Mask) -> Mask:
     out = np.zeros_like(flags)
     for run in stretches(flags, shortest=_LEVEL_RECORDS):
         out[run.first : run.end, run.row] = flags[run.first : run.end, run.row]
+    return out
+
+
+def _catching_up(series: Series, flags: Mask) -> Mask:
+    """Cells of layers that began far below the network and are on their way up to it.
+
+    A branch that starts from zero has left it when it is as tall as the others, not before.
+    """
+    out = np.zeros_like(flags)
+    rows = np.flatnonzero(flags.any(axis=0))
+    apart = series.log_rms[:, rows] - series.median_log[:, None]
+    began = nanmedian(apart[:MIN_TREND], axis=0)
+    far = math.log(GROWTH_FACTOR)
+    out[:, rows] = (began < -far) & (apart > began + far) & (apart < far)
     return out
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.flow.graph import Graph
-from gradscope.flow.limits import MIN_TREND
+from gradscope.flow.limits import LEVEL_RATIO, MIN_TREND
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Series
+from gradscope.flow.trailing import leaps
 
 DECADE = math.log(10)
 #: Records after warm-up that a layer's own level is taken from, at most.
 _OWN_RECORDS = 64
+#: Nats that a layer rises by when it leaves a level for another, and within which it held it.
+_RISE = math.log(LEVEL_RATIO)
+_LEVEL_NATS = math.log(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +41,9 @@ class Levels:
 
 def levels(series: Series, graph: Graph) -> Levels:
     """Every layer against the loss side, its own past and the optimizer's epsilon."""
-    below_own: Array = own_level(series) - series.log_rms
-    below_own[: own_records(series).stop] = np.nan
+    level, since = own_level(series)
+    below_own: Array = level - series.log_rms
+    below_own[np.arange(len(below_own))[:, None] < since] = np.nan
     eps = series.adaptive_epsilon
     return Levels(
         below_loss=reference(series, graph) - series.log_rms,
@@ -78,8 +85,40 @@ def own_records(series: Series) -> slice:
     return slice(series.warm_up, series.warm_up + count)
 
 
-def own_level(series: Series) -> Array:
-    """Each layer's median ln RMS over those records, [L]; NaN with fewer than eight."""
-    inside = series.finite_log[own_records(series)]
+def own_level(series: Series) -> tuple[Array, NDArray[np.int64]]:
+    """Each layer's median ln RMS over those records, and the first that is compared with it, [L].
+
+    Of a layer that rises for good before they are over, the level is that before its rise, which
+    ends them. NaN with fewer than eight.
+    """
+    own = own_records(series)
+    inside = series.finite_log[own]
     known = np.isfinite(inside).sum(axis=0)
-    return np.where(known >= MIN_TREND, nanmedian(inside, axis=0), np.nan)
+    level = np.where(known >= MIN_TREND, nanmedian(inside, axis=0), np.nan)
+    since = np.full(len(level), own.stop, dtype=np.int64)
+    for row, record, before in _early_rises(series.finite_log[: own.stop + MIN_TREND], own.stop):
+        level[row], since[row] = before, record
+    return level, since
+
+
+def _early_rises(logs: Array, stop: int) -> Iterator[tuple[int, int, float]]:
+    """Layers that rise at once from one level to another: row, record, and level before."""
+    leapt = leaps(logs[:stop], MIN_TREND, _RISE)
+    leapt[1:] &= ~leapt[:-1]
+    seen: set[int] = set()
+    for record, row in np.argwhere(leapt).tolist():
+        before = logs[max(0, record - 2 * MIN_TREND) : record, row]
+        after = nanmedian(logs[record : record + MIN_TREND, row])
+        if row not in seen and _held(before) and after - nanmedian(before) > _RISE:
+            seen.add(row)
+            yield row, record, float(nanmedian(before))
+
+
+def _held(logs: Array) -> bool:
+    """Whether eight and more lie as high in their second half as in their first.
+
+    What leaves zero, or falls since the first step, has no level yet.
+    """
+    half = len(logs) // 2
+    apart = abs(nanmedian(logs[half:]) - nanmedian(logs[:half]))
+    return len(logs) >= MIN_TREND and bool(apart < _LEVEL_NATS)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gradscope.flow.result import FlowEdge, FlowNode, FlowResult, LayerFlow, Level
+from gradscope.flow.rules.say import spikes
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 
 #: Rows and columns of the heatmap; more layers are put together by block, more records by time.
@@ -186,9 +187,8 @@ def _events(result: FlowResult) -> Iterator[dict[str, Any]]:
     for broken in result.nonfinite:
         yield from at(broken.step, "gradients are not finite", "critical")
     left = result.loss.divergence if result.loss is not None else None
-    for spike in result.spikes:
-        if left is None or spike.step < left.onset[1]:  # what follows is told with it
-            yield from at(spike.step, f"spike, {spike.ratio:.3g} times", "mild")
+    for spike in spikes(result):
+        yield from at(spike.step, f"spike, {spike.ratio:.3g} times", "mild")
     if left is not None:
         yield from at(left.onset[1], "the loss leaves its level", "severe")
 

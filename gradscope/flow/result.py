@@ -271,6 +271,8 @@ class Spike(Record):
     ratio: float
     z: float
     left_a_trace: bool
+    #: The records after it are as high: what began is no spike.
+    stayed: bool = False
 
 
 class NonFinite(Record):

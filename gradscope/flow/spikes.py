@@ -12,12 +12,19 @@ from gradscope.flow.limits import SEVERE_RATIO, SHORTEST, SPIKE_RATIO, SPIKE_Z, 
 from gradscope.flow.result import Region, Spike
 from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Mask, Series
-from gradscope.flow.trailing import leaps, trailing
+from gradscope.flow.trailing import following, leaps, trailing
 
 _TRAILING = 128
 _LEAST_TRAILING = 16
 #: Steady growth leaves a long window behind too; a spike also jumps from the last few records.
 _JUST_BEFORE = 8
+_LEAST_BEFORE = 4
+#: How many records, at most, tell whether it came back.
+_JUST_AFTER = 8
+_LEAP = math.log(SPIKE_RATIO)
+#: A window spreads so many times as much as its records do around those just before them: it
+#: holds two levels.
+_UNEVEN = 1.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +35,17 @@ class Jumps:
     #: Norm over the median of the records before, and its modified z.
     ratio: Array
     z: Array
+    #: Where the records after lie far below again, or there are none.
+    back: Mask
+
+
+@dataclass(frozen=True, eq=False)
+class _Before:
+    """What each ln norm is compared with, [T, L]: a level, its spread, and the least ratio."""
+
+    level: Array
+    spread: Array
+    least: Array
 
 
 def jumps(logs: Array) -> Jumps:
@@ -35,31 +53,58 @@ def jumps(logs: Array) -> Jumps:
 
     The long window is walked only for layers that rise fourfold within a few records.
     """
-    sudden = leaps(logs, _JUST_BEFORE, math.log(SPIKE_RATIO))
+    sudden = leaps(logs, _JUST_BEFORE, _LEAP)
     rows = np.flatnonzero(sudden.any(axis=0))
-    median, wide = trailing(logs[:, rows], _TRAILING, _LEAST_TRAILING)
-    above = logs[:, rows] - median
+    some, leapt = logs[:, rows], sudden[:, rows]
+    before = _before(some)
+    over = _over(some, leapt, before)
+    before = _since_it_moved(some, over, before)
+    above = some - before.level
+    spike, back = np.zeros(logs.shape, bool), np.zeros(logs.shape, bool)
     ratio, z = np.full(logs.shape, np.nan), np.full(logs.shape, np.nan)
-    ratio[:, rows], z[:, rows] = np.exp(above), above / np.maximum(wide, SPREAD_FLOOR)
-    first = slice(0, _LEAST_TRAILING + 1)
-    early_ratio, early_z = _early(logs[: 2 * _LEAST_TRAILING, rows])
-    young = np.isnan(ratio[first][:, rows])
-    ratio[first, rows] = np.where(young, early_ratio, ratio[first, rows])
-    z[first, rows] = np.where(young, early_z, z[first, rows])
-    least = np.full((len(logs), 1), SPIKE_RATIO)
-    least[first][young.all(axis=1) if young.size else ()] = SEVERE_RATIO
-    spike = np.zeros(logs.shape, bool)
-    spike[:, rows] = (z[:, rows] > SPIKE_Z) & (ratio[:, rows] > least) & sudden[:, rows]
-    return Jumps(spike, ratio, z)
+    ratio[:, rows], z[:, rows] = np.exp(above), above / before.spread
+    spike[:, rows] = leapt & (z[:, rows] > SPIKE_Z) & (ratio[:, rows] > before.least)
+    back[:, rows] = over
+    return Jumps(spike, ratio, z, back)
 
 
-def _early(logs: Array) -> tuple[Array, Array]:
-    """Ratio and z of the first records against all the others at the start, also those after.
+def _before(logs: Array) -> _Before:
+    """The last 128 records; for the first ones all the others at the start, also those after.
 
     Too few precede them, and gradients often fall from the first step on: the limit is higher.
     """
-    above = logs[: _LEAST_TRAILING + 1] - nanmedian(logs, axis=0)
-    return np.exp(above), above / np.maximum(spread(logs, axis=0), SPREAD_FLOOR)
+    level, wide = trailing(logs, _TRAILING, _LEAST_TRAILING)
+    least = np.full(logs.shape, SPIKE_RATIO)
+    start = logs[: 2 * _LEAST_TRAILING]
+    first = slice(0, _LEAST_TRAILING + 1)
+    young = np.isnan(level[first])
+    level[first] = np.where(young, nanmedian(start, axis=0), level[first])
+    wide[first] = np.where(young, spread(start, axis=0), wide[first])
+    least[first][young] = SEVERE_RATIO
+    return _Before(level, np.maximum(wide, SPREAD_FLOOR), least)
+
+
+def _over(logs: Array, leapt: Mask, before: _Before) -> Mask:
+    """Jumps after which the next records lie far below again, or half of the way at least."""
+    half = np.fmax((logs - before.level) / 2, _LEAP / 2)
+    return leapt & ~(logs - following(logs, leapt, _JUST_AFTER) <= np.fmin(half, _LEAP))
+
+
+def _since_it_moved(logs: Array, over: Mask, usual: _Before) -> _Before:
+    """The same, but for jumps that come back the last few records where the level is another.
+
+    A lasting change hides what happens beside it from a window that holds both of its levels.
+    """
+    rows = np.flatnonzero(over.any(axis=0))
+    near, _ = trailing(logs[:, rows], _JUST_BEFORE, _LEAST_BEFORE)
+    noise = _before(logs[:, rows] - near).spread
+    moved = np.abs(near - usual.level[:, rows]) > _LEAP
+    moved |= usual.spread[:, rows] > _UNEVEN * noise
+    moved &= over[:, rows] & np.isfinite(near)
+    level, wide = usual.level.copy(), usual.spread.copy()
+    level[:, rows] = np.where(moved, near, level[:, rows])
+    wide[:, rows] = np.where(moved, noise, wide[:, rows])
+    return _Before(level, wide, usual.least)
 
 
 def spikes(series: Series, found: Jumps, lasting: Sequence[Region]) -> list[Spike]:
@@ -75,14 +120,17 @@ def spikes(series: Series, found: Jumps, lasting: Sequence[Region]) -> list[Spik
 
 
 def _spike(series: Series, found: Jumps, event: np.ndarray, lasting: Sequence[Region]) -> Spike:
-    inside = np.where(found.spike[event], found.ratio[event], -np.inf)
+    all_ = found.spike[event]
+    over = all_ & found.back[event]
+    inside = np.where(over if over.any() else all_, found.ratio[event], -np.inf)
     at, row = np.unravel_index(int(np.argmax(inside)), inside.shape)
     step = int(series.steps[event[at]])
     return Spike(
         step=step,
         layer_name=series.names[row],
-        layers=int(found.spike[event].any(axis=0).sum()),
+        layers=int(all_.any(axis=0).sum()),
         ratio=float(inside[at, row]),
         z=float(found.z[event[at], row]),
         left_a_trace=any((r.extent.onset[0] or -1) <= step <= r.extent.end for r in lasting),
+        stayed=not over.any(),
     )

@@ -32,6 +32,30 @@ def leaps(values: Array, window: int, rise: float) -> NDArray[np.bool_]:
     return found
 
 
+def following(values: Array, where: NDArray[np.bool_], window: int) -> Array:
+    """Median of up to ``window`` finite values after the cells that are set; NaN elsewhere."""
+    found = np.full(values.shape, np.nan)
+    _following(np.ascontiguousarray(values), where, np.empty(window), found)
+    return found
+
+
+@kernel()
+def _following(values, where, ordered, found):  # type: ignore[no-untyped-def]
+    records, layers = values.shape
+    for t in range(records):
+        for layer in range(layers):
+            if not where[t, layer]:
+                continue
+            count, at = 0, t + 1
+            while at < records and count < len(ordered):
+                if np.isfinite(values[at, layer]):
+                    _insert(ordered, count, values[at, layer])
+                    count += 1
+                at += 1
+            if count:
+                found[t, layer] = _middle(ordered, count)
+
+
 @kernel()
 def _leaps(values, window, rise, found):  # type: ignore[no-untyped-def]
     records, layers = values.shape

@@ -75,11 +75,39 @@ def test_an_own_level_takes_eight_records() -> None:
     norms[20:38, 2] = 0
     s = series(made(norms, numel=1))
 
-    found = own_level(s)
+    found, since = own_level(s)
 
+    assert since.tolist() == [45, 45, 45]
     assert found[0] == pytest.approx(np.median(np.log(s.norm[20:45, 0])))
     assert found[1] == pytest.approx(np.median(np.log(s.norm[37:45, 1])))
     assert np.isnan(found[2])
+
+
+@pytest.mark.parametrize(("record", "told"), [(7, False), (8, True), (30, True), (45, False)])
+def test_a_layer_that_leaves_its_level_early_for_good_is_compared_with_that_before(
+    record: int, told: bool
+) -> None:
+    norms = noise(100, 3, scale=0.05)
+    norms[record:, 1] *= 50
+    s = series(made(norms, numel=1))
+
+    level, since = own_level(s)
+
+    assert since.tolist() == [45, record if told else 45, 45]
+    before = s.norm[max(0, record - 16) : record] if told else s.norm[20:45]
+    assert level[1] == pytest.approx(np.median(np.log(before[:, 1])))
+
+
+@pytest.mark.parametrize("rise", ["brief", "steady", "small"])
+def test_a_spike_a_climb_and_a_rise_by_less_than_ten_leave_no_level(rise: str) -> None:
+    norms = noise(100, 3, scale=0.05)
+    norms[:, 1] *= {
+        "brief": np.where((np.arange(100) >= 30) & (np.arange(100) < 33), 50, 1),
+        "steady": np.exp(np.minimum(0.4 * np.arange(100), 12)),
+        "small": np.where(np.arange(100) >= 30, 8, 1),
+    }[rise]
+
+    assert own_level(series(made(norms)))[1].tolist() == [45, 45, 45]
 
 
 def test_levels_are_nats_below_the_loss_side_and_below_the_own_past() -> None:

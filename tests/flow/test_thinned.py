@@ -89,6 +89,136 @@ def test_noise_is_not_growth_at_any_density() -> None:
     assert [verdict(kept(noise(RECORDS, 8, 0.3), every)) for every in (1, 2, 3, 10)] == [set()] * 4
 
 
+# --- spikes beside what lasts ---------------------------------------------------------------------
+
+EVERY = (1, 2, 5, 10, 50)
+#: Steps that a recorder with any of these keeps: it writes two records each time.
+SPIKED = (300, 400, 850)
+
+
+def recorded(norms: np.ndarray, every: int, **by_record: np.ndarray) -> FlowReport:
+    at = np.flatnonzero((STEPS % every == 0) | (STEPS % every == 1))
+    fields = {name: values[at] for name, values in by_record.items()}
+    return analyze_flow(made(norms[at], steps=STEPS[at], **fields))
+
+
+def jumping(norms: np.ndarray) -> None:
+    norms[600:] *= 150
+
+
+def climbing(norms: np.ndarray) -> None:
+    norms *= np.exp(np.minimum(0.03 * AFTER, 6))[:, None]
+
+
+def collapsing(norms: np.ndarray) -> None:
+    norms[600:] /= 150
+
+
+def told_spikes(report: FlowReport) -> tuple[list[tuple[str, str]], list[int]]:
+    told = [(f.name, str(f.severity)) for f in report.findings]
+    return sorted(told), [s.step for s in report.result.spikes if not s.stayed]
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("where", [slice(None), slice(2, 3)], ids=["all-layers", "one-layer"])
+@pytest.mark.parametrize("lasting", [jumping, climbing])
+@pytest.mark.parametrize("spiked", [(300,), (850,), SPIKED], ids=str)
+def test_spikes_before_and_inside_an_explosion_are_told_beside_it(
+    spiked: tuple[int, ...], lasting: Callable[[np.ndarray], None], where: slice, every: int
+) -> None:
+    norms = noise(RECORDS, 6, 0.15)
+    lasting(norms)
+    for step in spiked:
+        norms[step, where] *= 200
+
+    told, spikes = told_spikes(recorded(norms, every))
+
+    assert told == [("exploding-gradient", "critical"), ("gradient-spike", "medium")]
+    assert set(spiked) <= set(spikes)
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("lasting", [jumping, climbing])
+def test_what_lasts_is_no_spike(lasting: Callable[[np.ndarray], None], every: int) -> None:
+    norms = noise(RECORDS, 6, 0.15)
+    lasting(norms)
+
+    assert told_spikes(recorded(norms, every))[0] == [("exploding-gradient", "critical")]
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("where", [slice(None), slice(2, 3)], ids=["all-layers", "one-layer"])
+def test_spikes_below_a_level_that_was_left_are_told(where: slice, every: int) -> None:
+    norms = noise(RECORDS, 6, 0.15)
+    collapsing(norms)
+    norms[850, where] *= 100
+
+    report = recorded(norms, every)
+
+    (spike,) = report.result.spikes
+    assert (spike.step, spike.stayed) == (850, False)
+    assert 60 < spike.ratio < 160
+    quiet = noise(RECORDS, 6, 0.15)
+    collapsing(quiet)
+    assert recorded(quiet, every).result.spikes == ()
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 10])
+@pytest.mark.parametrize("spike", [10, 50, 90])
+def test_an_early_spike_and_an_early_explosion_hide_neither_each_other(
+    spike: int, every: int
+) -> None:
+    norms = noise(RECORDS, 6, 0.15)
+    norms[spike] *= 1600
+    norms[120:] *= 150
+
+    told, spikes = told_spikes(recorded(norms, every))
+
+    assert told == [("exploding-gradient", "critical"), ("gradient-spike", "medium")]
+    assert spike in spikes
+
+
+def leaving(until: int, power: int) -> np.ndarray:
+    """Two layers behind a branch that starts from zero, under a learning rate that warms up."""
+    norms = noise(RECORDS, 6, 0.15)
+    norms[:, 1:3] *= np.minimum(STEPS / until, 1)[:, None] ** power
+    return norms
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("power", [1, 2, 3])
+@pytest.mark.parametrize("until", [20, 100, 200])
+def test_a_branch_that_leaves_zero_does_not_explode(until: int, power: int, every: int) -> None:
+    assert recorded(leaving(until, power), every).findings == ()
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_one_that_goes_on_beyond_the_others_does(every: int) -> None:
+    norms = leaving(100, 2)
+    norms[600:, 1:3] *= 150
+
+    assert told_spikes(recorded(norms, every))[0] == [("exploding-gradient", "critical")]
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_gradients_that_fall_from_the_first_step_on_are_no_spike(every: int) -> None:
+    norms = noise(RECORDS, 6, 0.15) * (1 + 200 * np.exp(-STEPS / 20))[:, None]
+
+    assert recorded(norms, every).findings == ()
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_a_jump_that_stays_and_does_no_harm_is_said_to_stay(every: int) -> None:
+    norms = noise(RECORDS, 6, 0.1)
+    norms[600:] *= 30
+
+    report = recorded(norms, every, loss=2 * np.exp(-STEPS / 300))
+
+    found = [f for f in report.findings if f.name == "gradient-spike"]
+    assert [f.message.endswith("; it has not come back") for f in found] == [True]
+    assert report.gate.exit_code == 0
+
+
 # --- an explosion as a whole ----------------------------------------------------------------------
 
 

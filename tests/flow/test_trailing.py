@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gradscope.flow.trailing import trailing
+from gradscope.flow.trailing import following, trailing
 
 
 @pytest.mark.parametrize(("window", "least"), [(1, 1), (5, 2), (8, 8), (16, 3)])
@@ -29,3 +29,21 @@ def test_each_record_is_compared_with_the_finite_ones_before_it(window: int, lea
                 assert medians[t, layer] == pytest.approx(np.median(before))
                 deviation = stats.median_abs_deviation(before)
                 assert spreads[t, layer] == pytest.approx(1.4826 * deviation)
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_the_median_of_what_follows_leaves_the_record_itself_out(window: int) -> None:
+    rng = np.random.default_rng(window)
+    values = np.round(rng.normal(size=(40, 3)), 1)
+    values[rng.random((40, 3)) < 0.2] = np.nan
+    where = rng.random((40, 3)) < 0.5
+
+    found = following(values, where, window)
+
+    assert np.isnan(found[~where]).all()
+    for t, layer in np.argwhere(where):
+        after = values[t + 1 :, layer]
+        after = after[np.isfinite(after)][:window]
+        assert found[t, layer] == pytest.approx(
+            np.median(after) if len(after) else np.nan, nan_ok=True
+        )

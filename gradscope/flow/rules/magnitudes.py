@@ -20,7 +20,7 @@ from gradscope.flow.limits import (
     UPDATE_WILD,
 )
 from gradscope.flow.result import LEVELS, FlowResult, Need, NonFinite, Region, Spike
-from gradscope.flow.rules.say import SEVERITY, own, place, several, since, span, told
+from gradscope.flow.rules.say import SEVERITY, own, place, several, since, span, spikes
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
@@ -298,15 +298,12 @@ def gradient_spike(
     """A gradient jumps far above the records before it and comes back.
 
     Six robust standard deviations and four times the median of the 128 records before (six sigma
-    as OLMo-core). Heavy-tailed gradients do that now and then, so spikes up to ``small`` times the
-    median are info, taller ones low, and those above ``tall`` times (SPAM) medium: a spike that
-    leaves no trace is never more. One that stays is an exploding gradient.
+    as OLMo-core), or of the last eight where the norm has left its level for another. Heavy-tailed
+    gradients do that now and then, so spikes up to ``small`` times the median are info, taller ones
+    low, and those above ``tall`` times (SPAM) medium: a spike that leaves no trace is never more.
+    One that stays is an exploding gradient, and told as that alone.
     """
-    left = told(result)
-    tallest = sorted(
-        (spike for spike in result.spikes if left is None or spike.step < left.onset[1]),
-        key=lambda spike: -spike.ratio,
-    )
+    tallest = spikes(result)
     if not tallest:
         return
     worst, count = tallest[0], len(tallest)
@@ -316,7 +313,8 @@ def gradient_spike(
         worst.layer_name if worst.layers == 1 else "network",
         f"{many} {worst.ratio:.3g} times the records before (z {worst.z:.1f}), in "
         f"{plural(worst.layers, 'layer')}, most in {worst.layer_name}, at step {worst.step}"
-        + (f" (tallest first: {steps})" if count > 1 else ""),
+        + (f" (tallest first: {steps})" if count > 1 else "")
+        + ("; it has not come back" if worst.stayed else ""),
         "log the batches of these steps; if the loss follows, clip the total norm",
         {"ratio": worst.ratio, "step": worst.step, "z": worst.z, "spikes": count},
         threshold=tall,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gradscope.flow import judgement
-from gradscope.flow.result import Divergence, Extent, FlowResult, Level, Region
+from gradscope.flow.result import Divergence, Extent, FlowResult, Level, Region, Spike
 from gradscope.report.severity import Severity
 from gradscope.text import listed
 
@@ -85,3 +86,18 @@ def own(
         )
         if (not follows or region in always) and not loose.issuperset(region.affected_layers):
             yield region
+
+
+def spikes(result: FlowResult) -> list[Spike]:
+    """The spikes that are events of their own, the tallest first.
+
+    Not what follows a loss that diverged, nor the jump with which an explosion begins.
+    """
+    left = told(result)
+    signs = () if left is None else (left.onset[1], *(sign.onset[1] for sign in left.precursors))
+    alone = (
+        spike
+        for spike in result.spikes
+        if spike.step < min(signs, default=math.inf) and not (spike.stayed and spike.left_a_trace)
+    )
+    return sorted(alone, key=lambda spike: -spike.ratio)
