@@ -26,9 +26,10 @@ from gradscope.cli.terminal import emit, leave, say, screen
 from gradscope.errors import GradscopeError, OutputError, UsageError
 from gradscope.files import write_whole
 from gradscope.formats import suffixes
-from gradscope.report.formats import Display, renderer
+from gradscope.report.formats import TRACKERS, Display, renderer
 from gradscope.report.formats.sections import placed
 from gradscope.report.palettes import palette
+from gradscope.report.trackers import tracker
 from gradscope.text import quoted
 
 ISSUES = "https://github.com/gradscope/gradscope/issues"
@@ -180,6 +181,11 @@ def _report_path(value: str) -> tuple[str, Path]:
     name, equals, path = value.partition("=")
     if not equals or not path:
         raise UsageError(f"--report takes FORMAT=PATH, e.g. json=report.json, not {value!r}")
+    if name in TRACKERS:
+        tracker(name)
+        if os.path.isfile(path):
+            raise UsageError(f"--report {value}: {path} is a file; name a folder")
+        return name, Path(path)
     renderer(name, pictures=True)
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise UsageError(f"--report {value}: folder not found: {Path(path).parent}")
@@ -250,15 +256,22 @@ def published(report: Reported, output: Output, files: Iterable[tuple[str, Path]
     written = Display(detail=2, root=shown.root, anchor=shown.anchor, colors=shown.colors)
     for name, path in files:
         try:
-            drawn: str | bytes = renderer(name, pictures=True)(report, written)
-            whole = placed(drawn, path) if isinstance(drawn, str) else drawn
-            write_whole(path, partial(_write, whole))
+            _publish(report, name, path, written)
         except OutputError as error:
             say(f"error: {error}")
             yield error.exit_code
         else:
             if output.detail:
                 say(f"wrote {path}")
+
+
+def _publish(report: Any, name: str, path: Path, written: Display) -> None:
+    if name in TRACKERS:
+        tracker(name)(report, path)
+        return
+    drawn: str | bytes = renderer(name, pictures=True)(report, written)
+    whole = placed(drawn, path) if isinstance(drawn, str) else drawn
+    write_whole(path, partial(_write, whole))
 
 
 def _write(what: str | bytes, file: BinaryIO) -> None:

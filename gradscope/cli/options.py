@@ -102,8 +102,8 @@ class Output:
         typer.Option(
             "--report",
             metavar="FORMAT=PATH",
-            help="Also write a report to a file, or its main chart: svg=PATH, png=PATH "
-            "(repeatable).",
+            help="Also write a report to a file, its main chart (svg=PATH, png=PATH), or into a "
+            "tracker's folder: tensorboard=DIR, wandb=DIR (repeatable).",
         ),
     ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Findings and verdict only.")] = False

@@ -28,6 +28,8 @@ BUILT_IN: Mapping[str, str] = {
 _EXTRA = ("altair", "jinja2", "markupsafe", "vl_convert")
 #: Pictures of the main chart, for ``--report`` alone.
 PICTURES: Mapping[str, str] = {name: f"gradscope.report.formats.{name}_" for name in ("svg", "png")}
+#: Experiment trackers that a report can be added to, for ``--report`` alone, and their libraries.
+TRACKERS: Mapping[str, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,11 @@ def renderer(name: str, pictures: bool = False) -> Render:
         return render
     if name in PICTURES:
         raise UsageError(f"a picture goes into a file: --report {name}=chart.{name}")
+    if name in TRACKERS:
+        raise UsageError(f"a run of {name} goes into a folder: --report {name}=DIR")
     found = {point.name: point for point in plugins("formats")}
     if name not in found:
-        known = (*format_names(), *(PICTURES if pictures else ()))
+        known = (*format_names(), *((*PICTURES, *TRACKERS) if pictures else ()))
         raise UsageError(f"unknown format {name!r}; choose from {', '.join(known)}")
     render_plugin: Any = load("formats", found[name])
     return lambda report, display=FILE: render_plugin(report, display)
