@@ -39,7 +39,6 @@ app = typer.Typer(
         "3 an input is missing, malformed or unsafe, 4 nothing was analysed, 70 a bug, "
         "130 interrupted."
     ),
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gradscope.cli import completion
 from gradscope.cli.command import Reported, analysis
 from gradscope.cli.options import (
     Device,
@@ -34,7 +35,11 @@ def explain(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", metavar="M[,M...]", help="See `gradscope methods`. [default: gradcam]"
+            "--method",
+            "-m",
+            metavar="M[,M...]",
+            help="See `gradscope methods`. [default: gradcam]",
+            autocompletion=completion.methods,
         ),
     ] = None,
     folder: Folder = "explanations",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gradscope.cli import completion
 from gradscope.cli.command import command
 from gradscope.cli.options import ListFormat, Listing
 from gradscope.cli.terminal import emit
@@ -15,7 +16,13 @@ from gradscope.cli.terminal import emit
 @command
 def methods(
     method: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One method.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="One method.",
+            show_default=False,
+            autocompletion=completion.methods,
+        ),
     ] = None,
     format_: ListFormat = Listing.TABLE,
 ) -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gradscope.cli import completion
 from gradscope.errors import UsageError
 from gradscope.report.formats import BUILT_IN
 from gradscope.report.palettes import PALETTES
@@ -47,7 +48,9 @@ ListFormat = Annotated[Listing, typer.Option("--format", "-f", help="How to show
 Device = Annotated[
     str,
     typer.Option(
-        metavar="DEVICE", help="cpu, cuda, cuda:1 or auto. A device that is absent is an error."
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1 or auto. A device that is absent is an error.",
+        autocompletion=completion.devices,
     ),
 ]
 Jobs = Annotated[
@@ -94,7 +97,11 @@ class Output:
     format_: Annotated[
         str,
         typer.Option(
-            "--format", "-f", metavar="FORMAT", help=f"What stdout carries: {', '.join(BUILT_IN)}."
+            "--format",
+            "-f",
+            metavar="FORMAT",
+            help=f"What stdout carries: {', '.join(BUILT_IN)}.",
+            autocompletion=completion.formats,
         ),
     ] = "table"
     report: Annotated[
@@ -104,6 +111,7 @@ class Output:
             metavar="FORMAT=PATH",
             help="Also write a report to a file, its main chart (svg=PATH, png=PATH), or into a "
             "tracker's folder: tensorboard=DIR, wandb=DIR (repeatable).",
+            autocompletion=completion.reports,
         ),
     ] = None
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Findings and verdict only.")] = False
@@ -113,7 +121,11 @@ class Output:
     color: Annotated[Color, typer.Option("--color", help="Colour the table.")] = Color.AUTO
     colors: Annotated[
         str,
-        typer.Option(metavar="SCHEME", help=f"Colours of pages and charts: {', '.join(PALETTES)}."),
+        typer.Option(
+            metavar="SCHEME",
+            help=f"Colours of pages and charts: {', '.join(PALETTES)}.",
+            autocompletion=completion.palettes,
+        ),
     ] = "default"
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False
     sarif_anchor: Annotated[
@@ -152,11 +164,18 @@ class Gate:
     select: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="RULE", help="Only these rules: codes, prefixes or names (repeatable, commas)."
+            metavar="RULE",
+            help="Only these rules: codes, prefixes or names (repeatable, commas).",
+            autocompletion=completion.rules,
         ),
     ] = None
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="RULE", help="Not these rules (repeatable, commas).")
+        list[str] | None,
+        typer.Option(
+            metavar="RULE",
+            help="Not these rules (repeatable, commas).",
+            autocompletion=completion.rules,
+        ),
     ] = None
     allow_empty: Annotated[
         bool, typer.Option("--allow-empty", help="Exit 0, not 4, when there is nothing to analyse.")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gradscope.cli import completion
 from gradscope.cli.command import command
 from gradscope.cli.options import ListFormat, Listing
 from gradscope.cli.terminal import emit
@@ -16,7 +17,12 @@ from gradscope.cli.terminal import emit
 def rules(
     rule: Annotated[
         str | None,
-        typer.Argument(metavar="[ID]", help="A code, a prefix or a name.", show_default=False),
+        typer.Argument(
+            metavar="[ID]",
+            help="A code, a prefix or a name.",
+            show_default=False,
+            autocompletion=completion.rules,
+        ),
     ] = None,
     format_: ListFormat = Listing.TABLE,
 ) -> int:

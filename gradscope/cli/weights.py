@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gradscope.cli import completion
 from gradscope.cli.command import Reported, analysis
 from gradscope.cli.options import Device, Gate, Jobs, KeepGoing, Output, Tensors, split_commas
 from gradscope.formats import CHECKPOINT, supported
@@ -31,6 +32,7 @@ def weights(
             metavar="TYPE",
             help="What casting to fp16, bf16, fp8_e4m3, fp8_e5m2, int8, nvfp4, mxfp4 would lose "
             "(repeatable, commas; fp8_e4m3:row sets the scales).",
+            autocompletion=completion.types,
         ),
     ] = None,
     snr: Annotated[
