@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
+from gradscope.models.fused import fused
 from gradscope.models.model import Copy, Forward, Model, Tap
 
 #: How far the copy's answers may lie from the model's, of the greatest of them.
@@ -54,7 +55,8 @@ class _Answering:
         copy = None if watched else self._copy(inputs)
         if copy is None or not copy.changed.isdisjoint(taps):
             return self.model.forward(inputs, taps)
-        return copy.forward(inputs, taps)
+        forward = copy.forward if inputs.requires_grad else copy.fused or copy.forward
+        return forward(inputs, taps)
 
     def _copy(self, inputs: Tensor) -> Copy | None:
         before, self.seen = self.seen, self.seen + len(inputs) * (1 + inputs.requires_grad)
@@ -71,11 +73,15 @@ def _proved(model: Model, inputs: Tensor) -> Copy | None:
     image = inputs[: model.batch or 1]
     try:
         wanted = _answers(model.forward, image)
-        found = (copy for copy in model.copied(image) if _agrees(copy.forward, image, wanted))
-        return next(found, None)
+        copies = (copy for copy in model.copied(image) if _agrees(copy.forward, image, wanted))
+        copy = next(copies, None)
     # Modules that cannot be copied raise anything; then the model answers itself.
     except Exception:
         return None
+    sooner = None if copy is None else fused(copy.forward)
+    if copy is None or sooner is None or not _agrees(sooner, image, wanted):
+        return copy
+    return replace(copy, fused=sooner)
 
 
 def _agrees(forward: Forward, image: Tensor, wanted: list[Tensor]) -> bool:
