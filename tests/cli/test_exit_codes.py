@@ -55,6 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.constant_(net[4].weight, float("nan"))
     _model(net, made / "bad.jit")
     (made / "broken.jit").write_bytes(b"no model")
+    manifest = run("manifest", str(made / "good.safetensors"), "--no-progress")
+    (made / "good.manifest.json").write_text(manifest.stdout)
+    report = run("weights", str(made / "bad.safetensors"), "-f", "json", "--isolated")
+    (made / "report.json").write_text(report.stdout)
+    (made / "broken.json").write_text(report.stdout[:-9])
     pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(made / "i.png")
     (made / "none").mkdir()
@@ -129,6 +134,122 @@ def test_every_command_ends_with_the_code_of_the_contract(
         gate = json.loads(done.stdout)["gate"]
         assert (gate["exit_code"], gate["failed"]) == (code, code != 0)
         assert bool(gate["reasons"]) is (code != 0)
+
+
+#: Of the commands that analyse nothing themselves, or need more: a line of each code.
+OTHERS = [
+    (0, "verify good.safetensors --manifest good.manifest.json"),
+    (1, "verify bad.safetensors --manifest good.manifest.json"),
+    (1, "verify good.safetensors bad.safetensors --manifest good.manifest.json"),
+    (0, "verify bad.safetensors --manifest good.manifest.json --fail-on critical"),
+    (0, "verify bad.safetensors --manifest good.manifest.json --fail-on never"),
+    (2, "verify bad.safetensors"),
+    (2, "verify bad.safetensors --manifest good.manifest.json --format yaml"),
+    (2, "verify bad.safetensors --manifest good.manifest.json --select non-finite"),
+    (3, "verify missing.safetensors --manifest good.manifest.json"),
+    (3, "verify good.safetensors broken.safetensors --manifest good.manifest.json"),
+    (3, "verify good.safetensors --manifest missing.json"),
+    (3, "verify good.safetensors --manifest report.json"),
+    (0, "manifest good.safetensors"),
+    (2, "manifest good.safetensors --format json"),
+    (3, "manifest missing.safetensors"),
+    (3, "manifest broken.safetensors"),
+    (0, "render report.json --format junit"),
+    (2, "render report.json --format yaml"),
+    (2, "render report.json --report csv=report.json"),
+    (2, "render report.json --fail-on never"),
+    (3, "render missing.json"),
+    (3, "render broken.json"),
+    (3, "render good.manifest.json"),
+    (0, "baseline create report.json --baseline new.json"),
+    (2, "baseline create report.json --baseline report.json"),
+    (3, "baseline create report.json --baseline no/such/folder.json"),
+    (2, "baseline update report.json --baseline missing.json"),
+    (2, "baseline prune report.json --baseline broken.json"),
+    (2, "baseline forget report.json --baseline new.json"),
+    (3, "baseline create missing.json --baseline newer.json"),
+    (3, "baseline create broken.json --baseline newer.json"),
+    (0, "config --isolated"),
+    (0, "config --format json --config fail-on=low"),
+    (2, "config --config fail_on=low"),
+    (2, "config --config missing.toml"),
+    (0, "doctor"),
+    (2, "doctor --format yaml"),
+    (0, "schema report"),
+    (0, "schema history"),
+    (2, "schema baseline"),
+    (0, "rules non-finite --format json"),
+    (2, "rules non-finit"),
+    (0, "methods gradcam --format json"),
+    (2, "methods gradcan"),
+    (0, "layers good.jit --preprocess size=16x16 --format json"),
+    (2, "layers good.jit --device nowhere"),
+    (3, "layers missing.jit"),
+    (3, "layers broken.jit"),
+    (0, "visualize good.jit --target 0 --steps 1 --preprocess size=16x16 -o out"),
+    (2, "visualize good.jit --target 99 --steps 1 --preprocess size=16x16 -o out"),
+    (2, "visualize good.jit --target 0 --steps 0"),
+    (3, "visualize missing.jit --target 0"),
+    (3, "visualize broken.jit --target 0"),
+]  # fmt: skip
+
+
+def test_every_command_has_its_lines() -> None:
+    lines = [*LINES.values(), *(line for _, line in OTHERS)]
+
+    assert {line.split()[0] for line in lines} == {c.name for c in app.registered_commands}
+
+
+@pytest.mark.parametrize(("code", "line"), OTHERS)
+def test_so_do_commands_that_judge_nothing_or_need_more(
+    code: int, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "new.json").unlink(missing_ok=True)
+
+    done = run(*line.split())
+
+    assert done.exit_code == code, done.output
+    assert "Traceback" not in done.output
+    has_report = code == 3 and line.startswith(("verify", "visualize"))
+    if code in (2, 3):
+        assert done.stderr
+        assert done.stdout == "" or has_report
+
+
+#: What each of them does its work by.
+WORK = {
+    "verify good.safetensors --manifest x.json": "gradscope.fingerprints.analysis.verify",
+    "manifest good.safetensors": "gradscope.fingerprints.analysis.manifest",
+    "render report.json": "gradscope.saved.read_report",
+    "baseline create report.json --baseline new.json": "gradscope.saved.read_report",
+    "config": "gradscope.cli.configuration.in_force",
+    "doctor": "gradscope.environment.facts",
+    "schema config": "gradscope.report.rules.load_rules",
+    "rules": "gradscope.report.rules.load_rules",
+    "methods": "gradscope.attribution.methods.methods",
+    "layers good.jit": "gradscope.models.vision.open_vision",
+    "visualize good.jit --target 0": "gradscope.attribution.visualize.visualize",
+}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(RuntimeError("planted"), 70), (KeyboardInterrupt(), 130)], ids=str
+)
+@pytest.mark.parametrize("line", WORK)
+def test_their_bugs_and_interrupts_have_codes_of_their_own(
+    line: str, raised, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(WORK[line], broken)
+
+    done = run(*line.split())
+
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
