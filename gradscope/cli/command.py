@@ -159,7 +159,8 @@ def _check_gate(gate: Gate) -> list[str]:
     from gradscope.report.rules import load_rules, select
 
     wanted = gate.wanted
-    select(load_rules().values(), wanted["select"], wanted["ignore"])
+    if wanted["select"] or wanted["ignore"]:
+        select(load_rules().values(), wanted["select"], wanted["ignore"])
     if accepted := wanted["baseline"] or wanted["config"].baseline:
         read_baseline(accepted)
     return list(gate.files)

@@ -184,11 +184,12 @@ def _check_version(required: object) -> None:
 
 
 def _check_rules(config: Config) -> None:
+    named = (*config.select, *config.ignore, *(r for each in config.allow for r in each.rules))
+    if not named and not config.rules:
+        return  # rules of all commands take a while to import
     known = list(load_rules().values())
     configured(known, config)
-    select(known, config.select, config.ignore)
-    for allowance in config.allow:
-        select(known, allowance.rules)
+    select(known, named)
 
 
 def merged(layers: Iterable[Layer]) -> tuple[Config, Origins]:

@@ -182,7 +182,8 @@ def _asked(
     if ours and not left:
         raise UsageError(f"no rule of `gradscope {reads.command}` is left: nothing could fail")
     codes = {r.code for r in left}
-    return [r for r in configured(load_rules().values(), config) if r.code in codes]
+    known = load_rules().values() if config.rules else ours
+    return [r for r in configured(known, config) if r.code in codes]
 
 
 class Failures(list[InputFailure]):
