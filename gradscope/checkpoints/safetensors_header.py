@@ -8,9 +8,9 @@ tensors with the same name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 from gradscope.checkpoints.tensors import DTYPE_BITS
@@ -32,7 +32,6 @@ _METADATA = "__metadata__"
 _FIELDS = ("dtype", "shape", "data_offsets")
 _MAX_DIM = 2**48
 _MAX_COUNT = 2**63
-_INTEGERS = {int}
 
 
 class Entry(NamedTuple):
@@ -44,35 +43,12 @@ class Entry(NamedTuple):
     begin: int
     end: int
 
-    @property
-    def range(self) -> tuple[int, int]:
-        """Where its bytes lie, to compare."""
-        return self.begin, self.end
+
+#: Where an entry's bytes lie, to compare.
+_range = attrgetter("begin", "end")
 
 
 def _entry(name: str, value: object) -> Entry:
-    """What the header says of a tensor: at once where all is well, or with what is wrong of it."""
-    return _plain(name, value) or _checked(name, value)
-
-
-def _plain(name: str, value: object) -> Entry | None:
-    """The entry where a few comparisons show that it is sound; a header may have millions."""
-    if type(value) is not dict or len(value) != len(_FIELDS) or not name.isascii():
-        return None
-    dtype, shape, offsets = map(value.get, _FIELDS)
-    if type(shape) is not list or len(shape) > 64 or type(offsets) is not list or len(offsets) != 2:
-        return None
-    begin, end = offsets
-    if type(dtype) is not str or {type(begin), type(end), *map(type, shape)} != _INTEGERS:
-        return None
-    bits, numel = DTYPES.get(dtype), math.prod(shape)
-    positive = min(shape, default=1) > 0 and 0 <= begin <= end and numel < _MAX_COUNT
-    if bits is None or not positive or numel * bits != 8 * (end - begin) or end >= _MAX_COUNT:
-        return None
-    return Entry(name, dtype, tuple(shape), begin, end)
-
-
-def _checked(name: str, value: object) -> Entry:
     fields = _fields(name, value)
     entry = Entry(
         name,
@@ -183,13 +159,13 @@ def read_header(data: bytes) -> Header:
     described = [(name, fields) for name, fields in pairs if name != _METADATA]
     entries = [_entry(name, fields) for name, fields in described]
     last = {entry.name: entry for entry in entries}
-    dropped = [entry for entry in entries if last[entry.name] is not entry]
+    dropped = [e for e in entries if last[e.name] is not e] if len(last) < len(entries) else []
     notes = [*_spacing_note(data), *notes, *_extra_note(described)]
     return Header(_file_order(last.values()), tuple(dropped), metadata, tuple(notes))
 
 
 def _file_order(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    return tuple(sorted(entries, key=lambda entry: entry.range))
+    return tuple(sorted(entries, key=_range))
 
 
 def _metadata(pairs: list[tuple[str, object]]) -> tuple[dict[str, object], list[str]]:
@@ -254,8 +230,10 @@ def layout_end(header: Header) -> int:
 
 
 def _covering(header: Header) -> tuple[Entry, ...]:
-    kept = {entry.name: entry.range for entry in header.kept}
-    moved = {entry.range: entry for entry in header.dropped if entry.range != kept[entry.name]}
+    if not header.dropped:
+        return header.kept
+    kept = {entry.name: _range(entry) for entry in header.kept}
+    moved = {_range(e): e for e in header.dropped if _range(e) != kept[e.name]}
     return _file_order((*header.kept, *moved.values()))
 
 
