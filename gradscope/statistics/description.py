@@ -248,14 +248,14 @@ class Pool:
         self.tensors = 0
         self._statistics: list[Statistics] = []
         self._moments: list[Moments] = []
-        self._table = np.zeros(1 << 20, np.int64)  # of which few pages are ever touched
+        self._histogram = _Histogram()
 
     def add(self, part: Finished) -> None:
         """Take in one tensor."""
         self.tensors += 1
         self._statistics.append(part.profile.statistics)
         self._moments.append(part.moments)
-        np.add.at(self._table, part.buckets, part.counts)
+        self._histogram.add(part.buckets, part.counts)
 
     def merge(self, other: Pool) -> Pool:
         """Both pools' elements, as a new pool."""
@@ -263,7 +263,8 @@ class Pool:
         both.tensors = self.tensors + other.tensors
         both._statistics = self._statistics + other._statistics
         both._moments = self._moments + other._moments
-        both._table = self._table + other._table
+        for part in (self, other):
+            both._histogram.add(*part._histogram.counted())
         return both
 
     def statistics(self) -> Statistics:
@@ -286,7 +287,7 @@ class Pool:
         return _described(basic, self._distribution(basic), moments)
 
     def _distribution(self, basic: Statistics) -> Distribution | None:
-        buckets = np.flatnonzero(self._table)
+        buckets, counts = self._histogram.counted()
         if not len(buckets) or basic.min is None or basic.max is None:
             return None
         shift = SHIFT["F64"]
@@ -295,7 +296,36 @@ class Pool:
         values[(buckets == 0) | (buckets == 1 << 19)] = 0.0
         values = np.clip(values, basic.min, basic.max)
         order = np.argsort(values, kind="stable")
-        return Distribution(values[order], self._table[buckets][order])
+        return Distribution(values[order], counts[order])
+
+
+class _Histogram:
+    """Counts by bucket, of many tensors; a pool of few never pays for all buckets there are."""
+
+    #: Entries that may wait to be added up.
+    _WAITING = 1 << 16
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]] = []
+        self._waiting = 0
+
+    def add(self, buckets: npt.NDArray[np.uint32], counts: npt.NDArray[np.int64]) -> None:
+        """Take in the counts of some buckets."""
+        self._parts.append((buckets, counts))
+        self._waiting += len(buckets)
+        if self._waiting > self._WAITING:
+            self._parts = [self.counted()]
+            self._waiting = 0
+
+    def counted(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """The buckets that hold anything, ascending, and their counts."""
+        if not self._parts:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        buckets, counts = map(np.concatenate, zip(*self._parts, strict=True))
+        order = np.argsort(buckets, kind="stable")  # which merges what is in order already
+        buckets = buckets[order]
+        starts = np.flatnonzero(np.diff(buckets, prepend=~buckets[:1]))
+        return buckets[starts], np.add.reduceat(counts[order], starts)
 
 
 _COUNTERS = ("count", "nan_count", "posinf_count", "neginf_count", "zero_count", "subnormal_count")
