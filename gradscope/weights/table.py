@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 
 from rich.console import RenderableType
@@ -63,12 +64,18 @@ def _tensors(tensors: Sequence[TensorResult], display: Display) -> Iterator[Rend
     wide = display.width is None or display.width >= 130
     room = display.width is None or display.width >= 110
     planned = any(t.cast_plan for t in tensors)
+    measured = (
+        *(("mean",) if wide else ()), "std", "abs max", "peak", "zeros", "health",
+        *((("distribution", "left"),) if room else ()),
+    )  # fmt: skip
+    headers_only = all(t.statistics is None for t in tensors)
     columns = (
         ("tensor", "left"), ("shape", "left"), ("dtype", "left"),
-        *((("cast to", "left"),) if planned else ()), *(("mean",) if wide else ()),
-        "std", "abs max", "peak", "zeros", "health", *((("distribution", "left"),) if room else ()),
+        *((("cast to", "left"),) if planned else ()),
+        *((("role", "left"),) if headers_only else measured),
     )  # fmt: skip
-    rows = [_row(group, display, wide, planned) for group in shown]
+    row = _described if headers_only else partial(_row, display=display, planned=planned)
+    rows = [row(group, wide=wide) for group in shown]
     if shown:
         yield Text("")
         yield _grid(columns, rows) if _in_file(display) else _table(columns, rows, shown)
@@ -97,20 +104,31 @@ def _table(
     return made
 
 
-def _row(
-    group: Sequence[TensorResult], display: Display, wide: bool, planned: bool
-) -> list[str | Text]:
-    first = min(group, key=_score)
+def _described(group: Sequence[TensorResult], wide: bool) -> list[str | Text]:
+    """What a header tells of a tensor, or of several alike."""
+    first = group[0]
+    return [*_identity(group, first, wide), first.role]
+
+
+def _identity(
+    group: Sequence[TensorResult], first: TensorResult, wide: bool
+) -> tuple[str, str, str]:
+    """Name, shape and dtype."""
     many = f"  ×{len(group)}" if len(group) > 1 else ""
     name = shortened(pattern(first.name) if many else first.name)
     room = _NARROW_NAME - len(many)
     if not wide and len(name) > room:
         name = "…" + name[1 - room :]
+    return name + many, "×".join(map(str, first.shape)) or "scalar", first.dtype
+
+
+def _row(
+    group: Sequence[TensorResult], display: Display, wide: bool, planned: bool
+) -> list[str | Text]:
+    first = min(group, key=_score)
     s = first.statistics
     row: list[str | Text] = [
-        name + many,
-        "×".join(map(str, first.shape)) or "scalar",
-        first.dtype,
+        *_identity(group, first, wide),
         *([first.cast_plan or "–"] if planned else []),
     ]
     if s is None:
