@@ -6,12 +6,10 @@ What a device does instead is in ``torch_algebra``; both are the same two functi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from threadpoolctl import threadpool_limits
 
 Array = npt.NDArray[Any]
 Values = npt.NDArray[np.float64]
@@ -59,17 +57,6 @@ class Numpy:
             return total
 
         return leading(product, columns)
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Within it, BLAS uses one thread a matrix: several matrices at once serve more cores.
-
-    LAPACK's reduction of a matrix hardly gains by threads, which wait for one another at every
-    column; and so the same bytes come out on any number of cores.
-    """
-    with threadpool_limits(limits=1, user_api="blas"):
-        yield
 
 
 #: Elements that are widened at once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -94,6 +95,20 @@ def threads(jobs: int | None = None) -> Engine[Any, Any]:
                     future.cancel()
 
     return run
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Within it, BLAS uses one thread for each of an engine's tasks: they serve the cores better.
+
+    LAPACK's reduction of a matrix hardly gains by threads, which wait for one another at every
+    column, and products with one vector take ten times as long where cores are shared. And the
+    same bytes come out on any number of cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
 
 
 def _available_cores() -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.errors import UsageError
 from gradscope.report.model import Skip
-from gradscope.spectra.algebra import Algebra, Array, Values, one_thread_each
+from gradscope.spectra.algebra import Algebra, Array, Values
 from gradscope.spectra.convolutions import operator_norm, slices
 from gradscope.spectra.matrices import Matrix, matrix, read
 from gradscope.spectra.spectrum import Spectrum, Tail, greatest, spectrum, tail
@@ -116,10 +116,12 @@ def with_spectra(
     after which no core waits for another. Raises InputError when a file changes or ends while it
     is read.
     """
+    from gradscope.statistics.engine import one_blas_thread
+
     whole = wanted.budget is None
     subjects = sorted(_subjects(examined), key=lambda s: s.cost, reverse=whole)
     found: dict[str, SpectrumResult] = {}
-    with one_thread_each():
+    with one_blas_thread():
         for subject, result in zip(subjects, engine(_Work(wanted), subjects), strict=True):
             if result is not None:
                 found[subject.tensor.name] = result

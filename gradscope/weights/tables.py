@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.tensors import TensorRef
@@ -15,6 +16,7 @@ from gradscope.weights.roles import Role
 
 if TYPE_CHECKING:
     from gradscope.statistics import Engine
+    from gradscope.statistics.table_rows import Centre
 
 #: Rows of these follow one another smoothly: near-equal neighbours were trained.
 _ORDERED = re.compile(r"(^|[._])(wpe|pos|position|relative|time|temporal|age|year)", re.IGNORECASE)
@@ -34,9 +36,18 @@ def table_rows(
     Of a healthy table some 3,500 rows are read; one with untrained rows is read once more.
     Raises InputError when a file changes or ends while it is read.
     """
+    from gradscope.statistics.engine import one_blas_thread
+
     tables = list(_tables(refs, tensors))
-    hints = reserved_beside(folder) if tables else ()
-    found = {ref.name: _rows(ref, units, hints, engine) for ref, units in tables}
+    if not tables:
+        return {}
+    hints = reserved_beside(folder)
+    with one_blas_thread():
+        centres = list(engine(partial(_centre, hints=hints), [ref for ref, _ in tables]))
+    found = {
+        ref.name: _rows(ref, units, centre, engine)
+        for (ref, units), centre in zip(tables, centres, strict=True)
+    }
     return {name: rows for name, rows in found.items() if rows.all}
 
 
@@ -50,12 +61,17 @@ def _tables(
             yield refs[tensor.name], tensor.units
 
 
-def _rows(
-    ref: TensorRef, units: Units, hints: Sequence[int], engine: Engine[Any, Any]
-) -> TableRows:
-    from gradscope.statistics.table_rows import centre_of_cluster, rows_by_id
+def _centre(ref: TensorRef, hints: Sequence[int]) -> Centre | None:
+    from gradscope.statistics.table_rows import centre_of_cluster
 
-    centre = None if _ORDERED.search(ref.name) else centre_of_cluster(ref, hints)
+    return None if _ORDERED.search(ref.name) else centre_of_cluster(ref, hints)
+
+
+def _rows(
+    ref: TensorRef, units: Units, centre: Centre | None, engine: Engine[Any, Any]
+) -> TableRows:
+    from gradscope.statistics.table_rows import rows_by_id
+
     if centre is None and _listed_whole(units):
         repeated = sorted({second for _, second in units.duplicates})
         return TableRows(units.dead, tuple(repeated))

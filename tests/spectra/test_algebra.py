@@ -16,9 +16,10 @@ from gradscope.checkpoints import open_checkpoint
 from gradscope.errors import UsageError
 from gradscope.spectra import algebra as cpu_algebra
 from gradscope.spectra import matrices
-from gradscope.spectra.algebra import Algebra, Numpy, leading, one_thread_each
+from gradscope.spectra.algebra import Algebra, Numpy, leading
 from gradscope.spectra.matrices import Matrix, matrix
 from gradscope.spectra.torch_algebra import Torch, algebra_on
+from gradscope.statistics.engine import one_blas_thread
 
 Array = npt.NDArray[Any]
 
@@ -83,7 +84,7 @@ def test_blas_uses_one_thread_a_matrix_and_gets_its_own_back() -> None:
         return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"]
 
     before = blas()
-    with one_thread_each():
+    with one_blas_thread():
         assert set(blas()) == {1}
     assert blas() == before
 
