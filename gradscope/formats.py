@@ -130,6 +130,14 @@ _CHECKPOINTS = (
         recognises="gradscope.checkpoints.recognise:is_npy",
         reader="gradscope.checkpoints.npz:read_npz",
     ),
+    Format(
+        name="gguf",
+        family="GGUF",
+        suffixes=(".gguf",),
+        kind="tensors",
+        recognises="gradscope.checkpoints.gguf:recognises",
+        reader="gradscope.checkpoints.gguf:read_gguf",
+    ),
 )
 
 _HISTORIES = (

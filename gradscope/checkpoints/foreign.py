@@ -211,13 +211,12 @@ def _text(file: Beginning) -> None:
 # Other formats.
 
 _PACKED = "decompress it and give the file inside"
-_GGUF = "quantised GGML models are not read: give the original safetensors"
+_GGML = "it is read once llama.cpp has converted it to GGUF; or give the original safetensors"
 _H5 = f"HDF5 is not read: {_CONVERT}"
 
 #: Beginnings that name a format by themselves: bytes, what it is, what to do.
 _MAGICS: tuple[tuple[bytes, str, str], ...] = (
-    (b"GGUF", "a GGUF file (llama.cpp)", _GGUF),
-    *((magic, "a GGML file (llama.cpp before GGUF)", _GGUF)
+    *((magic, "a GGML file (llama.cpp before GGUF)", _GGML)
       for magic in (b"lmgg", b"fmgg", b"tjgg", b"algg", b"ggml", b"ggmf", b"ggjt", b"ggla")),
     (b"\x1f\x8b", "a gzip file", _PACKED),
     (b"\xfd7zXZ\0", "an xz file", _PACKED),

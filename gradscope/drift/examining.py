@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
+from gradscope.drift.ggml_names import ggml_names
 from gradscope.drift.matching import Matched, matched, renamed, tied
 from gradscope.drift.result import DriftResult, Explanation, Need
 from gradscope.report.model import InputFailure
@@ -39,7 +40,7 @@ def headers_of(base: Checkpoint, new: Checkpoint) -> Found:
     from gradscope.drift.describing import Seen
 
     names = _roles(base.tensors, new.tensors)
-    matching = matched(base.tensors, new.tensors)
+    matching = matched(base.tensors, new.tensors, ggml_names(base, new))
     seen = [Seen(m.base, m.new, names[m.new.name]) for m in matching.pairs]
     result = assembled(base, new, matching, seen, names)
     return Found((base, new), result, seen, frozenset({Need.HEADERS}))
@@ -92,7 +93,7 @@ def _compared(
 
     base, new = verified(base, engine), verified(new, engine)
     here, there = logical(base), logical(new)
-    matching = matched(here.tensors, there.tensors)
+    matching = matched(here.tensors, there.tensors, ggml_names(base, new))
     matching = renamed(matching, here.tensors, there.tensors, _Content(engine))
     matching = tied(matching, here.tensors, there.tensors, same)
     names = _roles(here.tensors, there.tensors)

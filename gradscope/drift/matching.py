@@ -40,18 +40,27 @@ class Matching:
     ties: Mapping[str, str] = field(default_factory=dict)
 
 
-def matched(base: Sequence[TensorRef], new: Sequence[TensorRef]) -> Matching:
+def matched(
+    base: Sequence[TensorRef],
+    new: Sequence[TensorRef],
+    translated: Callable[[str], str] | None = None,
+) -> Matching:
     """Match by name; then what is left by its name without wrappers, then without one prefix.
 
-    A shorter name must be that of one tensor alone on either side.
+    A shorter name must be that of one tensor alone on either side. ``translated`` turns the names
+    that one of them has into those of the other.
     """
     partner = {ref.name: ref.name for ref in new}
     pairs = {ref.name: partner[ref.name] for ref in base if ref.name in partner}
     notes: list[str] = []
+    if translated is not None:
+        found = _by(translated, base, new, pairs)
+        pairs |= found
+        notes += _said(found, "by what llama.cpp calls them")
     for shorten in (canonical, _common(base, new, pairs)):
         found = _by(shorten, base, new, pairs)
         pairs |= found
-        notes += _said(found)
+        notes += _said(found, "without what wrappers put into names")
     return _matching(base, new, pairs, notes)
 
 
@@ -190,11 +199,8 @@ def _common(
     return lambda name: canonical(name).removeprefix(prefix)
 
 
-def _said(found: Mapping[str, str]) -> Iterator[str]:
+def _said(found: Mapping[str, str], how: str) -> Iterator[str]:
     """One note on the names that were matched without being equal."""
     if found:
         first, other = next(iter(found.items()))
-        yield (
-            f"{plural(len(found), 'tensor')} matched without what wrappers put into names: "
-            f"{quoted(first)} is {quoted(other)}"
-        )
+        yield (f"{plural(len(found), 'tensor')} matched {how}: {quoted(first)} is {quoted(other)}")

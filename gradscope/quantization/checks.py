@@ -58,11 +58,13 @@ def _wrong(companion: Companion, s: Statistics, lost: float) -> str:
 
 def loses(weight: QuantizedWeight, measured: Mapping[str, Statistics]) -> TensorRef | None:
     """What to measure to know how much of a weight scales of zero cost; None without any."""
+    from gradscope.quantization.decoding import Dequantized  # which rules have no use for
+
     values = weight.values
     zeros = any(
         c.kind is Kind.SCALE and c.name in measured and measured[c.name].zero_count
         for c in weight.companions
     )
-    if values is None or weight.decoding is None or not zeros:
+    if values is None or not isinstance(weight.decoding, Dequantized) or not zeros:
         return None
     return replace(values, decoding=replace(weight.decoding, lost=True))

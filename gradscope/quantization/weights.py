@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
-from gradscope.checkpoints.tensors import TensorRef
-
-if TYPE_CHECKING:  # compiled kernels, which rules have no use for
-    from gradscope.quantization.decoding import Dequantized
+from gradscope.checkpoints.tensors import Decoding, TensorRef
 
 
 class Kind(StrEnum):
@@ -43,6 +40,15 @@ class Companion:
         return self.ref.name
 
 
+class Values(Decoding, Protocol):
+    """How the values of a weight are computed."""
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Every tensor that they depend on."""
+        ...
+
+
 FaultKind = Literal["missing", "shape", "config"]
 
 
@@ -70,7 +76,7 @@ class QuantizedWeight:
     companions: tuple[Companion, ...] = ()
     faults: tuple[Fault, ...] = ()
     #: How its values are computed; None where something that takes is missing or not understood.
-    decoding: Dequantized | None = None
+    decoding: Values | None = None
     #: What the tensors show, to be compared with what a configuration says.
     bits: int | None = None
     group: int | None = None

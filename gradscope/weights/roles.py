@@ -91,7 +91,8 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
     (
         Role.BUFFER,
         r"position_ids|inv_freq|masked_bias|relative_position_index|relative_coords_table|"
-        r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window",
+        r"(\w+_)?mask|tril|triu|cos_cached|sin_cached|anchors|anchor_grid|mel_filters?|window|"
+        r"rope_freqs\.weight",
     ),
     (Role.BUFFER, _CODE_STATE),
     (Role.LAYER_SCALE, r"gamma_?[12]?|lambda_?[12]?|ls[12]|layer_scale(_[12])?(_parameter)?"),
@@ -101,8 +102,8 @@ _BY_LEAF: tuple[tuple[Role, str], ...] = (
 _OF_FACTOR = {"A": Role.LORA_A, "B": Role.LORA_B}
 #: What tables of vectors are called, by the module that holds one or the parameter that is one.
 _EMBEDDING = re.compile(
-    r"wte|wpe|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|\w+_tokens?|tok|lut|"
-    r"relative_attention_bias",
+    r"wte|wpe|\w+_embd|\w*embed(ding|der)?s?|(\w+_)?emb|embed_(tokens|positions|in)\w*|"
+    r"\w+_tokens?|tok|lut|relative_attention_bias",
     re.IGNORECASE,
 )
 #: Codebooks of vector quantisers: in a module of that name, or called so.

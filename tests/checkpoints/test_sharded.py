@@ -469,9 +469,9 @@ class Entry:
 
 
 @pytest.fixture
-def gguf(tmp_path: Path) -> str:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
-    return str(tmp_path / "model.gguf")
+def ggml(tmp_path: Path) -> str:
+    (tmp_path / "model.bin").write_bytes(b"tjgg\x03\0\0\0")
+    return str(tmp_path / "model.bin")
 
 
 def register(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
@@ -480,24 +480,24 @@ def register(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
 
 
 def test_installed_readers_are_asked_before_a_format_is_refused(
-    monkeypatch: pytest.MonkeyPatch, gguf: str
+    monkeypatch: pytest.MonkeyPatch, ggml: str
 ) -> None:
-    checkpoint = Checkpoint(gguf, "gguf", 8, ())
+    checkpoint = Checkpoint(ggml, "ggml", 8, ())
     register(monkeypatch, None, checkpoint)
-    assert open_checkpoint(gguf) is checkpoint
+    assert open_checkpoint(ggml) is checkpoint
 
 
 def test_the_refusal_stands_when_no_reader_takes_the_file(
-    monkeypatch: pytest.MonkeyPatch, gguf: str
+    monkeypatch: pytest.MonkeyPatch, ggml: str
 ) -> None:
     register(monkeypatch, None)
-    with pytest.raises(InputError, match="GGUF"):
-        open_checkpoint(gguf)
+    with pytest.raises(InputError, match="GGML"):
+        open_checkpoint(ggml)
 
 
 def test_a_reader_that_cannot_be_loaded_is_a_usage_error(
-    monkeypatch: pytest.MonkeyPatch, gguf: str
+    monkeypatch: pytest.MonkeyPatch, ggml: str
 ) -> None:
-    register(monkeypatch, ImportError("no module named gguf"))
-    with pytest.raises(UsageError, match="no module named gguf"):
-        open_checkpoint(gguf)
+    register(monkeypatch, ImportError("no module named ggml"))
+    with pytest.raises(UsageError, match="no module named ggml"):
+        open_checkpoint(ggml)

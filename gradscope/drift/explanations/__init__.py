@@ -31,6 +31,7 @@ _FINDERS: tuple[Callable[[Subject], Explanation | None], ...] = (
     damage.non_finite,
     operations.pruned,
     operations.scaled,
+    operations.shifted,
     rounding.rounded_in_place,
     quantising.requantised,
     operations.some_rows,

@@ -38,6 +38,22 @@ def scaled(s: Subject) -> Explanation | None:
     return Explanation(kind="scaled", text=text, residual=residual, facts={"factor": factor})
 
 
+def shifted(s: Subject) -> Explanation | None:
+    """One number was added to all: norms whose gain is stored as it is, or without its one."""
+    m = s.measures
+    if not s.floats or not m.finite or m.numel < 2 or not m.new_norm:
+        return None
+    by = m.sums[kernels.CHANGES] / m.numel
+    squares = m.sums[kernels.SQUARES_CHANGE]
+    left = math.sqrt(max(0.0, squares - m.numel * by**2))
+    greatest = max(m.base_norm, m.new_norm)
+    if left > s.coarser * greatest or squares < 64 * (s.coarser * greatest) ** 2:
+        return None
+    facts: dict[str, Fact] = {"by": by}
+    residual = left / m.new_norm
+    return Explanation(kind="shifted", text=f"shifted by {by:.6g}", residual=residual, facts=facts)
+
+
 def pruned(s: Subject) -> Explanation | None:
     """Elements became zero, the others stayed."""
     m = s.measures

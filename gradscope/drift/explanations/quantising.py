@@ -13,6 +13,8 @@ from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE
 from gradscope.drift.explanations.subject import Subject
 from gradscope.drift.result import Explanation
+from gradscope.quantization.decoding import Dequantized
+from gradscope.quantization.weights import QuantizedWeight
 from gradscope.report.model import Fact
 from gradscope.weights.products import values
 
@@ -73,8 +75,7 @@ def quantised(s: Subject) -> Explanation | None:
         return None
     weight = s.quantized
     ratio = -20 * math.log10(noise)
-    coded = s.new.decoding is not None
-    grid = _grid(s.base, s.new, weight.group or s.new.row_numel) if coded else None
+    grid = _grid_of_codes(s, weight)
     text = f"quantised ({weight.scheme}): {ratio:.1f} dB signal to noise"
     facts: dict[str, Fact] = {"scheme": weight.scheme, "snr_db": ratio, "nmse": noise**2}
     if weight.bits is not None:
@@ -82,6 +83,15 @@ def quantised(s: Subject) -> Explanation | None:
     if grid is not None:
         text, facts = f"{text}, {grid.said}", facts | {"nearest_db": grid.nearest_db}
     return Explanation(kind="quantised", text=text, residual=noise, facts=facts)
+
+
+def _grid_of_codes(s: Subject, weight: QuantizedWeight) -> Grid | None:
+    """That of the new tensor, where one code is one element."""
+    if s.new.decoding is None:
+        return None
+    by_row = isinstance(s.new.decoding, Dequantized)
+    group = weight.group or (s.new.row_numel if by_row else 0)
+    return _grid(s.base, s.new, group) if group else None
 
 
 def requantised(s: Subject) -> Explanation | None:

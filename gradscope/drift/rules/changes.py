@@ -115,7 +115,7 @@ def _on_the_way(drifted: Drifted) -> Iterator[Observation]:
 
 def _drifted(tensor: TensorDrift) -> bool:
     why = tensor.explanation
-    learnt = why is None or why.kind in ("scaled", "low-rank", "rows", "pruned")
+    learnt = why is None or why.kind in ("scaled", "shifted", "low-rank", "rows", "pruned")
     return tensor.status == "changed" and tensor.role not in AUXILIARY and learnt
 
 

@@ -9,7 +9,7 @@ from gradscope.drift.result import Drifted, Expected, Kind, Merge, Need, TensorD
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.text import listed, plural, quoted
-from gradscope.weights.roles import AUXILIARY, TRAINING
+from gradscope.weights.roles import AUXILIARY, TRAINING, Role
 
 #: What a conversion may do to a tensor.
 _CONVERTED: frozenset[Kind | None] = frozenset(
@@ -25,7 +25,8 @@ def unexpected_change(
 
     `--expect-frozen GLOB`: not a bit of a tensor may differ. `--max-drift ROLE=X`: no tensor of the
     role may move by more of its norm. `--expect identical`: every tensor has the same bits and
-    type. `--expect converted`: casts, permutations, transpositions and other shapes alone.
+    type. `--expect converted`: casts, permutations, transpositions, other shapes, gains of norms
+    stored with or without their one, and buffers of one side alone.
     `--expect quantised`: weights are casts or codes whose signal-to-noise ratio is at least 3 dB a
     bit, half of the 6.02 dB that an ideal uniform quantiser gains with each (Bennett 1948); the
     rest as for a conversion. `--expect merge`: what the adapter names is W + s B A (DoRA: with its
@@ -119,7 +120,20 @@ def _identical(tensor: TensorDrift, _: float) -> bool:
 
 
 def _converted(tensor: TensorDrift, _: float) -> bool:
-    return tensor.status == "identical" or _only(tensor, _CONVERTED)
+    return (
+        tensor.status == "identical"
+        or _only(tensor, _CONVERTED)
+        or _centred_otherwise(tensor)
+        or (tensor.status in ("added", "removed") and tensor.role is Role.BUFFER)
+    )
+
+
+def _centred_otherwise(tensor: TensorDrift) -> bool:
+    """Whether it is the gain of a norm as it is, or as what it has beside one (Gemma's)."""
+    why = tensor.explanation
+    if why is None or why.kind != "shifted" or tensor.role is not Role.NORM_GAIN:
+        return False
+    return abs(abs(float(why.facts["by"])) - 1) < 1e-3
 
 
 def _only(tensor: TensorDrift, kinds: Container[Kind | None]) -> bool:

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gradscope.quantization.layouts import bitsandbytes, elements, nibbles, torchao, words
+from gradscope.quantization.layouts import (
+    bitsandbytes,
+    elements,
+    ggml,
+    nibbles,
+    torchao,
+    words,
+)
 from gradscope.quantization.site import Site
 from gradscope.quantization.weights import QuantizedWeight
 
 LAYOUTS: tuple[Callable[[Site], QuantizedWeight | None], ...] = (
+    ggml.blocks,
     bitsandbytes.four_bits,
     bitsandbytes.int8,
     torchao.tensors,

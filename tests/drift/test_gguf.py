@@ -1,0 +1,162 @@
+"""Conversions to GGUF and back: names, permuted rows, types, noise. Files are llama.cpp's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pairs import State, drawn, found, only, written
+
+import gradscope
+from gradscope.drift.result import DriftReport
+
+gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
+
+WIDTH, HEADS, LAYERS = 256, 4, 2
+
+
+def hugging_face() -> State:
+    """A small Llama under the names of transformers."""
+
+    def weight(rows: int, columns: int, seed: int) -> torch.Tensor:
+        return drawn(rows, columns, seed=seed) * columns**-0.5
+
+    state = {"model.embed_tokens.weight": weight(96, WIDTH, 1),
+             "model.norm.weight": 1 + 0.1 * drawn(WIDTH, seed=2)}  # fmt: skip
+    for n in range(LAYERS):
+        at = f"model.layers.{n}"
+        for k, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj")):
+            state[f"{at}.self_attn.{name}.weight"] = weight(WIDTH, WIDTH, 10 * n + k)
+        state[f"{at}.mlp.up_proj.weight"] = weight(2 * WIDTH, WIDTH, 10 * n + 5)
+        state[f"{at}.mlp.down_proj.weight"] = weight(WIDTH, 2 * WIDTH, 10 * n + 6)
+        for k, name in enumerate(("input_layernorm", "post_attention_layernorm")):
+            state[f"{at}.{name}.weight"] = 1 + 0.1 * drawn(WIDTH, seed=10 * n + 7 + k)
+    return state
+
+
+def permuted(w: torch.Tensor) -> torch.Tensor:
+    """Rows as llama.cpp's converter lays them (LlamaModel.permute)."""
+    return w.reshape(HEADS, 2, len(w) // HEADS // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def converted(
+    path: Path, state: State, kind: str = "F16", *, permute: bool = True, gain: float = 0.0
+) -> str:
+    """What convert_hf_to_gguf.py writes of a state."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_token_list(["<s>", "a", "b"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    for name, t in state.items():
+        t = permuted(t) if permute and ("q_proj" in name or "k_proj" in name) else t
+        t = t + gain if t.ndim == 1 else t
+        qtype = gguf.GGMLQuantizationType[kind if t.ndim > 1 else "F32"]
+        data: Any = gguf.quants.quantize(t.numpy(), qtype)
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def compared(folder: Path, kind: str = "F16", **options: Any) -> DriftReport:
+    base = written(folder / "model.safetensors", hugging_face())
+    new = converted(folder / "model.gguf", hugging_face(), kind)
+    return gradscope.analyze_drift(base, new, **options)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_a_conversion_is_one_and_says_how(tmp_path: Path, kind: str) -> None:
+    report = compared(tmp_path, kind, expect="converted")
+
+    assert found(report) == {}
+    assert report.gate.exit_code == 0
+    assert report.result is not None
+    assert len(report.result.tensors) == len(hugging_face())
+    told = only(report, "blk.1.attn_q.weight")
+    assert told.base_name == "model.layers.1.self_attn.q_proj.weight"
+    assert told.explanation is not None
+    assert f"heads of {WIDTH // HEADS}: the halves of rotary" in told.explanation.text
+    same = "identical" if kind == "F32" else "rounding"
+    assert only(report, "blk.1.attn_v.weight").status == same
+
+
+def test_the_way_back_is_a_conversion(tmp_path: Path) -> None:
+    base = converted(tmp_path / "model.gguf", hugging_face(), "BF16")
+    state = {n: t.bfloat16() if t.ndim > 1 else t for n, t in hugging_face().items()}
+
+    report = gradscope.analyze_drift(
+        base, written(tmp_path / "m.safetensors", state), expect="converted"
+    )
+
+    assert found(report) == {}
+
+
+def test_two_files_of_different_types_are_compared(tmp_path: Path) -> None:
+    one, two = (converted(tmp_path / f"{k}.gguf", hugging_face(), k) for k in ("F16", "Q8_0"))
+
+    report = gradscope.analyze_drift(one, two, expect="quantised")
+
+    assert found(report) == {}
+    assert only(report, "blk.0.attn_q.weight").base_name is None
+
+
+def test_rows_that_were_not_permuted_are_the_bases(tmp_path: Path) -> None:
+    base = written(tmp_path / "model.safetensors", hugging_face())
+    new = converted(tmp_path / "model.gguf", hugging_face(), permute=False)
+
+    told = only(gradscope.analyze_drift(base, new), "blk.0.attn_q.weight")
+
+    assert told.status == "rounding"
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0"])
+def test_blocks_are_told_by_their_noise(tmp_path: Path, kind: str) -> None:
+    report = compared(tmp_path, kind, expect="quantised")
+
+    assert found(report) == {}
+    told = only(report, "blk.0.ffn_up.weight").explanation
+    assert told is not None
+    w = hugging_face()["model.layers.0.mlp.up_proj.weight"]
+    qtype = gguf.GGMLQuantizationType[kind]
+    values = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), qtype), qtype))
+    ratio = 20 * torch.log10(w.norm() / (values - w).norm()).item()
+    assert told.facts["scheme"] == f"gguf {kind}"
+    assert told.facts["snr_db"] == pytest.approx(ratio, abs=1e-3)
+    assert "gguf" in only(report, "blk.0.attn_k.weight").explanation.text
+    assert "rotary" in only(report, "blk.0.attn_k.weight").explanation.text
+    assert found(compared(tmp_path, kind, expect="converted")) == {"unexpected-change": ["high"]}
+
+
+def test_a_conversion_of_another_model_is_told(tmp_path: Path) -> None:
+    wrong = hugging_face() | {"model.layers.1.mlp.up_proj.weight": drawn(512, WIDTH, seed=99)}
+    base = written(tmp_path / "model.safetensors", hugging_face())
+    new = converted(tmp_path / "model.gguf", wrong)
+
+    report = gradscope.analyze_drift(base, new, expect="converted")
+
+    (finding,) = [f for f in report.findings if f.name == "unexpected-change"]
+    assert finding.subject == "blk.1.ffn_up.weight"
+
+
+def test_gains_with_their_one_are_a_conversion_and_others_are_not(tmp_path: Path) -> None:
+    base = written(tmp_path / "model.safetensors", hugging_face())
+    for gain, expected in ((1.0, {}), (0.5, {"unexpected-change": ["high"]})):
+        new = converted(tmp_path / "model.gguf", hugging_face(), gain=gain)
+        report = gradscope.analyze_drift(base, new, expect="converted", ignore=["weight-drift"])
+        assert found(report) == expected
+        told = only(report, "output_norm.weight").explanation
+        assert told is not None
+        assert (told.kind, told.facts["by"]) == ("shifted", pytest.approx(gain, abs=1e-6))
+
+
+def test_names_are_matched_from_headers_alone(tmp_path: Path) -> None:
+    report = compared(tmp_path, headers_only=True)
+
+    assert report.result is not None
+    assert not {"added", "removed"} & set(report.result.counts)
+    assert any("by what llama.cpp calls them" in note for note in report.result.notes)
