@@ -36,58 +36,77 @@ class Heads:
 
     ``norms`` are σ₁(W_qᵀ W_k) / √size and ``ranks`` the effective ranks of that product.
     ``typical`` is the deviation of logits of independent inputs of unit variance, ``bounds`` what
-    no logit exceeds, rotated or not; both are None where the input is not known.
+    no logit exceeds, rotated or not; both are None where the input is not known. The ranks of
+    queries, keys and values are those of each head's own rows, of as many heads as each has.
     """
 
     norms: Values
     ranks: Values
     typical: Values | None
     bounds: Values | None
+    query_ranks: Values
+    key_ranks: Values
+    value_ranks: Values | None
 
 
-def heads(query: Side, key: Side, size: int, given: Input | None) -> Heads:
-    """The logits qᵀk / √size of every head of so many rows; key heads may serve several."""
+def heads(
+    query: Side, key: Side, size: int, given: Input | None, value: Array | None = None
+) -> Heads:
+    """The logits qᵀk / √size of every head of so many rows; key heads may serve several.
+
+    ``value`` [heads * size, width] is what heads hand on; None where it is not known.
+    """
     q, k = (_split(side, size, given) for side in (query, key))
-    shared = len(q.matrix) // len(k.matrix)
-    k = _Split(*(np.repeat(part, shared, axis=0) for part in (k.plain, k.matrix, k.constant)))
-    products = np.stack([_singular(a, b) for a, b in zip(q.plain, k.plain, strict=True)])
-    ranks = [effective_rank(s) or 0.0 for s in products]
+    shared = len(q.plain) // len(k.plain)
+    products = _singular(q.plain.swapaxes(1, 2) @ np.repeat(k.plain, shared, axis=0))
     norms = products[:, 0] / np.sqrt(size)
-    if given is None:
-        return Heads(norms, np.array(ranks), None, None)
-    through = np.stack([_singular(a, b) for a, b in zip(q.matrix, k.matrix, strict=True)])
-    typical = np.sqrt((through**2).sum(axis=1) / size)
-    return Heads(norms, np.array(ranks), typical, q.longest() * k.longest() / np.sqrt(size))
+    typical = bounds = None
+    if given is not None:
+        through = _singular(q.through.swapaxes(1, 2) @ np.repeat(k.through, shared, axis=0))
+        typical = np.sqrt((through**2).sum(axis=1) / size)
+        bounds = q.longest * np.repeat(k.longest, shared) / np.sqrt(size)
+    own = [q.plain, k.plain] + ([] if value is None else [_triangles(value, size)])
+    ranks = [_ranks(_singular(triangles)) for triangles in own]
+    return Heads(
+        norms, _ranks(products), typical, bounds,
+        ranks[0], ranks[1], ranks[2] if len(ranks) > 2 else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """By head: the matrix as stored, with the gain, and what is added to its product."""
+    """By head the triangles [size, ·] of the matrix as stored and of that with the gain, and the
+    greatest length that a query or key can have.
+    """
 
     plain: Values
-    matrix: Values
-    constant: Values
-
-    def longest(self) -> Values:
-        """The greatest length that a query or key can have."""
-        width = self.matrix.shape[2]
-        norms = np.linalg.norm(self.matrix, 2, axis=(1, 2))
-        return np.asarray(norms * np.sqrt(width) + np.linalg.norm(self.constant, axis=1))
+    through: Values
+    longest: Values
 
 
 def _split(side: Side, size: int, given: Input | None) -> _Split:
-    plain = side.matrix.astype(np.float64)
+    plain = _triangles(side.matrix, size)
+    if given is None:
+        return _Split(plain, plain, np.full(len(plain), np.inf))
+    through = _triangles(side.matrix * given.gain, size)
     bias = 0.0 if side.bias is None else side.bias.astype(np.float64)
-    constant = np.zeros(len(plain)) + bias
-    matrix = plain
-    if given is not None:
-        matrix = plain * given.gain
-        constant = constant + (0.0 if given.offset is None else plain @ given.offset)
-    by_head = (-1, size, plain.shape[1])
-    return _Split(plain.reshape(by_head), matrix.reshape(by_head), constant.reshape(-1, size))
+    offset = 0.0 if given.offset is None else side.matrix.astype(np.float64) @ given.offset
+    constant = (np.zeros(len(side.matrix)) + bias + offset).reshape(-1, size)
+    norms = _singular(through)[:, 0] * np.sqrt(side.matrix.shape[1])
+    return _Split(plain, through, norms + np.linalg.norm(constant, axis=1))
 
 
-def _singular(q: Values, k: Values) -> Values:
-    """Of qᵀ k, by the triangles of both: a decomposition of head times head."""
-    left, right = (np.asarray(np.linalg.qr(side.T, mode="r")) for side in (q, k))
-    return np.asarray(np.linalg.svd(left @ right.T, compute_uv=False))
+def _triangles(matrix: Array, size: int) -> Values:
+    """Of each head L [size, ·] in W = L Q, where Q has orthonormal rows."""
+    by_head = matrix.astype(np.float64).reshape(-1, size, matrix.shape[1])
+    triangles = np.asarray(np.linalg.qr(by_head.swapaxes(1, 2), mode="r"))
+    return triangles.swapaxes(1, 2)
+
+
+def _singular(matrices: Values) -> Values:
+    return np.asarray(np.linalg.svd(matrices, compute_uv=False))
+
+
+def _ranks(values: Values) -> Values:
+    """0 of zeros."""
+    return np.array([effective_rank(sigma) or 0.0 for sigma in values])

@@ -52,6 +52,15 @@ def bulk(eigenvalues: Values, rows: int, columns: int) -> Bulk | None:
     )  # fmt: skip
 
 
+def random_rank(rows: int, columns: int) -> float:
+    """The effective rank that a random matrix of that shape has: exp of the entropy of its law."""
+    short, long = sorted((rows, columns))
+    law = _quantiles(short / long)
+    sigma = np.sqrt(np.interp((np.arange(short) + 0.5) / short, law.cumulative, law.values))
+    shares = sigma / sigma.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 @dataclass(frozen=True, slots=True)
 class _Law:
     """The law of the eigenvalues of a random matrix, in units of their mean."""

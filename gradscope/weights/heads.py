@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import TensorRef
-from gradscope.spectra.attention import Heads, Input, Side, heads
+from gradscope.spectra.attention import Heads as Computed
+from gradscope.spectra.attention import Input, Side, heads
+from gradscope.spectra.marchenko import random_rank
 from gradscope.spectra.matrices import read
 from gradscope.statistics.dtypes import is_float
 from gradscope.statistics.layout import UnitLayout
@@ -21,9 +23,12 @@ from gradscope.weights.result import AttentionResult, Examined
 Array = npt.NDArray[Any]
 Layout = Callable[[TensorRef], UnitLayout | None]
 
-#: What queries are called, and the keys beside them.
+#: What queries are called, and the keys and values beside them.
 _QUERY = re.compile(r"(.*?)(q_proj|q_lin|to_q|wq|query|q)((?:\.|/)(?:weight|kernel))")
-_KEYS = {"q_proj": "k_proj", "q_lin": "k_lin", "to_q": "to_k", "wq": "wk", "query": "key", "q": "k"}
+_BESIDE = {
+    "q_proj": ("k_proj", "v_proj"), "q_lin": ("k_lin", "v_lin"), "to_q": ("to_k", "to_v"),
+    "wq": ("wk", "wv"), "query": ("key", "value"), "q": ("k", "v"),
+}  # fmt: skip
 #: Models that store a gain of 1 + w as w.
 _CENTRED = re.compile(r"gemma|qwen3_next", re.IGNORECASE)
 #: Norms whose output an attention takes, by the place beside the attention's module.
@@ -34,98 +39,131 @@ _BEFORE = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Attention:
-    """The module, and where its queries and keys are."""
+class Attention:
+    """The module, and where its queries, keys and values are."""
 
     module: str
     query: TensorRef
     key: TensorRef
+    #: None where it is not known or does not lie in heads of that size.
+    value: TensorRef | None
     #: Units of a fused tensor; None for all of it.
-    rows: tuple[Array | None, Array | None]
+    rows: tuple[Array | None, Array | None, Array | None]
     size: int
 
 
-def attention(
-    examined: Examined, refs: Mapping[str, TensorRef], layout: Layout
-) -> Iterator[AttentionResult]:
-    """Every attention whose heads are known: by a configuration, or a norm of its queries.
+@dataclass(frozen=True)
+class Heads:
+    """What is known of the heads of a checkpoint."""
 
-    Raises InputError when a file changes or ends while it is read.
-    """
-    sound = {
-        t.name
-        for t in examined.tensors
-        if t.statistics and t.statistics.finite_count == t.statistics.count > 0
-    }
-    config = examined.document("config")
-    kept = {n: ref for n, ref in refs.items() if n in sound and is_float(ref.dtype)}
-    for found in _attentions(kept, layout):
-        sides = (
-            _side(ref, rows, kept, layout)
-            for ref, rows in zip((found.query, found.key), found.rows, strict=True)
+    examined: Examined
+    #: The tensors that can be decomposed, and how their units lie.
+    refs: Mapping[str, TensorRef]
+    layout: Layout
+
+    @classmethod
+    def of(cls, examined: Examined, refs: Mapping[str, TensorRef], layout: Layout) -> Heads:
+        """Of the float tensors whose every element is finite."""
+        sound = {
+            t.name
+            for t in examined.tensors
+            if t.statistics and t.statistics.finite_count == t.statistics.count > 0
+        }
+        kept = {n: ref for n, ref in refs.items() if n in sound and is_float(ref.dtype)}
+        return cls(examined, kept, layout)
+
+    def attentions(self) -> Iterator[Attention]:
+        """Every attention whose heads are known: by a configuration, or a norm of its queries."""
+        for name, ref in self.refs.items():
+            units = self.layout(ref) if len(ref.shape) == 2 else None
+            if units is None or units.head is None:
+                continue
+            if [part.name for part in units.parts] == ["q", "k", "v"]:
+                q, k, v = units.members
+                module = place(place(name)[0].rstrip("./"))[0]
+                if len(q) % len(k) == 0:
+                    yield Attention(module, ref, ref, ref, (q, k, v), units.head)
+            elif (match := _QUERY.fullmatch(name)) and not units.parts:
+                beside = (match[1] + other + match[3] for other in _BESIDE[match[2]])
+                key, value = (self._in_heads(other, units.head) for other in beside)
+                if key is not None and units.units % self._many(key) == 0:
+                    yield Attention(match[1], ref, key, value, (None, None, None), units.head)
+
+    def _in_heads(self, name: str, size: int) -> TensorRef | None:
+        """The matrix of a name, if it may be heads of that size."""
+        ref = self.refs.get(name)
+        fits = ref is not None and len(ref.shape) == 2 and self._many(ref) % size == 0
+        return ref if fits else None
+
+    def _many(self, ref: TensorRef) -> int:
+        return as_rows(ref, self.layout(ref))[1]
+
+    def result(self, found: Attention) -> AttentionResult:
+        """What the heads of an attention can do.
+
+        Raises InputError when a file changes or ends while it is read.
+        """
+        query, key = (
+            self._side(ref, rows)
+            for ref, rows in zip((found.query, found.key), found.rows[:2], strict=True)
         )
-        query, key = sides
-        if len(query.matrix) % len(key.matrix) == 0:
-            given = _input(found, kept, query.matrix.shape[1])
-            if given is not None and _CENTRED.search(str(config.get("model_type"))):
-                given = replace(given, gain=1 + given.gain)
-            seen = heads(query, key, found.size, given)
-            yield _result(examined, found, seen, len(key.matrix) // found.size)
+        value = None if found.value is None else self._side(found.value, found.rows[2])
+        given = self._input(found, query.matrix.shape[1])
+        seen = heads(query, key, found.size, given, None if value is None else value.matrix)
+        return self._described(found, seen)
 
+    def _side(self, ref: TensorRef, rows: Array | None) -> Side:
+        seen, count, columns = as_rows(ref, self.layout(ref))
+        matrix = read(seen, 0, seen.numel).reshape(count, columns)
+        module, leaf = place(ref.name)
+        name = module + ("bias" if leaf in ("weight", "kernel") else f"{leaf}_bias")
+        found = self.refs.get(name)
+        bias = read(found, 0, found.numel).reshape(-1) if found is not None else None
+        if rows is None:
+            return Side(matrix, bias)
+        return Side(matrix[rows], None if bias is None else bias[rows])
 
-def _attentions(refs: Mapping[str, TensorRef], layout: Layout) -> Iterator[_Attention]:
-    for name, ref in refs.items():
-        units = layout(ref) if len(ref.shape) == 2 else None
-        if units is None or units.head is None:
-            continue
-        if [part.name for part in units.parts] == ["q", "k", "v"]:
-            q, k, _ = units.members
-            module = place(place(name)[0].rstrip("./"))[0]
-            yield _Attention(module, ref, ref, (q, k), units.head)
-        elif (match := _QUERY.fullmatch(name)) and not units.parts:
-            key = refs.get(match[1] + _KEYS[match[2]] + match[3])
-            if key is not None and len(key.shape) == 2:
-                yield _Attention(match[1], ref, key, (None, None), units.head)
-
-
-def _side(
-    ref: TensorRef, rows: Array | None, refs: Mapping[str, TensorRef], layout: Layout
-) -> Side:
-    seen, count, columns = as_rows(ref, layout(ref))
-    matrix = read(seen, 0, seen.numel).reshape(count, columns)
-    module, leaf = place(ref.name)
-    found = refs.get(module + ("bias" if leaf in ("weight", "kernel") else f"{leaf}_bias"))
-    bias = read(found, 0, found.numel).reshape(-1) if found is not None else None
-    if rows is None:
-        return Side(matrix, bias)
-    return Side(matrix[rows], None if bias is None else bias[rows])
-
-
-def _input(found: _Attention, refs: Mapping[str, TensorRef], width: int) -> Input | None:
-    """The norm before; None where none is known, or queries and keys are normed, too."""
-    if any(f"{found.module}{name}.weight" in refs for name in ("q_norm", "k_norm", "q_layernorm")):
+    def _input(self, found: Attention, width: int) -> Input | None:
+        """The norm before; None where none is known, or queries and keys are normed, too."""
+        normed = ("q_norm", "k_norm", "q_layernorm")
+        if any(f"{found.module}{name}.weight" in self.refs for name in normed):
+            return None
+        outer = place(found.module.rstrip("./"))[0]
+        for norm in (outer + name for name in _BEFORE):
+            gain = self.refs.get(f"{norm}.weight")
+            if gain is not None and gain.shape == (width,):
+                offset = self.refs.get(f"{norm}.bias")
+                added = None if offset is None else read(offset, 0, width)
+                return Input(read(gain, 0, width) + self._less, added)
         return None
-    outer = place(found.module.rstrip("./"))[0]
-    for norm in (outer + name for name in _BEFORE):
-        gain = refs.get(f"{norm}.weight")
-        if gain is not None and gain.shape == (width,):
-            offset = refs.get(f"{norm}.bias")
-            added = None if offset is None else read(offset, 0, width)
-            return Input(read(gain, 0, width), added)
-    return None
+
+    @property
+    def _less(self) -> int:
+        """What gains are stored less of."""
+        kind = str(self.examined.document("config").get("model_type"))
+        return int(_CENTRED.search(kind) is not None)
+
+    def _described(self, found: Attention, seen: Computed) -> AttentionResult:
+        return AttentionResult(
+            input=self.examined.checkpoint.path,
+            module=found.module.rstrip("./"),
+            tensor=found.query.name,
+            key_tensor=found.key.name,
+            value_tensor=None if found.value is None else found.value.name,
+            dtype=self.examined.by_name[found.query.name].dtype,
+            heads=len(seen.norms),
+            key_heads=len(seen.key_ranks),
+            head_size=found.size,
+            qk_norms=_floats(seen.norms),
+            effective_ranks=_floats(seen.ranks),
+            query_ranks=_floats(seen.query_ranks),
+            key_ranks=_floats(seen.key_ranks),
+            value_ranks=None if seen.value_ranks is None else _floats(seen.value_ranks),
+            random_rank=random_rank(found.size, found.query.numel // self._many(found.query)),
+            logit_rms=None if seen.typical is None else _floats(seen.typical),
+            logit_bounds=None if seen.bounds is None else _floats(seen.bounds),
+        )
 
 
-def _result(examined: Examined, found: _Attention, seen: Heads, key_heads: int) -> AttentionResult:
-    return AttentionResult(
-        input=examined.checkpoint.path,
-        module=found.module.rstrip("./"),
-        tensor=found.query.name,
-        dtype=examined.by_name[found.query.name].dtype,
-        heads=len(seen.norms),
-        key_heads=key_heads,
-        head_size=found.size,
-        qk_norms=tuple(map(float, seen.norms)),
-        effective_ranks=tuple(map(float, seen.ranks)),
-        logit_rms=None if seen.typical is None else tuple(map(float, seen.typical)),
-        logit_bounds=None if seen.bounds is None else tuple(map(float, seen.bounds)),
-    )
+def _floats(values: Array) -> tuple[float, ...]:
+    return tuple(map(float, values))

@@ -73,8 +73,10 @@ class AttentionResult(Record):
 
     input: str
     module: str
-    #: Of the queries.
+    #: Of the queries; that of the keys and of the values may be the same.
     tensor: str
+    key_tensor: str
+    value_tensor: str | None
     dtype: str
     heads: int
     key_heads: int
@@ -82,6 +84,12 @@ class AttentionResult(Record):
     #: Of each head: σ₁(W_qᵀ W_k) / √size, and the effective rank of that product.
     qk_norms: tuple[float, ...]
     effective_ranks: tuple[float, ...]
+    #: Effective ranks of the rows of each head; of keys and values, of as many as there are.
+    query_ranks: tuple[float, ...]
+    key_ranks: tuple[float, ...]
+    value_ranks: tuple[float, ...] | None
+    #: The effective rank of a random matrix of the shape of a head.
+    random_rank: float
     #: The deviation of logits of independent inputs of unit variance, and what none exceeds.
     logit_rms: tuple[float, ...] | None
     logit_bounds: tuple[float, ...] | None

@@ -20,9 +20,15 @@ from gradscope.spectra.matrices import Matrix, matrix, read
 from gradscope.spectra.spectrum import Spectrum, Tail, greatest, spectrum, tail
 from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
-from gradscope.weights.heads import attention
+from gradscope.weights.heads import Attention, Heads
 from gradscope.weights.layouts import as_rows, layouts
-from gradscope.weights.result import Examined, Need, SpectrumResult, TensorResult
+from gradscope.weights.result import (
+    AttentionResult,
+    Examined,
+    Need,
+    SpectrumResult,
+    TensorResult,
+)
 from gradscope.weights.roles import MATRICES, Role
 
 if TYPE_CHECKING:
@@ -127,19 +133,46 @@ def with_spectra(
                 found[subject.tensor.name] = result
             progress(subject.ref.nbytes)
     late = [s.tensor.name for s in subjects if s.tensor.name not in found]
-    reason = f"its spectrum: no time left of --budget {wanted.budget}"
-    left = tuple(Skip(subject=name, reason=reason) for name in late)
     tensors = tuple(
         t.model_copy(update={"spectrum": found[t.name]}) if t.name in found else t
         for t in examined.tensors
     )
-    measured = examined.measured | (set() if wanted.norms_only else {Need.SPECTRA})
-    seen = replace(examined, tensors=tensors, measured=measured, left_out=left)
-    return (
-        seen
-        if wanted.norms_only or wanted.spent
-        else replace(seen, attention=tuple(attention(seen, *_read(seen))))
+    left = tuple(_late(name, "its spectrum", wanted) for name in late)
+    seen = replace(examined, tensors=tensors, left_out=left)
+    if wanted.norms_only:
+        return seen
+    seen = replace(seen, measured=examined.measured | {Need.SPECTRA})
+    return _with_attention(seen, engine, wanted)
+
+
+def _late(name: str, what: str, wanted: Wanted) -> Skip:
+    return Skip(subject=name, reason=f"{what}: no time left of --budget {wanted.budget}")
+
+
+def _with_attention(examined: Examined, engine: Engine[Any, Any], wanted: Wanted) -> Examined:
+    """With the heads of every attention for which there is time."""
+    known = Heads.of(examined, *_read(examined))
+    attentions = list(known.attentions())
+    with one_thread_each():
+        found = list(engine(_OfHeads(known, wanted), attentions))
+    late = [a.module for a, result in zip(attentions, found, strict=True) if result is None]
+    left = (_late(module.rstrip("./"), "its heads", wanted) for module in late)
+    return replace(
+        examined,
+        attention=tuple(result for result in found if result is not None),
+        left_out=(*examined.left_out, *left),
     )
+
+
+@dataclass(frozen=True)
+class _OfHeads:
+    """What the heads of one attention can do; None once the budget is spent."""
+
+    known: Heads
+    wanted: Wanted
+
+    def __call__(self, found: Attention) -> AttentionResult | None:
+        return None if self.wanted.spent else self.known.result(found)
 
 
 def _read(

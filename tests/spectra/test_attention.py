@@ -99,6 +99,34 @@ def test_norms_and_ranks_are_those_of_the_product() -> None:
         assert found.ranks[head] == pytest.approx(math.exp(entropy), rel=1e-6)
 
 
+def by_svd(matrix: Array) -> list[float]:
+    """Of each head exp of the entropy of the shares of its singular values."""
+    sigmas = (np.linalg.svd(h, compute_uv=False) for h in matrix.reshape(-1, SIZE, matrix.shape[1]))
+    return [math.exp(-sum(p * math.log(p) for p in s / s.sum())) for s in sigmas]
+
+
+@pytest.mark.parametrize("width", [WIDTH, SIZE // 2])
+def test_the_ranks_of_each_side_are_those_of_its_own_heads(width: int) -> None:
+    rng = np.random.default_rng(11)
+    q, k, v = (rng.standard_t(3, (heads * SIZE, width)) for heads in (4, 2, 2))
+
+    found = heads(Side(q), Side(k), SIZE, None, v)
+
+    assert found.query_ranks == pytest.approx(by_svd(q), rel=1e-9)
+    assert found.key_ranks == pytest.approx(by_svd(k), rel=1e-9)
+    assert found.value_ranks == pytest.approx(by_svd(v), rel=1e-9)
+    assert heads(Side(q), Side(k), SIZE, None).value_ranks is None
+
+
+def test_a_head_of_zeros_has_no_dimensions() -> None:
+    q = np.random.default_rng(12).normal(size=(2 * SIZE, WIDTH))
+    q[:SIZE] = 0
+
+    found = heads(Side(q), Side(q), SIZE, None)
+
+    assert found.query_ranks[0] == found.ranks[0] == found.norms[0] == 0
+
+
 def test_the_typical_logit_is_the_deviation_over_random_inputs() -> None:
     query, key, given = side(3, 7, bias=False), side(3, 8, bias=False), norm(9, offset=False)
     rng = np.random.default_rng(10)

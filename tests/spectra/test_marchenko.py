@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import scipy.integrate
 
-from gradscope.spectra.marchenko import bulk
+from gradscope.spectra.marchenko import bulk, random_rank
 
 Values = npt.NDArray[np.float64]
 
@@ -90,3 +90,15 @@ def test_of_a_matrix_of_few_ranks_there_is_no_bulk(rank: int) -> None:
     w = noise(50, rank) @ noise(rank, 80) if rank else np.zeros((50, 80))
 
     assert bulk(eigenvalues(w), 50, 80) is None
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (64, 64), (64, 768), (128, 96)])
+def test_the_rank_of_a_random_matrix_is_that_of_drawn_ones(rows: int, columns: int) -> None:
+    drawn = []
+    for seed in range(8):
+        s = np.linalg.svd(
+            np.random.default_rng(seed).normal(size=(rows, columns)), compute_uv=False
+        )
+        drawn.append(np.exp(-(s / s.sum() * np.log(s / s.sum())).sum()))
+
+    assert random_rank(rows, columns) == pytest.approx(np.mean(drawn), rel=0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ def attention(path: Path) -> list[AttentionResult]:
     return list(report.result.attention)
 
 
-def found(path: Path) -> list[Finding]:
-    report = gradscope.analyze_weights(path, spectral=True, select=["attention-range"])
+def found(path: Path, rule: str = "attention-range") -> list[Finding]:
+    report = gradscope.analyze_weights(path, spectral=True, select=[rule])
     return list(report.findings)
 
 
@@ -155,3 +156,131 @@ def test_a_gain_that_is_stored_less_one_is_taken_as_it_acts(tmp_path: Path) -> N
 
     for one, other in zip(plain, gemma, strict=True):
         assert other.logit_bounds == pytest.approx(one.logit_bounds, rel=1e-5)
+
+
+# -- heads that collapsed -------------------------------------------------------------------------
+
+WIDE = 128
+OF_32 = {**LLAMA, "hidden_size": WIDE}
+
+
+def wide(part: str = "", heads: tuple[int, ...] = (), shared: int = HEADS) -> Tensors:
+    """Heads of 32; those of one projection of a layer reduced to one direction and some noise."""
+    tensors = transformer(width=WIDE)
+    size = WIDE // HEADS
+    for layer in range(4):
+        for kind in ("k_proj", "v_proj"):
+            name = f"model.layers.{layer}.self_attn.{kind}.weight"
+            tensors[name] = tensors[name][: shared * size].copy()
+    for head in heads:
+        rows = tensors[f"{ATTN}.{part}.weight"][head * size : (head + 1) * size]
+        rows[:] = np.outer(rows[:, 0], rows[0]) / abs(rows[0, 0]) + 0.003 * rows
+    return tensors
+
+
+def collapsed(path: Path, tensors: Tensors, **config: object) -> list[Finding]:
+    return found(folder(path, tensors, {**OF_32, **config}), "head-collapse")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(
+    ("part", "said"), [("q_proj", "queries"), ("k_proj", "keys"), ("v_proj", "values")]
+)
+def test_a_head_that_collapsed_is_named_once(
+    part: str, said: str, dtype: type, tmp_path: Path
+) -> None:
+    tensors = {n: x.astype(dtype) for n, x in wide(part, (2,)).items()}
+
+    (seen,) = collapsed(tmp_path / "m", tensors)
+
+    assert seen.subject == f"{ATTN}.{part}.weight"
+    assert f"the {said} of head 2 of 4 use" in seen.message
+    assert seen.severity == "low"
+
+
+def test_the_keys_that_two_queries_share_collapse_once(tmp_path: Path) -> None:
+    """Both comparisons collapse with them."""
+    shared = {"num_key_value_heads": 4, "num_attention_heads": 8, "hidden_size": 2 * WIDE}
+    tensors = wide("k_proj", (1,))
+    for layer in range(4):
+        name = f"model.layers.{layer}.self_attn.q_proj.weight"
+        tensors[name] = gaussian(2 * WIDE, WIDE, seed=90 + layer)
+
+    (seen,) = collapsed(tmp_path / "m", tensors, **shared, head_dim=32)
+
+    assert "the keys of head 1 of 4 use" in seen.message
+
+
+def test_a_head_that_compares_in_one_dimension_only_is_named(tmp_path: Path) -> None:
+    """Queries and keys in half of the dimensions of the head each, which meet in one."""
+    tensors = wide()
+    turned = np.linalg.qr(gaussian(32, 32, seed=7))[0]
+    for part, basis in (("q_proj", turned[:, :17]), ("k_proj", turned[:, 16:])):
+        made = basis @ gaussian(basis.shape[1], WIDE, seed=8)
+        tensors[f"{ATTN}.{part}.weight"][:32] = made
+
+    (seen,) = collapsed(tmp_path / "m", tensors)
+
+    assert "the comparison of head 0 of 4 uses 1." in seen.message
+
+
+def test_a_fused_projection_tells_which_part_collapsed(tmp_path: Path) -> None:
+    q, k, v = (gaussian(WIDE, WIDE, seed=s) for s in (1, 2, 3))
+    v[32:64] = np.outer(v[32:64, 0], v[32])
+    tensors = {
+        "h.0.attn.c_attn.weight": np.concatenate([q, k, v]).T.copy(),
+        "h.0.attn.c_attn.bias": gaussian(3 * WIDE, seed=4),
+        "h.0.ln_1.weight": 1 + gaussian(WIDE, seed=6),
+        "h.0.mlp.c_fc.weight": gaussian(WIDE, 4 * WIDE, seed=8),
+        "h.0.mlp.c_fc.bias": gaussian(4 * WIDE, seed=9),
+    }
+    config = {"model_type": "gpt2", "n_head": HEADS, "n_embd": WIDE}
+
+    (seen,) = found(folder(tmp_path / "m", tensors, config), "head-collapse")
+
+    assert "the values of head 1 of 4" in seen.message
+
+
+def test_heads_that_are_all_alike_dead_small_or_few_are_none_of_it(tmp_path: Path) -> None:
+    dead = wide()
+    dead[f"{ATTN}.q_proj.weight"][32:64] *= np.float32(1e-9)
+    dead[f"{ATTN}.k_proj.weight"][:32] = 0
+    copied = wide()
+    copied[f"{ATTN}.v_proj.weight"][:32] = copied[f"{ATTN}.v_proj.weight"][0]
+    flipped = wide()
+    flipped[f"{ATTN}.q_proj.weight"][40, 3] = 1e20
+    steep = wide()
+    for part in ("q_proj", "k_proj", "v_proj"):  # singular values that fall tenfold
+        w = steep[f"{ATTN}.{part}.weight"][:32]
+        u, _, vh = np.linalg.svd(w, full_matrices=False)
+        w[:] = (u * np.geomspace(1, 0.1, 32)) @ vh
+
+    for name, made in {
+        "healthy": wide(), "all": wide("q_proj", (0, 1, 2, 3)), "shared": wide(shared=2),
+        "dead": dead, "copied": copied, "flipped": flipped, "steep": steep,
+    }.items():  # fmt: skip
+        config = {"num_key_value_heads": 2} if name == "shared" else {}
+        assert collapsed(tmp_path / name, made, **config) == [], name
+    few = {"num_attention_heads": 2}
+    assert collapsed(tmp_path / "few", wide("q_proj", (0, 1)), **few) == []
+    small = {"num_attention_heads": 16}
+    assert collapsed(tmp_path / "small", wide("q_proj", (1,)), **small) == []
+
+
+def test_heads_for_which_there_is_no_time_are_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder(tmp_path / "m", transformer(width=WIDTH), LLAMA)
+    spectra = sum(x.ndim == 2 for x in transformer(width=WIDTH).values())
+    clock = iter(range(1000))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+
+    report = gradscope.analyze_weights(path, spectral=True, jobs=1, budget=spectra + 3)
+
+    assert [a.module for a in report.result.attention] == [
+        f"model.layers.{i}.self_attn" for i in range(2)
+    ]
+    assert [s.subject for s in report.coverage.skipped] == [
+        f"model.layers.{i}.self_attn" for i in (2, 3)
+    ]
+    assert all("its heads: no time left" in s.reason for s in report.coverage.skipped)

@@ -278,6 +278,22 @@ def hot_heads(factor: float) -> Plant:
     return plant
 
 
+def one_head(kept: float) -> Plant:
+    """The queries of one head of four, along one direction but for some noise."""
+
+    def plant(folder: Path) -> Path:
+        tensors = transformer(width=64)
+        head = tensors["model.layers.1.self_attn.q_proj.weight"][32:48]
+        along = np.outer(head[:, 0], head[0])
+        head[:] = along / np.linalg.norm(along) * np.linalg.norm(head) + kept * head
+        config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 64}
+        (folder / "config.json").write_text(json.dumps(config))
+        write(folder / "model.safetensors", tensors)
+        return folder
+
+    return plant
+
+
 def of_rank_one(noise: float) -> Tensor:
     """A product of two vectors, of UP's shape, and some noise."""
     thin = gaussian(128, 1, seed=1, scale=1.0) @ gaussian(1, 32, seed=2, scale=1.0)
@@ -445,6 +461,11 @@ CASES = {
         hot_heads(60), hot_heads(15),
         "model.layers.1.self_attn.q_proj.weight", "low", {"affected_fraction": 1.0},
         ("head 0-3 of 4", "QK-clip"),
+    ),
+    "head-collapse": Case(
+        one_head(0.03), one_head(0.3),
+        "model.layers.1.self_attn.q_proj.weight", "low", {"heads": 1, "affected_fraction": 0.25},
+        ("queries of head 2 of 4", "of 16 dimensions", "pruned"),
     ),
     "random-spectrum": Case(
         spoilt(UP, initialised(1)), spoilt(UP, initialised(1.1)),
