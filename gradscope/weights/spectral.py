@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from gradscope.weights.roles import MATRICES, Role
 if TYPE_CHECKING:
     from gradscope.statistics import Engine
     from gradscope.statistics.layout import UnitLayout
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 #: Values in a tail from which weightwatcher calls an exponent reliable.
 _TAIL = 50
@@ -122,16 +125,13 @@ def with_spectra(
     after which no core waits for another. Raises InputError when a file changes or ends while it
     is read.
     """
-    from gradscope.statistics.engine import one_blas_thread
-
     whole = wanted.budget is None
     subjects = sorted(_subjects(examined), key=lambda s: s.cost, reverse=whole)
     found: dict[str, SpectrumResult] = {}
-    with one_blas_thread():
-        for subject, result in zip(subjects, engine(_Work(wanted), subjects), strict=True):
-            if result is not None:
-                found[subject.tensor.name] = result
-            progress(subject.ref.nbytes)
+    for subject, result in zip(subjects, _each(engine, _Work(wanted), subjects), strict=True):
+        if result is not None:
+            found[subject.tensor.name] = result
+        progress(subject.ref.nbytes)
     late = [s.tensor.name for s in subjects if s.tensor.name not in found]
     tensors = tuple(
         t.model_copy(update={"spectrum": found[t.name]}) if t.name in found else t
@@ -145,6 +145,16 @@ def with_spectra(
     return _with_attention(seen, engine, wanted)
 
 
+def _each(
+    engine: Engine[Any, Any], work: Callable[[S], R | None], subjects: Sequence[S]
+) -> Iterator[R | None]:
+    """What an engine finds of each, which is not to wait for the threads of another's algebra."""
+    from gradscope.statistics.engine import one_blas_thread
+
+    with one_blas_thread():
+        yield from engine(work, subjects)
+
+
 def _late(name: str, what: str, wanted: Wanted) -> Skip:
     return Skip(subject=name, reason=f"{what}: no time left of --budget {wanted.budget}")
 
@@ -153,8 +163,7 @@ def _with_attention(examined: Examined, engine: Engine[Any, Any], wanted: Wanted
     """With the heads of every attention for which there is time."""
     known = Heads.of(examined, *_read(examined))
     attentions = list(known.attentions())
-    with one_thread_each():
-        found = list(engine(_OfHeads(known, wanted), attentions))
+    found = list(_each(engine, _OfHeads(known, wanted), attentions))
     late = [a.module for a, result in zip(attentions, found, strict=True) if result is None]
     left = (_late(module.rstrip("./"), "its heads", wanted) for module in late)
     return replace(

@@ -189,7 +189,7 @@ def collapsed(path: Path, tensors: Tensors, **config: object) -> list[Finding]:
 def test_a_head_that_collapsed_is_named_once(
     part: str, said: str, dtype: type, tmp_path: Path
 ) -> None:
-    tensors = {n: x.astype(dtype) for n, x in wide(part, (2,)).items()}
+    tensors: Tensors = {n: x.astype(dtype) for n, x in wide(part, (2,)).items()}
 
     (seen,) = collapsed(tmp_path / "m", tensors)
 

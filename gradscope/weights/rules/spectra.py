@@ -230,12 +230,13 @@ def head_collapse(
     The effective rank of its queries, keys or values, or of the product W_qᵀ W_k by which it
     compares, is below a quarter of the median of the heads beside it and of what a random matrix
     of that shape has. Of 130 heads of four released transformers (an ALBERT, two GPT-2 and a
-    MiniLM; of 32 and 64 dimensions) the least is 91 % of the median, of the product 70 %. Such a head attends by one or two features
-    whatever the input, or hands on next to nothing: it was not trained, was pruned, or a conversion
-    mixed its rows up. Heads of fewer than 16 dimensions and layers of fewer than 4 heads are not
-    judged. Where all heads are like that, the matrix is `rank-collapse`; rows that are dead or
-    copies are the business of `dead-units` and `duplicate-units`. Read where the heads are known:
-    by `config.json`, or a norm of the queries.
+    MiniLM; of 32 and 64 dimensions) the least is 91 % of the median, of the product 70 %. Such
+    a head attends by one or two features whatever the input, or hands on next to nothing: it
+    was not trained, was pruned, or a conversion mixed its rows up. Heads of fewer than 16
+    dimensions and layers of fewer than 4 heads are not judged. Where all heads are like that,
+    the matrix is `rank-collapse`; rows that are dead or copies are the business of `dead-units`
+    and `duplicate-units`. Read where the heads are known: by `config.json`, or a norm of the
+    queries.
     """
     for seen in examined.attention:
         if seen.head_size < least:
