@@ -32,6 +32,7 @@ _FEWEST, _MOST = 3, 4
 _REMOVED = (0.2, 0.4, 0.6, 0.8)
 
 Curves = np.ndarray[tuple[int, int, int], np.dtype[np.float64]]
+Areas = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 def ordered(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -41,9 +42,12 @@ def ordered(values: Tensor, generator: torch.Generator) -> Tensor:
     return mixed[by_value]
 
 
-def area(curve: Sequence[float]) -> float:
-    """The trapezoid rule over 0..1, the fraction of pixels; independent of the number of steps."""
-    return float(np.trapezoid(curve, dx=1 / (len(curve) - 1)))
+def areas(curves: Curves) -> Areas:
+    """Areas [orders, 2] below curves over 0..1, the fraction of pixels, by the trapezoid rule.
+
+    They do not depend on the number of steps.
+    """
+    return np.asarray(np.trapezoid(curves, dx=1 / (curves.shape[-1] - 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +93,6 @@ class Canvas:
 
     def _below(self, inserting: Tensor) -> Tensor:
         return torch.where(inserting, self.blurred, self.nothing)
-
-    def areas(self, orders: Sequence[Tensor]) -> Iterator[tuple[float, float]]:
-        """Insertion and deletion areas of each order."""
-        for insertion, deletion in self.curves(orders):
-            yield area(insertion), area(deletion)
 
     def road(self, order: Tensor, seed: int) -> float:
         """How much sooner the probability falls without the strongest pixels than the weakest.
@@ -157,33 +156,48 @@ def moved(values: Tensor, seed: int, most: int = _MOST) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Areas:
+class Faithfulness:
     """Insertion and deletion areas of a map, their spread over ties, and those of its control."""
 
     insertion: float
     deletion: float
     insertion_spread: float
     deletion_spread: float
+    insertion_curve: tuple[float, ...]
+    deletion_curve: tuple[float, ...]
     control: Control
 
 
-def faithfulness(drawn: Canvas, values: Tensor, seed: int) -> Areas:
+def faithfulness(drawn: Canvas, values: Tensor, seed: int) -> Faithfulness:
     """A map [H, W] against itself at random positions: three, and more until it is settled."""
     generator = torch.Generator().manual_seed(seed + 3)
     orders = orders_of(values, seed)
     places = (ordered(place, generator) for place in moved(values, seed))
     first = list(islice(places, _FEWEST))
-    found = np.array([*drawn.areas([*orders, *first])])
+    found = drawn.curves([*orders, *first])
     own, control = found[: len(orders)], found[len(orders) :]
     for place in places:
-        if _settled(own.mean(0), control):
+        if _settled(areas(own).mean(0), areas(control)):
             break
-        control = np.vstack([control, [*drawn.areas([place])]])
-    (insertion, deletion), (i_spread, d_spread) = own.mean(0).tolist(), own.std(0).tolist()
-    return Areas(insertion, deletion, i_spread, d_spread, _control(control))
+        control = np.concatenate([control, drawn.curves([place])])
+    (insertion, deletion), (i_spread, d_spread) = areas(own).mean(0), areas(own).std(0)
+    return Faithfulness(
+        insertion=float(insertion),
+        deletion=float(deletion),
+        insertion_spread=float(i_spread),
+        deletion_spread=float(d_spread),
+        insertion_curve=_mean_curve(own, 0),
+        deletion_curve=_mean_curve(own, 1),
+        control=_control(control),
+    )
 
 
-def _settled(own: Iterable[float], control: Curves) -> bool:
+def _mean_curve(found: Curves, which: int) -> tuple[float, ...]:
+    """Rounded to what a picture shows of it."""
+    return tuple(round(p, 6) for p in found[:, which].mean(0).tolist())
+
+
+def _settled(own: Iterable[float], control: Areas) -> bool:
     """Whether another position would hardly change on which side of the control the map lies.
 
     A thousandth is no side.
@@ -194,11 +208,14 @@ def _settled(own: Iterable[float], control: Curves) -> bool:
 
 
 def _control(found: Curves) -> Control:
-    (insertion, deletion), (i_spread, d_spread) = found.mean(0), found.std(0, ddof=1)
+    below = areas(found)
+    (insertion, deletion), (i_spread, d_spread) = below.mean(0), below.std(0, ddof=1)
     return Control(
         insertion_auc=insertion,
         deletion_auc=deletion,
         insertion_spread=i_spread,
         deletion_spread=d_spread,
         rankings=len(found),
+        insertion_curve=_mean_curve(found, 0),
+        deletion_curve=_mean_curve(found, 1),
     )

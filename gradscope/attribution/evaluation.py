@@ -73,6 +73,8 @@ def _faithful(maps: Sequence[Map]) -> Iterator[Facts]:
             "deletion_auc": found.deletion,
             "insertion_spread": found.insertion_spread,
             "deletion_spread": found.deletion_spread,
+            "insertion_curve": found.insertion_curve,
+            "deletion_curve": found.deletion_curve,
             "random_control": found.control,
         }
 

@@ -15,6 +15,9 @@ from gradscope.attribution.result import (
 )
 from gradscope.report.panels import Chart, Column, Gallery, Grid, Panel, Picture, Row, inline
 
+#: What is drawn on the left, and on the right.
+_SIDES = ["insertion", "deletion"]
+
 
 def explain(result: ExplainResult) -> Iterator[Panel]:
     """Each picture with its maps side by side, how far they can be trusted, and predictions."""
@@ -26,6 +29,9 @@ def explain(result: ExplainResult) -> Iterator[Panel]:
             yield _gallery(image, those)
     if any(e.diagnostics.insertion_auc is not None for e in result.explanations):
         yield _faithfulness(result.explanations)
+    for image, those in by_image.items():
+        if rows := [row for e in those for row in _curves(e)]:
+            yield _probabilities(image, rows)
     if result.explanations:
         yield _maps(result.explanations)
     for image_ in result.images:
@@ -74,7 +80,7 @@ def _faithfulness(explanations: Sequence[Explanation]) -> Chart:
     chart = (
         alt.layer(bar, band, control)
         .properties(width=340, height={"step": 24})
-        .facet(column=alt.Column("what:N", title=None, sort=None))
+        .facet(column=alt.Column("what:N", title=None, sort=_SIDES))
     )
     return Chart(
         "Is the map faithful?",
@@ -102,6 +108,50 @@ def _areas(e: Explanation) -> Iterator[Mapping[str, Any]]:
                 "low": None if usual is None or spread is None else usual - spread,
                 "high": None if usual is None or spread is None else usual + spread,
             }  # fmt: skip
+
+
+def _probabilities(image: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
+    import altair as alt
+
+    chart = (
+        alt.Chart(inline(rows))
+        .mark_line(point=True, strokeWidth=1.8)
+        .encode(
+            x=alt.X("share:Q", title="pixels", axis=alt.Axis(format="%")),
+            y=alt.Y("probability:Q", scale=alt.Scale(domainMin=0)),
+            color=alt.Color("map:N", sort=None, scale=alt.Scale(
+                range=["@@line1", "@@line2", "@@line3", "@@line4"])),
+            strokeDash=alt.StrokeDash("order:N", title="pixels in the order of", sort=None,
+                                      legend=alt.Legend(symbolType="stroke"),
+                                      scale=alt.Scale(range=[[1, 0], [4, 4]])),
+            tooltip=[alt.Tooltip("map:N"), alt.Tooltip("order:N"),
+                     alt.Tooltip("share:Q", format=".0%"),
+                     alt.Tooltip("probability:Q", format=".3f")],
+        )
+        .properties(width=340, height=190)
+        .facet(column=alt.Column("what:N", title=None, sort=_SIDES))
+    )  # fmt: skip
+    return Chart(
+        f"Insertion and deletion: {image.rpartition('/')[2]}",
+        "The target's probability as pixels come into a blurred picture, or leave the picture, the "
+        "map's strongest first. A map that found what the model uses rises and falls before its "
+        "dashed line, which is the same map at random places.",
+        chart.to_dict(),
+    )
+
+
+def _curves(e: Explanation) -> Iterator[Mapping[str, Any]]:
+    for order, known in (
+        ("the map", e.diagnostics),
+        ("the map elsewhere", e.diagnostics.random_control),
+    ):
+        for what in _SIDES:
+            curve = getattr(known, f"{what}_curve", None) or ()
+            for place, probability in enumerate(curve):
+                yield {
+                    "what": what, "order": order, "map": f"{e.method} → {_said(e.target)}",
+                    "share": place / (len(curve) - 1), "probability": probability,
+                }  # fmt: skip
 
 
 def _maps(explanations: Sequence[Explanation]) -> Grid:

@@ -75,6 +75,9 @@ class Control(Record):
     insertion_spread: Number
     deletion_spread: Number
     rankings: int
+    #: Means of the curves, as those of the map.
+    insertion_curve: tuple[Number, ...] | None = None
+    deletion_curve: tuple[Number, ...] | None = None
 
 
 class Randomised(Record):
@@ -109,6 +112,9 @@ class Diagnostics(Record):
     #: Areas under the target's probability over the fraction of pixels shown or removed.
     insertion_auc: Number | None = None
     deletion_auc: Number | None = None
+    #: The probability with none to all of the pixels shown or removed, at even steps.
+    insertion_curve: tuple[Number, ...] | None = None
+    deletion_curve: tuple[Number, ...] | None = None
     #: Standard deviation over random orders of pixels of equal value.
     insertion_spread: Number | None = None
     deletion_spread: Number | None = None

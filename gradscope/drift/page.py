@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
-from gradscope.drift.result import DriftResult, TensorDrift
+from gradscope.drift.result import DriftResult, LayerPath, Series, TensorDrift
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
-from gradscope.weights.names import place_of
+from gradscope.text import plural
+from gradscope.weights.places import by_place, drawn_by_place
 from gradscope.weights.roles import TRAINING
 
-_COLUMNS, _ROWS = 96, 60
+#: Lines of a series that can still be told apart.
+_PATHS = 60
 #: Relative drift at which the colours begin and end.
 _LEAST, _MOST = 1e-8, 1.0
 
 
 def drift(result: DriftResult) -> Iterator[Panel]:
-    """Change by block and place, by role, and every tensor."""
+    """Change by block and place, the way there, change by role, and every tensor."""
     model = (t for t in result.tensors if t.role not in TRAINING)
     changed = [t for t in model if t.relative_drift is not None]
     if len(changed) > 1:
         yield _map(changed)
+    if result.series is not None and result.series.layers:
+        yield _paths(result.series)
     if len(result.by_role) > 1:
         yield _roles(result)
     if result.tensors:
@@ -32,13 +36,9 @@ def drift(result: DriftResult) -> Iterator[Panel]:
 def _map(tensors: Sequence[TensorDrift]) -> Chart:
     import altair as alt
 
-    cells = list(_cells(tensors))
-    blocks = list(dict.fromkeys(cell["block"] for cell in cells))
-    rows = list(dict.fromkeys(cell["row"] for cell in cells))
-    base = alt.Chart(inline(cells)).encode(
-        x=alt.X("block:O", sort=blocks, title="block, input to output",
-                axis=alt.Axis(labelOverlap=True, labelLimit=120)),
-        y=alt.Y("row:O", sort=rows, title=None, axis=alt.Axis(labelLimit=260)),
+    cells = [_cell(*place, inside) for place, inside in by_place(tensors).items()]
+    plain, size = drawn_by_place(cells)
+    base = plain.encode(
         tooltip=[alt.Tooltip("tensor:N"), alt.Tooltip("drift:Q", format=".3g"),
                  alt.Tooltip("status:N"), alt.Tooltip("tensors:Q")],
     )  # fmt: skip
@@ -58,33 +58,79 @@ def _map(tensors: Sequence[TensorDrift]) -> Chart:
             )
         )
     )
-    chart = alt.layer(same, moved).properties(
-        width={"step": max(6, min(26, 900 // len(blocks)))}, height={"step": 15}
-    )
     return Chart(
         "Change by place",
         "‖new − base‖ / ‖base‖ of the tensor that moved farthest in each place. Grey is identical, "
         "dark is what rounding does, bright is another tensor.",
+        alt.layer(same, moved).properties(**size).to_dict(),
+    )
+
+
+def _cell(block: str, row: str, inside: Sequence[TensorDrift]) -> Mapping[str, Any]:
+    worst = max(inside, key=lambda t: t.relative_drift or 0.0)
+    value = worst.relative_drift or 0.0
+    return {
+        "block": block, "row": row, "tensor": worst.name, "drift": value,
+        "status": worst.status, "tensors": len(inside),
+        "log": round(math.log10(value), 3) if 0 < value < math.inf else None,
+    }  # fmt: skip
+
+
+def _paths(series: Series) -> Chart:
+    """The distance of layers from the first checkpoint: those that stand out, and the farthest."""
+    import altair as alt
+
+    told = [path for path in series.layers if _ways(path) != "goes on"]
+    rest = sorted((p for p in series.layers if p not in told), key=lambda p: -p.distance[-1])
+    shown = [*reversed(rest[: max(0, _PATHS - len(told))]), *told[:_PATHS]]
+    first, *later = _labels(series.checkpoints)
+    rows = [row for path in shown for row in _points(path, later)]
+    chart = (
+        alt.Chart(inline(rows))
+        .mark_line(point=len(series.checkpoints) < 30, strokeWidth=1.5)
+        .encode(
+            x=alt.X("checkpoint:O", sort=later, title=None,
+                    axis=alt.Axis(labelOverlap=True, labelLimit=160)),
+            y=alt.Y("distance:Q", title=f"distance from {first}",
+                    scale=alt.Scale(type="log", nice=False),
+                    axis=alt.Axis(format="~g", tickCount=4)),
+            detail="layer:N",
+            color=alt.Color("way:N", title="layer", scale=alt.Scale(
+                domain=["jumped", "stopped", "goes on"], range=["@@high", "@@line1", "@@dim"])),
+            opacity=alt.condition("datum.way === 'goes on'", alt.value(0.45), alt.value(1)),
+            tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("checkpoint:O"),
+                     alt.Tooltip("distance:Q", format=".3g"),
+                     alt.Tooltip("step:Q", format=".3g", title="from the one before")],
+        )
+        .properties(width=640, height=220)
+    )  # fmt: skip
+    left = len(series.layers) - len(shown)
+    return Chart(
+        "The way of each layer",
+        "‖W − first‖ / ‖first‖ at each checkpoint, a line a layer, on a logarithmic scale. A line "
+        "that leaps is where to look; one that goes flat while others rise stopped learning."
+        + (f" Left out: {plural(left, 'layer')} that moved less." if left else ""),
         chart.to_dict(),
     )
 
 
-def _cells(tensors: Sequence[TensorDrift]) -> Iterator[Mapping[str, Any]]:
-    placed = [(*place_of(t.name), t) for t in tensors]
-    blocks = list(dict.fromkeys(block for block, _, _ in placed))
-    together = -(-len(blocks) // _COLUMNS)
-    column = {b: blocks[i // together * together] for i, b in enumerate(blocks)}
-    coarse = len({row for _, row, _ in placed}) > _ROWS
-    found: dict[tuple[str, str], list[TensorDrift]] = defaultdict(list)
-    for block, row, tensor in placed:
-        found[column[block], str(tensor.role) if coarse else row].append(tensor)
-    for (block, row), inside in found.items():
-        worst = max(inside, key=lambda t: t.relative_drift or 0.0)
-        value = worst.relative_drift or 0.0
+def _ways(path: LayerPath) -> str:
+    return "jumped" if path.jumped_at else "stopped" if path.froze_after else "goes on"
+
+
+def _labels(checkpoints: Sequence[str]) -> Sequence[str]:
+    """Names without their suffixes, where those are still different."""
+    short = [PurePath(name).stem for name in checkpoints]
+    return short if len(set(short)) == len(short) else checkpoints
+
+
+def _points(path: LayerPath, checkpoints: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """What there is from the second checkpoint on: the first lies at no distance from itself."""
+    for checkpoint, far, step in zip(checkpoints, path.distance[1:], path.step_length, strict=True):
         yield {
-            "block": block, "row": row, "tensor": worst.name, "drift": value,
-            "status": worst.status, "tensors": len(inside),
-            "log": round(math.log10(value), 3) if value > 0 else None,
+            "layer": path.layer_name, "checkpoint": checkpoint, "way": _ways(path),
+            "distance": far if 0 < far < math.inf else None,
+            "step": step if math.isfinite(step) else None,
         }  # fmt: skip
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 from gradscope.text import shortened
-from gradscope.weights.names import place_of
+from gradscope.weights.places import by_place, drawn_by_place
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import AUXILIARY
 
-#: Rows and columns that a map can have and still be read; beyond that blocks are put together.
-_ROWS, _COLUMNS = 60, 96
 #: Inputs that are drawn; all of them are in the table.
 _INPUTS = 4
 #: Roles that are drawn, those with the most parameters first, and tensors that make a series.
@@ -42,16 +40,11 @@ def weights(result: WeightsResult) -> Iterator[Panel]:
 def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
     import altair as alt
 
-    cells = _cells(tensors)
-    blocks = list(dict.fromkeys(cell["block"] for cell in cells))
-    rows = list(dict.fromkeys(cell["row"] for cell in cells))
+    cells = [_cell(*place, inside) for place, inside in by_place(tensors).items()]
+    base, size = drawn_by_place(cells)
     chart = (
-        alt.Chart(inline(cells))
-        .mark_rect()
+        base.mark_rect()
         .encode(
-            x=alt.X("block:O", sort=blocks, title="block, input to output",
-                    axis=alt.Axis(labelOverlap=True, labelLimit=120)),
-            y=alt.Y("row:O", sort=rows, title=None, axis=alt.Axis(labelLimit=260)),
             color=alt.Color(
                 "status:N",
                 title="health",
@@ -63,7 +56,7 @@ def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
             tooltip=[alt.Tooltip("tensor:N"), alt.Tooltip("score:Q", title="health"),
                      alt.Tooltip("tensors:Q")],
         )
-        .properties(width={"step": max(6, min(26, 900 // len(blocks)))}, height={"step": 15})
+        .properties(**size)
     )  # fmt: skip
     return Chart(
         f"Health by place{of}",
@@ -71,20 +64,6 @@ def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
         "there. Health falls by findings alone: a calm map has nothing to show.",
         chart.to_dict(),
     )
-
-
-def _cells(tensors: Sequence[TensorResult]) -> list[dict[str, Any]]:
-    """The worst tensor of each block and place, in file order."""
-    placed = [(*place_of(t.name), t) for t in tensors]
-    blocks = list(dict.fromkeys(block for block, _, _ in placed))
-    together = -(-len(blocks) // _COLUMNS)
-    column = {b: f"{blocks[i // together * together]}…" if together > 1 else b
-              for i, b in enumerate(blocks)}  # fmt: skip
-    coarse = len({row for _, row, _ in placed}) > _ROWS
-    found: dict[tuple[str, str], list[TensorResult]] = defaultdict(list)
-    for block, row, tensor in placed:
-        found[column[block], str(tensor.role) if coarse else row].append(tensor)
-    return [_cell(block, row, inside) for (block, row), inside in found.items()]
 
 
 def _cell(block: str, row: str, inside: Sequence[TensorResult]) -> dict[str, Any]:

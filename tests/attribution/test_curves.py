@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradscope.attribution.curves import (
     Canvas,
     _settled,
-    area,
+    areas,
     canvas,
     faithfulness,
     moved,
@@ -49,8 +49,9 @@ def test_four_pixels_give_the_curves_that_can_be_written_down() -> None:
     assert insertion == pytest.approx([1, 1, 1, 1, 1])
     assert deletion == pytest.approx([1, 0.6, 0.3, 0.1, 0])
     assert other == pytest.approx([1, 0.9, 0.7, 0.4, 0])
-    assert area(deletion) == pytest.approx((0.5 + 0.6 + 0.3 + 0.1) / 4)
-    assert area(deletion) == pytest.approx(np.trapezoid(deletion, np.linspace(0, 1, 5)))
+    ((_, below),) = areas(np.array([[insertion, deletion]]))
+    assert below == pytest.approx((0.5 + 0.6 + 0.3 + 0.1) / 4)
+    assert below == pytest.approx(np.trapezoid(deletion, np.linspace(0, 1, 5)))
 
 
 def test_insertion_goes_from_the_blurred_picture_to_the_picture() -> None:
@@ -85,6 +86,28 @@ def test_the_best_order_beats_its_reverse_and_its_control_on_both_curves() -> No
     control = best.control
     assert best.insertion > control.insertion_auc + 2 * control.insertion_spread
     assert best.deletion < control.deletion_auc - 2 * control.deletion_spread
+
+
+def test_curves_begin_and_end_where_they_must_and_have_the_areas_that_are_told() -> None:
+    weights, image = scattered()
+    seen = drawn(weights, image)
+    whole, blurred, nothing = seen.ends
+
+    found = faithfulness(seen, weights, 0)
+
+    for known, (insertion, deletion) in (
+        (found, (found.insertion, found.deletion)),
+        (found.control, (found.control.insertion_auc, found.control.deletion_auc)),
+    ):
+        assert known.insertion_curve[:: len(known.insertion_curve) - 1] == pytest.approx(
+            [blurred, whole], abs=1e-6
+        )
+        assert known.deletion_curve[:: len(known.deletion_curve) - 1] == pytest.approx(
+            [whole, nothing], abs=1e-6
+        )
+        at = np.linspace(0, 1, len(known.insertion_curve))
+        assert np.trapezoid(known.insertion_curve, at) == pytest.approx(insertion, abs=1e-6)
+        assert np.trapezoid(known.deletion_curve, at) == pytest.approx(deletion, abs=1e-6)
 
 
 def test_a_constant_map_is_as_good_as_its_control() -> None:

@@ -1,0 +1,62 @@
+"""What a page shows of a series of checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from gradscope.drift.page import _paths
+from gradscope.drift.result import LayerPath, Series
+
+pytest.importorskip("altair", reason="of the extra html")
+
+NAMES = ("ckpt-0.pt", "ckpt-1.pt", "ckpt-2.pt")
+
+
+def path(name: str, *distance: float, **fields: Any) -> LayerPath:
+    steps = tuple(abs(b - a) for a, b in zip((0.0, *distance), distance, strict=False))
+    return LayerPath(
+        layer_name=name, numel=1, distance=(0.0, *distance), step_length=steps, cosine=(None,),
+        **fields,
+    )  # fmt: skip
+
+
+def drawn(*paths: LayerPath, names: tuple[str, ...] = NAMES) -> tuple[str, list[dict[str, Any]]]:
+    chart = _paths(Series(checkpoints=names, layers=paths))
+    return chart.caption, chart.spec["data"]["values"]
+
+
+def test_each_layer_is_a_line_from_the_second_checkpoint_on() -> None:
+    _, rows = drawn(path("a", 0.1, 0.2), path("b", 0.3, 0.3, froze_after="ckpt-1.pt"),
+                    path("c", 0.1, 5.0, jumped_at="ckpt-2.pt"))  # fmt: skip
+
+    assert [(r["layer"], r["checkpoint"], r["distance"], r["way"]) for r in rows] == [
+        ("a", "ckpt-1", 0.1, "goes on"), ("a", "ckpt-2", 0.2, "goes on"),
+        ("b", "ckpt-1", 0.3, "stopped"), ("b", "ckpt-2", 0.3, "stopped"),
+        ("c", "ckpt-1", 0.1, "jumped"), ("c", "ckpt-2", 5.0, "jumped"),
+    ]  # fmt: skip
+
+
+def test_what_stands_out_is_drawn_of_many_and_the_rest_counted() -> None:
+    many = [path(f"l{n}", 0.1, n / 100) for n in range(1, 80)]
+
+    caption, rows = drawn(path("odd", 0.1, 1e-6, froze_after="ckpt-1.pt"), *many)
+
+    shown = {row["layer"] for row in rows}
+    assert len(shown) == 60
+    assert shown == {"odd", *(f"l{n}" for n in range(21, 80))}
+    assert caption.endswith("Left out: 20 layers that moved less.")
+
+
+def test_what_has_no_place_on_the_scale_leaves_a_gap() -> None:
+    _, rows = drawn(path("a", 0.0, math.inf, jumped_at="ckpt-2.pt"))
+
+    assert [row["distance"] for row in rows] == [None, None]
+
+
+def test_names_keep_their_suffixes_where_only_those_differ() -> None:
+    _, rows = drawn(path("a", 0.1, 0.2), names=("a.pt", "a.bin", "a.npz"))
+
+    assert [row["checkpoint"] for row in rows] == ["a.bin", "a.npz"]
