@@ -129,8 +129,8 @@ def _hash(codes, keys):  # type: ignore[no-untyped-def]
         if wide:
             code ^= code >> np.uint64(32)
         product = (code + np.uint64(1)) * keys[i]
-        total += (product ^ (product >> np.uint64(32))) * _MIX
-    return total
+        total += product ^ (product >> np.uint64(32))
+    return total * _MIX
 
 
 @kernel()

@@ -46,7 +46,7 @@ def _hash_line(codes, key, salt, hashes):  # type: ignore[no-untyped-def]
         if wide:
             code ^= code >> np.uint64(32)
         product = (code + np.uint64(1)) * key
-        hashes[i] += (product ^ (product >> np.uint64(32))) * _MIX * salt
+        hashes[i] += (product ^ (product >> np.uint64(32))) * (_MIX * salt)
 
 
 @kernel()
