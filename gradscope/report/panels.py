@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-from gradscope.report.model import AnyReport, Record
+from gradscope.report.model import AnyReport
+from gradscope.report.shown import shown_in
 from gradscope.text import escaped
 
 #: A Vega-Lite specification.
@@ -93,21 +93,8 @@ def inline(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def panels_of(report: AnyReport) -> Iterator[Panel]:
-    """What a command shows of its result.
-
-    Found by name: the function that is called as the command, in the module ``page`` beside the
-    module of the result's type.
-    """
-    if not isinstance(report.result, Record):
-        return
-    home = type(report.result).__module__.rpartition(".")[0]
-    try:
-        module = import_module(f"{home}.page")
-    except ModuleNotFoundError as error:
-        if error.name != f"{home}.page":
-            raise
-        return
-    section = getattr(module, report.command, None)
+    """What a command shows of its result on a page."""
+    section = shown_in(report, "page")
     if section is not None:
         yield from section(report.result)
 

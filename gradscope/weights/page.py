@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
-from gradscope.text import shortened
+from gradscope.text import shortened, size
 from gradscope.weights.places import by_place, drawn_by_place
-from gradscope.weights.result import TensorResult, WeightsResult
+from gradscope.weights.result import Casting, TensorResult, WeightsResult
 from gradscope.weights.roles import AUXILIARY
 
 #: Inputs that are drawn; all of them are in the table.
@@ -20,7 +20,7 @@ _STATUSES = ("critical", "poor", "fair", "good", "excellent")
 
 
 def weights(result: WeightsResult) -> Iterator[Panel]:
-    """The map of health, quantiles by depth, and every tensor."""
+    """The map of health, quantiles by depth, what was asked for beside them, and every tensor."""
     inputs = list(dict.fromkeys(t.input for t in result.tensors))
     for path in inputs[:_INPUTS]:
         of = f" of {shortened(path, 60)}" if len(inputs) > 1 else ""
@@ -30,6 +30,10 @@ def weights(result: WeightsResult) -> Iterator[Panel]:
         described = [t for t in judged if t.statistics is not None and t.statistics.quantiles]
         if series := _series(described):
             yield _quantiles(series, of)
+    if result.casting is not None:
+        yield _casts(result.casting)
+    if any(t.spectrum is not None for t in result.tensors):
+        yield _spectra(result.tensors)
     if result.tensors:
         yield _tensors(result.tensors)
 
@@ -132,6 +136,63 @@ def _bands(role: str, tensors: Sequence[TensorResult]) -> Iterator[dict[str, Any
             "role": role, "depth": depth, "tensor": tensor.name, "median": q.get("0.5"),
             "q1": q.get("0.01"), "q25": q.get("0.25"), "q75": q.get("0.75"), "q99": q.get("0.99"),
         }  # fmt: skip
+
+
+# --- casts and spectra ----------------------------------------------------------------------------
+
+
+def _casts(found: Casting) -> Grid:
+    planned = (
+        ""
+        if found.plan is None
+        else (
+            f" At {found.plan.snr_db:g} dB or better, tensor by tensor, {size(found.plan.bytes)} "
+            f"are left ({found.plan.saved_fraction:.0%} saved)."
+        )
+    )
+    return Grid(
+        "Casts",
+        f"What each type costs and saves of {size(found.stored_bytes)}.{planned}",
+        (
+            Column("type", number=False), Column("tensors", form=","), Column("bytes", form=","),
+            Column("saved", form="%"), Column("SNR dB"), Column("worst dB"),
+            Column("overflow", form=","), Column("to zero", form=","),
+            Column("worst tensor", number=False),
+        ),
+        [
+            Row([
+                s.format, s.tensors, s.bytes, s.saved_fraction, s.snr_db, s.worst_snr_db,
+                s.overflow_count, s.underflow_count, s.worst_tensor,
+            ])
+            for s in found.formats
+        ],
+    )  # fmt: skip
+
+
+_OF_SPECTRA = {
+    "norm": "spectral_norm", "as map": "operator_norm", "stable rank": "stable_rank",
+    "effective rank": "effective_rank", "alpha": "alpha", "tail": "alpha_tail_count",
+    "edge": "mp_edge", "spikes": "spikes",
+}  # fmt: skip
+
+
+def _spectra(tensors: Sequence[TensorResult]) -> Grid:
+    return Grid(
+        "Spectra",
+        "What the singular values of each matrix say. Compare alpha between layers of one shape, "
+        "and trust it from tails of 50 values on.",
+        (
+            Column("tensor", number=False), Column("shape", number=False), *map(Column, _OF_SPECTRA)
+        ),
+        [
+            Row([
+                t.name, "×".join(map(str, t.shape)),
+                *(getattr(t.spectrum, field) for field in _OF_SPECTRA.values()),
+            ])
+            for t in tensors
+            if t.spectrum is not None
+        ],
+    )  # fmt: skip
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -16,8 +16,13 @@ from gradscope.weights.result import SpectrumResult, TensorResult
 _SHOWN = 24
 
 
-def spectra(tensors: Sequence[TensorResult], display: Display) -> Iterator[RenderableType]:
-    """A row for each matrix; on a terminal one for those of one place of different layers."""
+def spectra(
+    tensors: Sequence[TensorResult], display: Display, rest: str = "-v shows every matrix"
+) -> Iterator[RenderableType]:
+    """A row for each matrix; on a terminal one for those of one place of different layers.
+
+    ``rest`` says where the rows are that are left out.
+    """
     brief = display.width is not None and display.detail < 2
     groups: dict[object, list[tuple[TensorResult, SpectrumResult]]] = {}
     for t in tensors:
@@ -35,8 +40,8 @@ def spectra(tensors: Sequence[TensorResult], display: Display) -> Iterator[Rende
     yield made
     if any(s.alpha is not None and not s.alpha_reliable for group in shown for _, s in group):
         yield Text("? alpha of fewer than 50 values in the tail, or ruled out", style="dim")
-    if rest := len(groups) - len(shown):
-        yield Text(f"… {rest:,} more rows; -v shows every matrix", style="dim")
+    if more := len(groups) - len(shown):
+        yield Text(f"… {more:,} more rows; {rest}", style="dim")
 
 
 def _row(group: Sequence[tuple[TensorResult, SpectrumResult]]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 import gradscope
 from gradscope.errors import UsageError
 from gradscope.report.formats import Display, renderer
+from gradscope.report.panels import panels_of
 from gradscope.weights.result import CastResult, WeightsResult
 
 from .checkpoints import Array, bf16, conv_net, gaussian, transformer, write
@@ -266,6 +267,38 @@ def test_the_table_says_what_each_type_costs_and_what_to_take(tmp_path: Path) ->
     assert "overflows" in fp16
     assert "At 20 dB or better, tensor by tensor:" in shown
     assert f"keep 1 tensor as stored: {UP}" in shown
+
+
+def test_a_pull_request_shows_what_each_type_costs_and_what_to_take(tmp_path: Path) -> None:
+    tensors = transformer()
+    tensors[UP][0, 0] = 1e5
+    tensors["a|b<img>.weight"] = tensors.pop(UP)
+    path = write(tmp_path / "m.safetensors", tensors)
+    report = gradscope.analyze_weights(path, cast=["fp16", "fp8_e4m3"], snr=20)
+
+    shown = renderer("markdown")(report)
+
+    (at,) = (i for i, line in enumerate(shown.splitlines()) if line.startswith("### Casts"))
+    heading, signs, fp16, fp8 = shown.splitlines()[at + 2 : at + 6]
+    assert heading.startswith("| type | tensors | size | saved | SNR dB |")
+    assert signs.startswith("| :--- | ---: |")
+    assert fp16.startswith("| fp16 | 31 | ")
+    assert fp16.endswith("| overflows | 1 | 0 | 1 | a\\|b\\<img\\>.weight |")
+    assert fp8.startswith("| fp8\\_e4m3 | ")
+    assert all(r.replace("\\|", "").count("|") == heading.count("|") for r in (signs, fp16, fp8))
+    assert "At 20 dB or better, tensor by tensor:" in shown
+
+
+def test_a_page_has_the_costs_of_each_type(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", transformer())
+    report = gradscope.analyze_weights(path, cast=["fp16", "int8"], snr=20)
+
+    (grid,) = (p for p in panels_of(report) if p.title == "Casts")
+
+    assert [row.cells[0] for row in grid.rows] == ["fp16", "int8"]
+    assert grid.rows[1].cells[2] == report.result.casting.formats[1].bytes
+    assert "At 20 dB or better" in grid.caption
+    assert all(len(row.cells) == len(grid.columns) for row in grid.rows)
 
 
 def test_the_same_bytes_come_out_for_any_number_of_threads(tmp_path: Path) -> None:

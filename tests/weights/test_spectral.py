@@ -13,6 +13,7 @@ import torch
 import gradscope
 from gradscope.errors import UsageError
 from gradscope.report.formats import Display, renderer
+from gradscope.report.panels import panels_of
 from gradscope.weights.result import SpectrumResult, WeightsReport
 
 from .checkpoints import Array, bf16, conv_net, gaussian, transformer, write
@@ -283,6 +284,46 @@ def test_the_same_bytes_come_out_for_any_number_of_threads(tmp_path: Path) -> No
     one, three = (spectral(path, jobs=jobs, bootstrap=3) for jobs in (1, 3))
 
     assert renderer("json")(one, Display()) == renderer("json")(three, Display())
+
+
+def test_a_pull_request_has_a_row_for_each_kind_of_matrix(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", transformer())
+
+    shown = renderer("markdown")(spectral(path))
+
+    table = [line for line in shown.partition("### Spectra")[2].splitlines() if "|" in line]
+    assert len(table) == 2 + 8
+    (up,) = (line for line in table if "up\\_proj" in line)
+    assert up.startswith("| model.layers.\\*.mlp.up\\_proj.weight  ×4 | 128×32 |")
+
+
+def test_plain_statistics_add_nothing_to_a_pull_request(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", transformer())
+
+    assert "###" not in renderer("markdown")(gradscope.analyze_weights(path))
+
+
+def test_a_pull_request_holds_the_spectra_of_many_kinds_of_matrices(tmp_path: Path) -> None:
+    names = [f"{'x' * 150}{chr(97 + i)}.{'y' * 150}.weight" for i in range(26)]
+    path = write(tmp_path / "m.safetensors", {n: gaussian(9, 5 + i) for i, n in enumerate(names)})
+
+    shown = renderer("markdown")(spectral(path))
+
+    assert len(shown.encode()) < 65_536
+    assert "2 more rows; the JSON report has every matrix" in shown
+
+
+def test_a_page_has_a_row_for_each_matrix(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", transformer())
+    report = spectral(path)
+
+    (grid,) = (p for p in panels_of(report) if p.title == "Spectra")
+
+    rows = {row.cells[0]: row.cells for row in grid.rows}
+    assert list(rows) == [t.name for t in report.result.tensors if t.spectrum is not None]
+    (seen,) = (t.spectrum for t in report.result.tensors if t.name == UP)
+    assert rows[UP][2:5] == [seen.spectral_norm, None, seen.stable_rank]
+    assert all(len(row.cells) == len(grid.columns) for row in grid.rows)
 
 
 def test_norms_alone_are_those_of_whole_spectra(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Markdown for a pull request or the summary of a job: the verdict, then findings worst first."""
+"""Markdown for a pull request or the summary of a job: the verdict, then findings worst first.
+
+What else a command has for such a reader, it says itself: ``markdown.py`` beside its ``result.py``.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
+from rich.table import Table
+
 from gradscope.report.formats import FILE, Display
 from gradscope.report.formats.table_ import counted, grouped
 from gradscope.report.model import AnyReport, Finding
+from gradscope.report.shown import shown_in
 from gradscope.text import escaped, listed, plural, shortened, size
 
 #: A comment on GitHub holds 65,536 characters, and a summary that is too long is dropped whole.
@@ -21,7 +27,9 @@ def render(report: AnyReport, display: Display = FILE) -> str:  # noqa: ARG001
     tail = _text(_tail(report))
     if _bytes(head) + _bytes(tail) > MOST_BYTES // 2:
         head, tail = _kept(head, MOST_BYTES // 4), _kept(tail, MOST_BYTES // 4)
-    return head + _findings(report, MOST_BYTES - _bytes(head) - _bytes(tail)) + tail
+    shown = _kept(_shown(report), MOST_BYTES // 4)
+    rest = MOST_BYTES - sum(map(_bytes, (head, shown, tail)))
+    return head + _findings(report, rest) + shown + tail
 
 
 def _head(report: AnyReport) -> Iterator[str]:
@@ -38,6 +46,27 @@ def _head(report: AnyReport) -> Iterator[str]:
         yield f"- **not read in full** {code(failure.input)}: {inert(failure.message)}"
     yield from (f"- {inert(reason)}" for reason in gate.reasons[len(report.errors) :])
     yield from (f"- {inert(note)}" for note in gate.notes)
+
+
+def _shown(report: AnyReport) -> str:
+    """What the command shows of its result: tables, and lines of text, the first a heading."""
+    section = shown_in(report, "markdown")
+    parts = [] if section is None else section(report.result)
+    return "".join(_grid(p) if isinstance(p, Table) else _line(str(p)) for p in parts)
+
+
+def _line(text: str) -> str:
+    heading = text.startswith("\n")
+    told = re.sub(r" {2,}", " · ", text.strip())
+    return f"\n{'### ' if heading else ''}{inert(told)}\n"
+
+
+def _grid(table: Table) -> str:
+    """A table of the terminal as one of Markdown."""
+    columns = [[inert(str(cell)) for cell in (c.header, *c.cells)] for c in table.columns]
+    signs = [":---" if c.justify == "left" else "---:" for c in table.columns]
+    heading, *rows = zip(*columns, strict=True)
+    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in (heading, signs, *rows))
 
 
 def _findings(report: AnyReport, most: int) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -14,8 +12,9 @@ from rich.text import Text
 
 from gradscope.report.formats import FILE, Display
 from gradscope.report.formats.cells import Grid
-from gradscope.report.model import AnyReport, Finding, Record
+from gradscope.report.model import AnyReport, Finding
 from gradscope.report.severity import Severity
+from gradscope.report.shown import shown_in
 from gradscope.text import escaped, listed, plural, shortened, size
 
 #: How each severity is coloured. The word is always written, too.
@@ -56,26 +55,6 @@ def render(report: AnyReport, display: Display = FILE) -> str:
 
 #: What a section is made of.
 Part = RenderableType | Grid
-Section = Callable[[Any, Display], Iterator[Part]]
-
-
-def _section(report: AnyReport) -> Section | None:
-    """What a command shows of its result below the findings.
-
-    Found by name: the function that is called as the command, in the module ``table`` beside the
-    module of the result's type.
-    """
-    if not isinstance(report.result, Record):
-        return None
-    home = type(report.result).__module__.rpartition(".")[0]
-    try:
-        module = import_module(f"{home}.table")
-    except ModuleNotFoundError as error:
-        if error.name != f"{home}.table":
-            raise
-        return None
-    section: Section | None = getattr(module, report.command, None)
-    return section
 
 
 def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
@@ -88,7 +67,7 @@ def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
             ("error ", "bold red"), f"{shortened(failure.input)}: {escaped(failure.message)}"
         )
     yield from _findings(report, display)
-    section = _section(report) if display.detail else None
+    section = shown_in(report, "table") if display.detail else None
     if section is not None:
         yield from section(report.result, display)
     yield from _coverage(report, display)
