@@ -2,7 +2,7 @@
 
     python benchmarks/flow.py [layers] [steps]
 
-Targets: 40 times the load at most for 1,000 layers x 10,000 steps, and linear in steps.
+Targets: 20 times the load at most for 1,000 layers x 10,000 steps, and linear in steps.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from gradscope.flow.analysis import analyze
 from gradscope.histories.format import write
 from gradscope.histories.open import open_history
 
-TARGET = 40
+TARGET = 20
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    """Of CPU time: both sides use one core, and other programs do not change what they cost."""
+    began = time.process_time()
     work()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def make(path: Path, layers: int, steps: int) -> None:
@@ -64,13 +65,13 @@ def main() -> None:
         analyze_flow(small)  # compiles
         size = large.stat().st_size / 1e6
         loading = min(seconds(lambda: load(large)) for _ in range(3))
-        whole = seconds(lambda: analyze_flow(large))
+        whole = min(seconds(lambda: analyze_flow(large)) for _ in range(2))
         short, long = open_history(str(small)), open_history(str(large))
         ratio = seconds(lambda: analyze(long)) / seconds(lambda: analyze(short))
     met = "met" if whole <= TARGET * loading else "MISSED"
     print(f"flow, {layers:,} layers x {steps:,} steps, {size:.0f} MB")
     share = f"{whole / loading:.1f} x loading the file ({loading:.2f} s)"
-    print(f"  {whole:.1f} s, {share}   target <= {TARGET}: {met}")
+    print(f"  {whole:.1f} s of CPU time, {share}   target <= {TARGET}: {met}")
     print(f"  10 x the steps take {ratio:.1f} x the time")
 
 

@@ -34,8 +34,7 @@ def _total(series: Series) -> NDArray[Any] | None:
         return series.history.total_l2
     if not series.layers:
         return None
-    known = np.isfinite(series.norm).any(axis=1)
-    return np.where(known, np.sqrt(np.nansum(series.norm**2, axis=1)), np.nan)
+    return np.where(np.isfinite(series.norm).any(axis=1), series.total, np.nan)
 
 
 def _values(values: NDArray[Any] | None, part: slice) -> tuple[float | None, ...] | None:

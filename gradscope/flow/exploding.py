@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -71,38 +72,53 @@ class Exploding:
 
     tests: Mapping[str, Mask]
     jumps: Jumps
-    #: Norm over the layer's own level after warm-up.
-    own_ratio: Array
-    #: Nats above the loss side.
-    above_loss: Array
+    levels: Levels
+    #: Recorded, and on a step that was not skipped.
+    usable: Mask
+
+    @cached_property
+    def own_ratio(self) -> Array:
+        """Norm over the layer's own level after warm-up."""
+        return _only(self.usable, np.exp(-self.levels.below_own))
+
+    @cached_property
+    def above_loss(self) -> Array:
+        """Nats above the loss side."""
+        return _only(self.usable, -self.levels.below_loss)
 
     @property
     def flags(self) -> Mask:
         """What grows: a spike is a finding of its own, and NaN says nothing of what led to it."""
-        result: Mask = np.logical_or.reduce([self.tests[name] for name in _GROWING])
-        return result
+        return reduce(np.logical_or, (self.tests[name] for name in _GROWING))
 
 
 def exploding(series: Series, levels: Levels) -> Exploding:
     """Every cell under every test that the history allows."""
     usable = series.recorded & ~series.skipped[:, None]
     logs = _only(usable, series.finite_log)
-    own, above = -levels.below_own, _only(usable, -levels.below_loss)
-    own = _only(usable, np.exp(own, out=own))
-    top = math.log(DEPTH_RATIO)
-    level = _lasting(hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / _LEAVE_LEVEL) & usable)
+    top, below = -math.log(DEPTH_RATIO), _only(usable, levels.below_loss)
     found, growth = jumps(logs), growing(series, logs)
+    level = _lasting(_above_own(levels, usable))
     for flags in (growth, level):
-        flags &= ~_catching_up(series, flags)
+        _spare_those_catching_up(series, flags)
     tests = {
         "non-finite": series.nonfinite & ~series.skipped[:, None],
         "spike": found.spike,
         "growth": growth,
         "update": _large_updates(series),
-        "depth": hysteresis(above > top, above > top - _LEAVE_NATS) & usable,
+        "depth": hysteresis(below < top, below < top + _LEAVE_NATS) & usable,
         "level": level,
     }
-    return Exploding(tests, found, own, above)
+    return Exploding(tests, found, levels, usable)
+
+
+def _above_own(levels: Levels, usable: Mask) -> Mask:
+    """Ten times above the own level, and from there on until a third of it."""
+    least = np.fmin.reduce(levels.below_own, axis=None, initial=np.inf)
+    if least > -0.9 * math.log(LEVEL_RATIO):
+        return np.zeros_like(usable)
+    own = _only(usable, np.exp(-levels.below_own))
+    return hysteresis(own > LEVEL_RATIO, own > LEVEL_RATIO / _LEAVE_LEVEL) & usable
 
 
 def _only(usable: Mask, values: Array) -> Array:
@@ -118,18 +134,16 @@ def _lasting(flags: Mask) -> Mask:
     return out
 
 
-def _catching_up(series: Series, flags: Mask) -> Mask:
-    """Cells of layers that began far below the network and are on their way up to it.
+def _spare_those_catching_up(series: Series, flags: Mask) -> None:
+    """Clear cells of layers that began far below the network and are on their way up to it.
 
     A branch that starts from zero has left it when it is as tall as the others, not before.
     """
-    out = np.zeros_like(flags)
     rows = np.flatnonzero(flags.any(axis=0))
     apart = series.log_rms[:, rows] - series.median_log[:, None]
     began = nanmedian(apart[:MIN_TREND], axis=0)
     far = math.log(GROWTH_FACTOR)
-    out[:, rows] = (began < -far) & (apart > began + far) & (apart < far)
-    return out
+    flags[:, rows] &= ~((began < -far) & (apart > began + far) & (apart < far))
 
 
 def _large_updates(series: Series) -> Mask:

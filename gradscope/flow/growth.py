@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
+from gradscope.compiled import kernel
 from gradscope.flow.limits import GROWTH_FACTOR, MIN_TREND, SPREAD_FLOOR
 from gradscope.flow.robust import Array, mann_kendall, nanmedian, spread, theil_sen
 from gradscope.flow.series import Mask, Series
@@ -37,9 +38,26 @@ def growing(series: Series, logs: Array) -> Mask:
 
 def _blocks(values: Array) -> Array:
     """Medians of every four records; the first few that fill none are left out."""
-    whole = values[len(values) % _COARSER :].reshape(-1, _COARSER, values.shape[1])
-    medians: Array = nanmedian(whole, axis=1)
+    whole = np.ascontiguousarray(values[len(values) % _COARSER :])
+    medians = np.empty((len(whole) // _COARSER, whole.shape[1]))
+    _of_four(whole, medians)
+    gaps = np.flatnonzero(np.isnan(medians).any(axis=0))
+    if len(gaps):
+        some = whole[:, gaps].reshape(-1, _COARSER, len(gaps))
+        medians[:, gaps] = nanmedian(some, axis=1)
     return medians
+
+
+@kernel()
+def _of_four(values: Array, medians: Array) -> None:
+    """Medians of every four records of [4 N, L]; NaN where any of them is."""
+    for i in range(len(medians)):
+        for row in range(medians.shape[1]):
+            a, b, c, d = values[4 * i : 4 * i + 4, row]
+            low = max(min(a, b), min(c, d))
+            high = min(max(a, b), max(c, d))
+            middle = low if low == high else 0.5 * (low + high)
+            medians[i, row] = middle if a + b + c + d == a + b + c + d else np.nan
 
 
 def _growing(steps: Array, logs: Array, warm_up: int) -> Mask:
@@ -48,20 +66,29 @@ def _growing(steps: Array, logs: Array, warm_up: int) -> Mask:
     window = next((w for w in _WINDOWS if total >= w + warm_up or total == w), None)
     if window is None:
         return flags
-    ends = [*range(warm_up + window, total, window // 4), total]
-    for end in ends:
-        for row in _climbing(logs[end - window : end]):
-            if _grows(steps, logs[:, row], warm_up, end - window, end):
-                flags[_begun(logs[end - window : end, row]) + end - window : end, row] = True
+    for end, row in _climbing(logs, warm_up, window):
+        if _grows(steps, logs[:, row], warm_up, end - window, end):
+            flags[_begun(logs[end - window : end, row]) + end - window : end, row] = True
     return flags
 
 
-def _climbing(inside: Array) -> Sequence[int]:
-    """Rows whose last quarter of a window lies well above the first: a cheap necessary sign."""
-    quarter = len(inside) // 4
-    rise = nanmedian(inside[-quarter:], axis=0) - nanmedian(inside[:quarter], axis=0)
-    rows: list[int] = np.flatnonzero(rise > 0.5 * math.log(GROWTH_FACTOR)).tolist()
-    return rows
+def _climbing(logs: Array, warm_up: int, window: int) -> Iterator[tuple[int, int]]:
+    """Ends of windows, and rows whose last quarter lies well above the first there.
+
+    A cheap necessary sign. Windows follow each other at a quarter's distance, the last one ends
+    with the records.
+    """
+    quarter, total = window // 4, len(logs)
+    count = max(0, total - 1 - warm_up) // quarter
+    parts = logs[warm_up : warm_up + count * quarter].reshape(count, quarter, logs.shape[1])
+    middles = nanmedian(parts, axis=1)
+    last = nanmedian(logs[total - quarter :], axis=0) - nanmedian(
+        logs[total - window : total - window + quarter], axis=0
+    )
+    rises = np.vstack([middles[3:] - middles[:-3], last])
+    ends = [*(warm_up + window + i * quarter for i in range(len(rises) - 1)), total]
+    for i, row in np.argwhere(rises > 0.5 * math.log(GROWTH_FACTOR)).tolist():
+        yield ends[i], row
 
 
 def _grows(steps: Array, logs: Array, warm_up: int, first: int, end: int) -> bool:

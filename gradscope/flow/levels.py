@@ -43,10 +43,12 @@ def levels(series: Series, graph: Graph) -> Levels:
     """Every layer against the loss side, its own past and the optimizer's epsilon."""
     level, since = own_level(series)
     below_own: Array = level - series.log_rms
-    below_own[np.arange(len(below_own))[:, None] < since] = np.nan
+    for first in np.unique(since).tolist():
+        below_own[:first, since == first] = np.nan
     eps = series.adaptive_epsilon
+    below_loss = reference(series, graph)
     return Levels(
-        below_loss=reference(series, graph) - series.log_rms,
+        below_loss=np.subtract(below_loss, series.log_rms, out=below_loss),
         below_own=below_own,
         attenuation=None
         if eps is None or not series.per_element

@@ -183,7 +183,7 @@ def _onset(found: _Levels, best: int, level: float) -> int:
 def _company(series: Series, record: int) -> dict[str, float | None]:
     """What else changed there: learning rate, gradient norm, size and direction of steps."""
     first, step = max(0, record - _AROUND), max(0, record - 1)
-    total = np.sqrt(np.nansum(series.norm**2, axis=1))
+    total = series.total
     return {
         # The step that raised the loss was made one record before.
         "learning_rate_factor": _factor(

@@ -132,7 +132,7 @@ def _reason(series: Series, first: int) -> Standstill:
         rate = np.asarray(rates, np.float64).max(axis=1)
         if nanmedian(rate[first:]) < RATE_GONE * np.nanmax(rate[: first + 1]):
             return "schedule"
-    total = np.sqrt(np.nansum(series.norm**2, axis=1))
+    total = series.total
     if nanmedian(total[first:]) < 10**-FALL_DECADES * np.max(total[: max(first, SHORTEST)]):
         return "starved"
     return "rounded" if _rounded(series, first) else "update"

@@ -31,15 +31,17 @@ BLOCKED_FLOW = 1e-3
 WEAK_FLOW = 0.1
 _BLOCKED_SHARE = 0.1
 _STEADY_SHARE = 0.9
+_LEAST_FLOW = float(np.nextafter(0, 1))
 AMPLIFIER_GAIN = 10.0
 _AMPLIFIER_Z = 3.5
 
 
 @dataclass(frozen=True, eq=False)
 class Flows:
-    """What every edge carries: RMS by record, and its median of the last window."""
+    """What every edge carries: RMS by record, [E, T], and its median of the last window."""
 
-    series: Mapping[Edge, Array]
+    edges: tuple[Edge, ...]
+    rms: Array
     capacity: Mapping[Edge, float]
     recorded: bool
 
@@ -49,16 +51,16 @@ def flows(series: Series, graph: Graph, window: int) -> Flows:
 
     The latter says which layers are starved, not how much flows.
     """
-    rms = np.ascontiguousarray(np.where(series.recorded, series.rms, np.nan).T)
-    every: dict[Edge, Array] = {(u, v): np.minimum(rms[u], rms[v]) for u, v in graph.edges}
-    known = _recorded(series, graph)
-    every |= known
-    capacity = {
-        edge: float(np.nan_to_num(nanmedian(flow[-window:]))) for edge, flow in every.items()
-    }
+    rms = series.rms.T if series.recorded.all() else np.where(series.recorded, series.rms, np.nan).T
+    edges, known = tuple(graph.edges), _recorded(series, graph)
+    every = np.empty((len(edges), len(series.steps)))
+    for i, (u, v) in enumerate(edges):
+        every[i] = known[u, v] if (u, v) in known else np.minimum(rms[u], rms[v])
+    recent = np.nan_to_num(nanmedian(every[:, -window:], axis=1)).tolist()
+    capacity = dict(zip(edges, recent, strict=True))
     for row in graph.exits:
         capacity[row, LOSS] = float(np.nan_to_num(nanmedian(rms[row, -window:])))
-    return Flows(every, capacity, bool(known))
+    return Flows(edges, every, capacity, bool(known))
 
 
 def _recorded(series: Series, graph: Graph) -> dict[Edge, Array]:
@@ -78,7 +80,7 @@ def network(
 ) -> FlowNetwork:
     """Nodes in order, edges in order, and the metrics of the whole."""
     nodes = tuple(_nodes(series, graph, now))
-    edges = tuple(_edges(series, graph, found, window))
+    edges = tuple(_edges(series, found, window))
     return FlowNetwork(
         nodes=nodes, edges=edges, metrics=_metrics(series, graph, found, nodes, edges, depth)
     )
@@ -156,14 +158,10 @@ def _usual(series: Series, graph: Graph, gains: Array) -> dict[str, tuple[float,
     }
 
 
-def _edges(series: Series, graph: Graph, found: Flows, window: int) -> Iterator[FlowEdge]:
-    if not found.series:
-        return
-    every = np.stack(list(found.series.values()))
+def _edges(series: Series, found: Flows, window: int) -> Iterator[FlowEdge]:
     # Of those that carry something: with most of a network cut off the median edge carries nothing.
-    typical = nanmedian(np.where(every > 0, every, np.nan), axis=0)
-    for u, v in graph.edges:
-        flow = found.series[u, v]
+    typical = nanmedian(found.rms, axis=0, least=_LEAST_FLOW)
+    for (u, v), flow in zip(found.edges, found.rms, strict=True):
         with np.errstate(divide="ignore", invalid="ignore"):
             relative = np.where(flow == 0, 0.0, flow / typical)
         recent, shares = relative[-window:], relative[np.isfinite(relative)]
@@ -202,7 +200,8 @@ def edge_type(relative: Array) -> EdgeType:
         return "blocked"
     if share < _STEADY_SHARE:
         return "intermittent"
-    return "weak" if float(nanmedian(relative)) < WEAK_FLOW else "strong"
+    few = 2 * np.count_nonzero(relative < WEAK_FLOW) < len(relative)
+    return "strong" if few or float(nanmedian(relative)) >= WEAK_FLOW else "weak"
 
 
 def _metrics(

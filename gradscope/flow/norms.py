@@ -7,10 +7,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from gradscope.compiled import kernel
 from gradscope.flow.judgement import LayerVerdict, worst
 from gradscope.flow.result import ExplodingLayer, Explosion, Region
-from gradscope.flow.robust import nanmedian
+from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Series
+
+_PIECE = 1 << 15
+#: The middle of many values is looked for between two quantiles of a sample, this far apart.
+_SAMPLE = 4096
+_MARGIN = 0.05
 
 
 def explosion(
@@ -26,17 +32,18 @@ def explosion(
     known = np.isfinite(series.norm)
     finite = series.norm.ravel() if known.all() else series.norm[known]
     at = _location(series)
+    mean = float(finite.mean()) if len(finite) else math.nan
     part, whole = series.numel(rows), series.numel(range(len(series.layers)))
-    median = np.median(finite) if len(finite) else math.nan
+    median = middle(finite) if len(finite) else math.nan
     return Explosion(
         exploding_layers=layers,
         max_gradient_norm=float(finite.max()) if len(finite) else None,
         max_layer=None if at is None else series.names[at[1]],
         max_step=None if at is None else int(series.steps[at[0]]),
-        mean_gradient_norm=float(finite.mean()) if len(finite) else None,
-        std_gradient_norm=float(finite.std()) if len(finite) else None,
-        median_gradient_norm=float(median) if len(finite) else None,
-        mad_gradient_norm=float(np.median(np.abs(finite - median))) if len(finite) else None,
+        mean_gradient_norm=mean if len(finite) else None,
+        std_gradient_norm=_deviation(finite, mean) if len(finite) else None,
+        median_gradient_norm=median if len(finite) else None,
+        mad_gradient_norm=middle(finite, median) if len(finite) else None,
         explosion_ratio=len(rows) / len(series.layers) if series.layers else None,
         parameter_ratio=None if part is None or not whole else part / whole,
         overall_severity=worst(layer.severity for layer in layers),
@@ -44,6 +51,58 @@ def explosion(
             dict.fromkeys(advice for r in regions for advice in r.mitigation_suggestions)
         ),
     )
+
+
+def middle(values: Array, centre: float = 0.0) -> float:
+    """The median distance of very many values, none of them NaN, from a centre.
+
+    It lies between two quantiles of a sample, or all are looked at.
+    """
+    sample = np.sort(np.abs(values[:: max(1, len(values) // _SAMPLE)] - centre))
+    low, high = (sample[int(len(sample) * (0.5 + side * _MARGIN))] for side in (-1, 1))
+    for least, most, room in ((low, high, len(values) // 4), (0.0, math.inf, len(values))):
+        found = _middle(values, centre, least, most, np.empty(room))
+        if found is not None:
+            return found
+    return math.nan
+
+
+def _middle(values: Array, centre: float, low: float, high: float, room: Array) -> float | None:
+    """None where it does not lie inside, or more lies there than there is room for."""
+    below, count = _gathered(values, centre, low, high, room)
+    upper = len(values) // 2 - below
+    lower = upper - 1 + len(values) % 2
+    if count > len(room) or lower < 0 or upper >= count:
+        return None
+    ordered = np.partition(room[:count], (lower, upper))
+    a, b = float(ordered[lower]), float(ordered[upper])
+    return a if a == b else 0.5 * (a + b)
+
+
+@kernel()
+def _gathered(
+    values: Array, centre: float, low: float, high: float, room: Array
+) -> tuple[int, int]:
+    """How many distances are below a range, and how many in it, which are copied."""
+    below, count = 0, 0
+    for value in values:
+        distance = abs(value - centre)
+        if distance < low:
+            below += 1
+        if low <= distance <= high:
+            if count < len(room):
+                room[count] = distance
+            count += 1
+    return below, count
+
+
+def _deviation(values: Array, mean: float) -> float:
+    """Population standard deviation, a piece at a time that stays in the cache."""
+    squares = (
+        float(((values[first : first + _PIECE] - mean) ** 2).sum())
+        for first in range(0, len(values), _PIECE)
+    )
+    return math.sqrt(math.fsum(squares) / len(values))
 
 
 def _layer(series: Series, row: int, verdict: LayerVerdict) -> ExplodingLayer:
@@ -84,7 +143,7 @@ def usual_norm(series: Series) -> float:
     """The 90th percentile of the total gradient norm over the calmer half of the run."""
     total = series.history.total_l2
     if total is None or not np.isfinite(total).any():
-        total = np.sqrt(np.nansum(series.norm**2, axis=1))
+        total = series.total
     total = total[np.isfinite(total)]
     half = np.sort(total)[: max(1, len(total) // 2)] if len(total) else np.array([math.nan])
     return float(np.quantile(half, 0.9))

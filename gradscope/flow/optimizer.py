@@ -143,7 +143,7 @@ def _total(series: Series) -> Array:
     total = series.history.total_l2
     if total is not None and np.isfinite(total).any():
         return np.asarray(total, dtype=np.float64)
-    norms: Array = np.sqrt(np.nansum(series.norm**2, axis=1))
+    norms: Array = series.total
     return np.where(np.isfinite(series.norm).any(axis=1), norms, np.nan)
 
 

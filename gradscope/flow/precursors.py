@@ -30,7 +30,7 @@ def precursors(series: Series, loss: Array, best: int, peak: int) -> tuple[Precu
     """
     measured: dict[Precursed, Array | None] = {
         "updates": None if series.update_ratio is None else nanmedian(series.update_ratio, axis=1),
-        "gradients": np.sqrt(np.nansum(series.norm**2, axis=1)),
+        "gradients": series.total,
         "loss": loss,
     }
     found = (

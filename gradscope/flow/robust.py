@@ -14,38 +14,49 @@ Array = NDArray[np.float64]
 
 #: What makes the median absolute deviation of Gaussian values their standard deviation.
 GAUSSIAN = 1.4826
+_PIECE = 1 << 16
 
 
-def nanmedian(values: Any, axis: int | None = None) -> Any:
-    """The median of what is not NaN; NaN where nothing is.
+def nanmedian(values: Any, axis: int | None = None, least: float = -math.inf) -> Any:
+    """The median of what is not NaN, and not below ``least``; NaN where nothing is.
+
+    A piece at a time: copies of arrays as large as a history cost more than the medians.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    moved = array.reshape(1, -1) if axis is None else np.moveaxis(array, axis, -1)
+    if moved.ndim == 1:
+        return _medians(moved[None], least)[0]
+    out = np.empty(moved.shape[:-1])
+    rows = max(1, _PIECE * len(moved) // max(1, moved.size))
+    for first in range(0, len(moved), rows):
+        out[first : first + rows] = _medians(moved[first : first + rows], least)
+    return out[0] if axis is None else out
+
+
+def _medians(values: Array, least: float) -> Array:
+    """Medians over the last axis.
 
     NumPy's own ``nanmedian`` goes through masked arrays, ten times slower on the shapes used here,
     and its ``median`` looks for NaN by a partition at three places instead of one.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if axis is None:
-        array, axis = array.ravel(), 0
-    if array.shape[axis] == 0:
-        return np.full(np.delete(array.shape, axis), np.nan)[()]
-    if not np.isnan(array).any():
-        return _median(array, axis)
-    ordered = np.sort(array, axis=axis)  # NaN sorts last
-    count = array.shape[axis] - np.isnan(ordered).sum(axis=axis, keepdims=True)
-    low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis)
-    high = np.take_along_axis(ordered, np.minimum(count // 2, array.shape[axis] - 1), axis)
+    count = values.shape[-1]
+    known = values >= least
+    if count and known.all():
+        parted = np.partition(values, count // 2, axis=-1)
+        high, low = parted[..., count // 2], parted[..., : count // 2]
+        return high if count % 2 else _between(low.max(axis=-1), high)
+    if not count:
+        return np.full(values.shape[:-1], np.nan)
+    ordered = np.sort(np.where(known, values, np.nan), axis=-1)  # NaN sorts last
+    counts = known.sum(axis=-1, keepdims=True)
+    low = np.take_along_axis(ordered, np.maximum(counts - 1, 0) // 2, -1)
+    high = np.take_along_axis(ordered, np.minimum(counts // 2, count - 1), -1)
+    return np.where(counts > 0, _between(low, high), np.nan)[..., 0]
+
+
+def _between(low: Array, high: Array) -> Array:
     with np.errstate(invalid="ignore"):
-        middle = np.where(low == high, low, 0.5 * (low + high))
-    return np.where(count > 0, middle, np.nan).squeeze(axis)[()]
-
-
-def _median(array: Array, axis: int) -> Any:
-    half = array.shape[axis] // 2
-    parted = np.moveaxis(np.partition(array, half, axis=axis), axis, 0)
-    high = parted[half]
-    if array.shape[axis] % 2:
-        return high
-    low = parted[:half].max(axis=0)
-    return np.where(low == high, low, 0.5 * (low + high))[()]
+        return np.where(low == high, low, 0.5 * (low + high))
 
 
 def spread(values: Any, axis: int | None = None) -> Any:

@@ -24,6 +24,7 @@ GROUPS: Mapping[Kind, str] = {
     "norm": "norm",
     "embedding": "embedding",
 }
+_RECORDS = 64
 ADAPTIVE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop", "adagrad", "adadelta", "lamb")
 
 
@@ -69,6 +70,15 @@ class Series:
         """Median over the layers of ``finite_log``, [T]: how the network as a whole does."""
         median: Array = nanmedian(self.finite_log, axis=1)
         return median
+
+    @cached_property
+    def total(self) -> Array:
+        """L2 norm of all known layers together, [T]; a few records at a time stay in the cache."""
+        squares = np.empty(len(self.norm))
+        for first in range(0, len(squares), _RECORDS):
+            part = slice(first, first + _RECORDS)
+            squares[part] = np.nansum(self.norm[part] ** 2, axis=1)
+        return np.sqrt(squares)
 
     @cached_property
     def median_update(self) -> Array | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.flow.limits import SEVERE_RATIO, SHORTEST, SPIKE_RATIO, SPIKE_Z, SPREAD_FLOOR
 from gradscope.flow.result import Region, Spike
@@ -29,13 +30,15 @@ _UNEVEN = 1.5
 
 @dataclass(frozen=True, eq=False)
 class Jumps:
-    """Where norms spike, [T, L], and how far: NaN for layers that never jump."""
+    """Where norms spike, [T, L], and how far; layers that never jump are left out of the latter."""
 
     spike: Mask
-    #: Norm over the median of the records before, and its modified z.
+    #: The R layers that jump.
+    rows: NDArray[np.int64]
+    #: Norm over the median of the records before, and its modified z, [T, R].
     ratio: Array
     z: Array
-    #: Where the records after lie far below again, or there are none.
+    #: Where the records after lie far below again, or there are none, [T, R].
     back: Mask
 
 
@@ -56,24 +59,22 @@ def jumps(logs: Array) -> Jumps:
     sudden = leaps(logs, _JUST_BEFORE, _LEAP)
     rows = np.flatnonzero(sudden.any(axis=0))
     some, leapt = logs[:, rows], sudden[:, rows]
-    before = _before(some)
+    before = _before(some, leapt)
     over = _over(some, leapt, before)
     before = _since_it_moved(some, over, before)
     above = some - before.level
-    spike, back = np.zeros(logs.shape, bool), np.zeros(logs.shape, bool)
-    ratio, z = np.full(logs.shape, np.nan), np.full(logs.shape, np.nan)
-    ratio[:, rows], z[:, rows] = np.exp(above), above / before.spread
-    spike[:, rows] = leapt & (z[:, rows] > SPIKE_Z) & (ratio[:, rows] > before.least)
-    back[:, rows] = over
-    return Jumps(spike, ratio, z, back)
+    ratio, z = np.exp(above), above / before.spread
+    spike = np.zeros(logs.shape, bool)
+    spike[:, rows] = leapt & (z > SPIKE_Z) & (ratio > before.least)
+    return Jumps(spike, rows, ratio, z, over)
 
 
-def _before(logs: Array) -> _Before:
+def _before(logs: Array, leapt: Mask) -> _Before:
     """The last 128 records; for the first ones all the others at the start, also those after.
 
     Too few precede them, and gradients often fall from the first step on: the limit is higher.
     """
-    level, wide = trailing(logs, _TRAILING, _LEAST_TRAILING)
+    level, wide = trailing(logs, _TRAILING, _LEAST_TRAILING, leapt)
     least = np.full(logs.shape, SPIKE_RATIO)
     start = logs[: 2 * _LEAST_TRAILING]
     first = slice(0, _LEAST_TRAILING + 1)
@@ -97,7 +98,7 @@ def _since_it_moved(logs: Array, over: Mask, usual: _Before) -> _Before:
     """
     rows = np.flatnonzero(over.any(axis=0))
     near, _ = trailing(logs[:, rows], _JUST_BEFORE, _LEAST_BEFORE)
-    noise = _before(logs[:, rows] - near).spread
+    noise = _before(logs[:, rows] - near, over[:, rows]).spread
     moved = np.abs(near - usual.level[:, rows]) > _LEAP
     moved |= usual.spread[:, rows] > _UNEVEN * noise
     moved &= over[:, rows] & np.isfinite(near)
@@ -120,17 +121,17 @@ def spikes(series: Series, found: Jumps, lasting: Sequence[Region]) -> list[Spik
 
 
 def _spike(series: Series, found: Jumps, event: np.ndarray, lasting: Sequence[Region]) -> Spike:
-    all_ = found.spike[event]
-    over = all_ & found.back[event]
-    inside = np.where(over if over.any() else all_, found.ratio[event], -np.inf)
-    at, row = np.unravel_index(int(np.argmax(inside)), inside.shape)
+    spiked = found.spike[event][:, found.rows]
+    over = spiked & found.back[event]
+    inside = np.where(over if over.any() else spiked, found.ratio[event], -np.inf)
+    at, column = np.unravel_index(int(np.argmax(inside)), inside.shape)
     step = int(series.steps[event[at]])
     return Spike(
         step=step,
-        layer_name=series.names[row],
-        layers=int(all_.any(axis=0).sum()),
-        ratio=float(inside[at, row]),
-        z=float(found.z[event[at], row]),
+        layer_name=series.names[found.rows[column]],
+        layers=int(spiked.any(axis=0).sum()),
+        ratio=float(inside[at, column]),
+        z=float(found.z[event[at], column]),
         left_a_trace=any((r.extent.onset[0] or -1) <= step <= r.extent.end for r in lasting),
         stayed=not over.any(),
     )

@@ -176,10 +176,11 @@ def stability(series: Series, records: NDArray[np.int64], window: int = WINDOW) 
 
     1 is steady; it does not depend on the scale of the loss. NaN with fewer than five changes.
     """
-    gaps = np.diff(series.steps).astype(np.float64)[:, None]
-    changes = np.diff(series.finite_log, axis=0) / gaps
     out = np.full((len(records), len(series.layers)), np.nan)
-    for i, record in enumerate(records.tolist()):
+    start = max(0, int(records.min(initial=len(series.steps))) - window)
+    gaps = np.diff(series.steps[start:]).astype(np.float64)[:, None]
+    changes = np.diff(series.finite_log[start:], axis=0) / gaps
+    for i, record in enumerate((records - start).tolist()):
         inside = changes[max(0, record - window) : record]
         if len(inside) >= MIN_WINDOW:
             centre = nanmedian(inside, axis=0)

@@ -9,23 +9,25 @@ from gradscope.compiled import kernel
 from gradscope.flow.robust import GAUSSIAN, Array
 
 
-def trailing(values: Array, window: int, least: int) -> tuple[Array, Array]:
+def trailing(
+    values: Array, window: int, least: int, where: NDArray[np.bool_] | None = None
+) -> tuple[Array, Array]:
     """Median and 1.4826 MAD of up to ``window`` finite values before each record, both [T, L].
 
     The record itself is left out, so that a spike does not hide in its own reference; NaN where
-    fewer than ``least`` precede it. Linear in T x L.
+    fewer than ``least`` precede it, and outside of ``where``. Linear in T x L.
     """
-    medians = np.full(values.shape, np.nan)
-    spreads = np.full(values.shape, np.nan)
-    _trailing(np.ascontiguousarray(values), window, least, GAUSSIAN, medians, spreads)
-    return medians, spreads
+    found = np.full((2, *values.shape), np.nan)
+    wanted = np.ones(values.shape, np.bool_) if where is None else where
+    _trailing(np.ascontiguousarray(values), wanted, window, least, GAUSSIAN, found)
+    return found[0], found[1]
 
 
 def leaps(values: Array, window: int, rise: float) -> NDArray[np.bool_]:
     """Where a value lies more than ``rise`` above the median of up to ``window`` before it, [T, L].
 
-    Finite values alone count. The same median as ``trailing`` gives, record by record over all
-    layers, because that is how they lie in memory.
+    Finite values alone count. It is looked for where blocks of so many records rise by as much
+    over the least of themselves and of the block before, which few do.
     """
     found = np.zeros(values.shape, np.bool_)
     _leaps(np.ascontiguousarray(values), window, rise, found)
@@ -59,50 +61,87 @@ def _following(values, where, ordered, found):  # type: ignore[no-untyped-def]
 @kernel()
 def _leaps(values, window, rise, found):  # type: ignore[no-untyped-def]
     records, layers = values.shape
-    ordered = np.empty((layers, window))
-    arrival = np.empty((layers, window))
-    counts = np.zeros(layers, np.int64)
-    oldest = np.zeros(layers, np.int64)
-    for t in range(records):
+    ordered = np.empty(window)
+    before, low = np.empty((2, layers))
+    high, holes = np.empty(layers), np.zeros(layers, np.bool_)
+    before[:] = np.inf
+    for first in range(0, records, window):
+        end = min(first + window, records)
+        low[:], high[:] = np.inf, -np.inf
+        for t in range(first, end):
+            for layer in range(layers):
+                v = values[t, layer]
+                holes[layer] |= not np.isfinite(v)
+                low[layer] = min(low[layer], v)
+                high[layer] = max(high[layer], v)
         for layer in range(layers):
-            v = values[t, layer]
-            if not np.isfinite(v):
-                continue
-            before, count = ordered[layer], counts[layer]
-            if count and v - before[0] > rise:
-                found[t, layer] = v - _middle(before, count) > rise
-            at = oldest[layer]
-            if count < window:
-                _insert(before, count, v)
-                counts[layer] = count + 1
-            else:
-                _exchange(before, arrival[layer, at], v)
-            arrival[layer, at] = v
-            oldest[layer] = at + 1 if at + 1 < window else 0
+            if holes[layer] or high[layer] - min(low[layer], before[layer]) > rise:
+                for t in range(first, end):
+                    found[t, layer] = _leaps_at(values[:, layer], t, rise, ordered)
+        before[:] = low
 
 
 @kernel()
-def _trailing(values, window, least, factor, medians, spreads):  # type: ignore[no-untyped-def]
+def _leaps_at(values, t, rise, ordered):  # type: ignore[no-untyped-def]
+    if not np.isfinite(values[t]):
+        return False
+    count = _gather(values, t, ordered)
+    return count > 0 and values[t] - _middle(ordered, count) > rise
+
+
+@kernel()
+def _gather(values, end, ordered):  # type: ignore[no-untyped-def]
+    """The last finite values before a record, sorted: as many as there is room for, or are."""
+    count, at = 0, end - 1
+    while at >= 0 and count < len(ordered):
+        if np.isfinite(values[at]):
+            _insert(ordered, count, values[at])
+            count += 1
+        at -= 1
+    return count
+
+
+@kernel()
+def _trailing(values, where, window, least, factor, found):  # type: ignore[no-untyped-def]
+    """Each window is moved on from the last one that was wanted, or made anew."""
     records, layers = values.shape
     ordered = np.empty(window)
-    arrival = np.empty(window)
     for layer in range(layers):
-        count, oldest = 0, 0
+        column = values[:, layer]
+        count, oldest, last = 0, 0, -window - 1
         for t in range(records):
-            if count >= least:
-                middle = _middle(ordered, count)
-                medians[t, layer] = middle
-                spreads[t, layer] = factor * _mad(ordered, count, middle)
-            v = values[t, layer]
-            if not np.isfinite(v):
+            if not where[t, layer]:
                 continue
-            if count == window:
-                _remove(ordered, count, arrival[oldest])
-                oldest = (oldest + 1) % window
-                count -= 1
-            arrival[(oldest + count) % window] = v
-            _insert(ordered, count, v)
-            count += 1
+            if t - last > window:
+                count = _gather(column, t, ordered)
+                oldest = _oldest(column, t, count)
+            else:
+                for new in range(last, t):
+                    if not np.isfinite(column[new]):
+                        continue
+                    if count == window:
+                        while not np.isfinite(column[oldest]):
+                            oldest += 1
+                        _remove(ordered, count, column[oldest])
+                        oldest += 1
+                        count -= 1
+                    _insert(ordered, count, column[new])
+                    count += 1
+            last = t
+            if count >= least and count > 0:
+                middle = _middle(ordered, count)
+                found[0, t, layer] = middle
+                found[1, t, layer] = factor * _mad(ordered, count, middle)
+
+
+@kernel()
+def _oldest(values, end, count):  # type: ignore[no-untyped-def]
+    """The record of the first of so many finite values before another."""
+    at = end
+    while count > 0:
+        at -= 1
+        count -= np.isfinite(values[at])
+    return at
 
 
 @kernel()
@@ -137,20 +176,6 @@ def _insert(ordered, count, value):  # type: ignore[no-untyped-def]
         ordered[at] = ordered[at - 1]
         at -= 1
     ordered[at] = value
-
-
-@kernel()
-def _exchange(ordered, old, new):  # type: ignore[no-untyped-def]
-    at = 0
-    while ordered[at] != old:
-        at += 1
-    while at + 1 < len(ordered) and ordered[at + 1] < new:
-        ordered[at] = ordered[at + 1]
-        at += 1
-    while at > 0 and ordered[at - 1] > new:
-        ordered[at] = ordered[at - 1]
-        at -= 1
-    ordered[at] = new
 
 
 @kernel()

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -60,34 +61,50 @@ class Vanishing:
     """What the tests say of every cell: flags by test, and decades lost by depth or time."""
 
     tests: Mapping[str, Mask]
-    #: Minus infinity where neither test fires.
-    decades: Array
+    #: Nats below what each test compares with.
+    lost: Mapping[str, Array]
+
+    @cached_property
+    def decades(self) -> Array:
+        """The most of any test that fires in a cell; minus infinity where none does."""
+        out = np.full(next(iter(self.tests.values())).shape, -np.inf)
+        for name, lost in self.lost.items():
+            np.fmax(out, lost / DECADE, out=out, where=self.tests[name])
+        return out
 
     @property
     def flags(self) -> Mask:
         """Any test."""
-        result: Mask = np.logical_or.reduce(list(self.tests.values()))
-        return result
+        return reduce(np.logical_or, self.tests.values())
 
 
 def vanishing(series: Series, levels: Levels) -> Vanishing:
     """Every cell under every test that the history allows."""
-    deficit = levels.below_loss / DECADE
-    fall = levels.below_own / DECADE
-    together = _network_fall(series, fall)[:, None] >= TOGETHER_DECADES
     tests = {
-        "depth": hysteresis(deficit >= DEPTH_DECADES, deficit >= DEPTH_DECADES - LEAVE_DECADES),
-        "time": hysteresis(fall >= FALL_DECADES, fall >= FALL_DECADES - LEAVE_DECADES) & ~together,
+        "depth": _below(levels.below_loss, DEPTH_DECADES),
+        "time": _apart(series, levels.below_own, _below(levels.below_own, FALL_DECADES)),
         "update": _stalled(series, levels),
         "numeric": underflow(series),
     }
     usable = series.recorded & ~series.nonfinite & ~series.skipped[:, None]
     tests = {name: flags & usable for name, flags in tests.items()}
-    decades = np.full(fall.shape, -np.inf)
-    for name, lost in (("depth", deficit), ("time", fall)):
-        if tests[name].any():
-            np.fmax(decades, lost, out=decades, where=tests[name])
-    return Vanishing(tests, decades)
+    return Vanishing(tests, {"depth": levels.below_loss, "time": levels.below_own})
+
+
+def _below(nats: Array, least: float) -> Mask:
+    """So many decades below, and from there on until half a decade inside."""
+    stay = least - LEAVE_DECADES
+    if not nats.size or not np.fmax.reduce(nats, axis=None) > 0.5 * stay * DECADE:
+        return np.zeros(nats.shape, bool)
+    decades = nats / DECADE
+    return hysteresis(decades >= least, decades >= stay)
+
+
+def _apart(series: Series, below_own: Array, fallen: Mask) -> Mask:
+    """Layers that fell at records where the network as a whole did not."""
+    if fallen.any():
+        fallen &= _network_fall(series, below_own / DECADE)[:, None] < TOGETHER_DECADES
+    return fallen
 
 
 def _network_fall(series: Series, fall: Array) -> Array:

@@ -175,8 +175,8 @@ def test_without_recorded_flow_an_edge_carries_the_lesser_of_its_ends() -> None:
         (2, 3): 2,
     }
     assert found.capacity[3, -2] == 3
-    assert found.series[0, 1][3] == 0
-    assert np.isnan(found.series[2, 3][4])
+    assert found.rms[found.edges.index((0, 1)), 3] == 0
+    assert np.isnan(found.rms[found.edges.index((2, 3)), 4])
 
 
 def test_recorded_flow_comes_first_and_strength_is_over_the_median_edge() -> None:

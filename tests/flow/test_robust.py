@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from gradscope.flow.norms import middle
 from gradscope.flow.robust import (
     column_trends,
     detrended,
@@ -155,3 +156,21 @@ def test_a_line_explains_all_some_or_less_than_the_mean_does() -> None:
     assert r_squared(x, 3 * x, 3.0, 0.0) == 1.0
     assert r_squared(x, x, -1.0, 0.0) < 0
     assert r_squared(x, np.ones(10), 5.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 1000, 50_001])
+@pytest.mark.parametrize("spread_by", [0.0, 0.3, 8.0])
+def test_the_middle_of_many_values_is_their_median(count: int, spread_by: float) -> None:
+    values = np.exp(np.random.default_rng(count).normal(0, spread_by, count))
+    ordered = np.sort(values)  # no sample of neighbours is like the whole
+
+    for some in (values, ordered, np.r_[ordered[1::2], ordered[::2]]):
+        assert middle(some) == np.median(some)
+        assert middle(some, 1.5) == np.median(np.abs(some - 1.5))
+
+
+def test_a_sample_that_misleads_costs_a_second_look_only() -> None:
+    values = np.ones(3 * 4096)
+    values[::3] = 100.0  # what the sample sees
+
+    assert middle(values) == 1.0

@@ -42,8 +42,9 @@ def test_a_spike_is_six_deviations_and_four_times_above_the_records_before() -> 
             assert found.spike[t, row] == spike
             hits += spike
             if spike:
-                assert found.ratio[t, row] == pytest.approx(ratio)
-                assert found.z[t, row] == pytest.approx(z)
+                column = found.rows.tolist().index(row)
+                assert found.ratio[t, column] == pytest.approx(ratio)
+                assert found.z[t, column] == pytest.approx(z)
     assert hits > 20
     assert not found.spike[:16].any()
 
