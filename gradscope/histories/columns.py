@@ -28,6 +28,7 @@ from gradscope.histories.names import (
     gradient_of,
     guessed_kind,
     in_depth,
+    is_loss_part,
     likeliest,
     plain_layers,
     role_of,
@@ -94,6 +95,8 @@ class Table:
     plain: dict[str, Quantity] = field(default_factory=dict)
     #: What was logged of the run as a whole, by what it is and what it is called.
     whole: dict[Role, dict[str, Quantity]] = field(default_factory=dict)
+    #: Losses that add up to that of training.
+    parts: dict[str, Quantity] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     binned: int = 0
     notes: list[str] = field(default_factory=list)
@@ -108,6 +111,7 @@ class Table:
         for row in rows:
             self._add(*row)
         self._settle_plain()
+        self._add_up()
         self._refuse_nothing()
         return self._joined(form)
 
@@ -214,6 +218,8 @@ class Table:
                 # A long table's norms may be called as the total is.
                 if not (long and role == "total"):
                     yield place, self.whole.setdefault(role, {}).setdefault(column, Quantity())
+            elif is_loss_part(column):
+                yield place, self.parts.setdefault(column.strip(), Quantity())
             elif long:
                 continue
             elif (name := gradient_of(column)) is not None:
@@ -261,6 +267,19 @@ class Table:
             names = listed(map(quoted, found), len(found), most=5)
             self.notes.append(f"taken as gradient norms, as no column says that it is: {names}")
         self.layers = found
+
+    def _add_up(self) -> None:
+        """The loss of training from its parts, where only those were written."""
+        if not self.parts or any(quantity.values for quantity in self._of("loss").values()):
+            return
+        each = [
+            dict(zip(q.at.tolist(), q.numbers.tolist(), strict=True)) for q in self.parts.values()
+        ]
+        names = listed(map(quoted, self.parts), len(self.parts))
+        total = self.whole.setdefault("loss", {}).setdefault(names, Quantity())
+        for record in sorted(set.intersection(*map(set, each))):
+            total.add(record, sum(part[record] for part in each))
+        self.notes.append(f"the loss is the sum of {names}")
 
     def _refuse_nothing(self) -> None:
         if not self.rows:

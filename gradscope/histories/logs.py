@@ -1,7 +1,8 @@
 """What training loops print: the lines of a log that say step, loss, gradient norm, learning rate.
 
 Known are the dictionaries of Hugging Face's Trainer and of JSON, fairseq's and torchtitan's
-``key=value`` and ``key: value``, Megatron's ``key: value |``, and plain ``step 10 loss 2.3``, with
+``key=value`` and ``key: value``, Megatron's ``key: value |``, plain ``step 10 loss 2.3``, and
+loops that count within epochs (PyTorch's examples, timm, OpenMMLab) or draw a progress bar, with
 anything before, between and behind. Only the run as a whole is logged so, never a layer.
 """
 
@@ -36,9 +37,19 @@ _QUOTED = re.compile(
 _PLAIN = re.compile(
     rf"(?P<key>{_NO_VALUE}[a-z_][\w./-]{{0,80}}(?: {_NO_VALUE}[a-z(][\w()./]{{0,40}}){{0,4}})"
     r"(?:\s*[:=]\s*|\s+)(?:\[\s*)?"
-    rf"(?P<value>\d{{1,3}}(?:,\d{{3}})+|{_NUMBER})(?!\w|\.\d|:\d)",
+    rf"(?P<value>\d{{1,3}}(?:,\d{{3}})+|{_NUMBER})(?!\w|\.\d|:\d|\s?%)",
     re.IGNORECASE,
 )
+#: The place within an epoch: ``Epoch: [0][ 10/5005]``, ``Train: 0 [ 50/1251 (4%)]``, ``Epoch [1/5],
+#: Step [100/600]``, ``Epoch 0: 10%|# | 10/100 [``.
+_WITHIN_EPOCH = re.compile(
+    r"(?:epoch|train)\b\D{0,12}?(?P<epoch>\d+)(?!\d)(?:\s*/\s*\d+)?\]?[\s,:|-]*"
+    r"(?:\d{1,3}%\|[^|]{0,400}\|\s*|(?P<word>(?:step|batch|iter(?:ation)?)\W{0,3})?\[?\s*)"
+    r"(?<!\d)(?P<at>\d+)\s*/\s*(?P<all>\d+)",
+    re.IGNORECASE,
+)
+#: The place of a progress bar of the whole run.
+_BAR = re.compile(r"%\|[^|]{0,400}\|\s*(?P<at>\d+)/\d+ \[")
 #: Lines about other data than that of training.
 _OTHER_DATA = re.compile(r"\b(?:val(?:id\w*)?|eval\w*|test(?:ing)?)\b(?![/.\\])", re.IGNORECASE)
 _RANK = re.compile(r"\[(?:rank|default) ?(\d+)\]")
@@ -129,9 +140,21 @@ def values_of(line: str) -> dict[str, float]:
     if "train_runtime" in keys or (not quoted and _OTHER_DATA.search(line)):
         return {}
     step = step_column(key for key, _ in pairs)
-    if step is None and not quoted:
+    place = None if quoted else _place(line, step is None)
+    if step is None and place is None and not quoted:
         return {}
-    return _by_column(pairs, step)
+    return _by_column(pairs, step) | ({} if place is None else {"step": float(place)})
+
+
+def _place(line: str, alone: bool) -> int | None:
+    """The step of a line that counts within epochs, or of a progress bar.
+
+    Where the line has a step besides (not ``alone``), only if it is that of the epoch.
+    """
+    if (found := _WITHIN_EPOCH.search(line)) and (alone or found["word"]):
+        return int(found["epoch"]) * int(found["all"]) + int(found["at"])
+    bar = _BAR.search(line) if alone else None
+    return int(bar["at"]) if bar else None
 
 
 def _by_column(pairs: list[tuple[str, float]], step: str | None) -> dict[str, float]:

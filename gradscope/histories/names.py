@@ -64,6 +64,10 @@ _LOSS = re.compile(
     r"loss(?:_step|/train|_train|/total|/avg)?",
     re.IGNORECASE,
 )
+#: What Ultralytics' trainers, and YOLOv5's, write instead of their sum, which they minimise.
+_PART = re.compile(
+    r"train/(?:box|obj|cls|dfl|seg|sem|pose|kobj|rle|angle|giou|l1)_loss", re.IGNORECASE
+)
 _RATE = re.compile(
     r"(?:(?:train|training|optim|optimizer|metrics?)[/_])*"
     r"(?:lr|learning[_ ]rate)(?:[-/].+|_?group_?\d+|_?\d+)?",
@@ -143,6 +147,11 @@ def is_total(name: str) -> bool:
 def is_loss(name: str) -> bool:
     """Whether it is the loss of training; that of validation is not."""
     return role_of(name) == "loss"
+
+
+def is_loss_part(name: str) -> bool:
+    """Whether it is one of several losses that add up to that of training."""
+    return _PART.fullmatch(name.strip()) is not None
 
 
 def is_rate(name: str) -> bool:

@@ -17,31 +17,44 @@ from gradscope.histories.history import History
 from gradscope.histories.logs import values_of
 from gradscope.histories.open import open_history
 
+#: transformers, ``PrinterCallback`` and ``ProgressCallback`` of trainer_callback.py: the latter
+#: has written strings since version 5. TRL and Axolotl print the same with more keys.
 HUGGING_FACE = """\
   1%|          | 10/1000 [00:05<08:15,  2.00it/s]
 {'loss': 2.5, 'grad_norm': 1.25, 'learning_rate': 0.0001, 'epoch': 0.1}
 Saving model checkpoint to out/checkpoint-10
 {'eval_loss': 9.0, 'eval_runtime': 1.2, 'epoch': 0.1}
-{'loss': '2.0', 'grad_norm': '1.5', 'learning_rate': '5e-05', 'epoch': '0.2'}
+{'loss': '2.0', 'grad_norm': '1.5', 'learning_rate': '5e-05', 'logps/chosen': '9', 'epoch': '0.2'}
 {'train_runtime': 100.1, 'train_loss': 7.0, 'epoch': 3.0}
 """
+#: Megatron-LM, ``training_log`` of megatron/training/training.py: the first interval, whose steps
+#: were all skipped, has neither loss nor norm.
 MEGATRON = """\
 time to initialize megatron (seconds): 5.1
+ [2025-04-13 23:41:12] iteration       10/    1000 | consumed samples:          160 | elapsed time \
+per iteration (ms): 1147.6 | learning rate: 0.000000E+00 | global batch size:    16 | loss scale: \
+8388608.0 | number of skipped iterations:  10 | number of nan iterations:   0 |
+[Rank 0] (after 10 iterations) memory (MB) | allocated: 1464.33154296875 | max allocated: 1464.34
  [2024-01-01 10:00:00] iteration      100/    5000 | consumed samples:        25600 | elapsed time \
-per iteration (ms): 612.3 | learning rate: 1.000E-04 | global batch size:   256 | lm loss: \
-2.500000E+00 | load_balancing_loss: 9.0E+00 | loss scale: 4096.0 | grad norm: 1.250 | number of \
-skipped iterations:   0 | number of nan iterations:   0 |
+per iteration (ms): 612.3 | throughput per GPU (TFLOP/s/GPU): 300.1 | learning rate: 1.000000E-04 \
+| decoupled learning rate: 5.000000E-04 | global batch size:   256 | lm loss: 2.500000E+00 | mtp_1 \
+loss: 9.000000E+00 | load_balancing_loss: 9.0E+00 | loss scale: 4096.0 | grad norm: 1.250 | num \
+zeros: 71.0 | params norm: 99.125 | number of skipped iterations:   0 | number of nan iterations: \
+  0 |
  validation loss at iteration 100 | lm loss value: 9.3E+00 | lm loss PPL: 1.0E+01 |
  [2024-01-01 10:10:00] iteration      200/    5000 | learning rate: 5.000E-05 | lm loss: \
 2.000000E+00 | loss scale: 4096.0 | grad norm: 1.500 | number of skipped iterations:   0 |
 """
+#: torchtitan, ``MetricsProcessor.log`` and ``log_validation`` of components/metrics.py.
 TORCHTITAN = """\
 [rank0]:[titan] 2024-10-01 12:00:00,000 - root - INFO - \x1b[31mstep: 100  \x1b[32mloss:  2.5000  \
-\x1b[38;2;180;60;0mgrad_norm:  1.2500  \x1b[34mmemory: 10.00GiB(12%)  \x1b[36mtps: 1,234\x1b[39m
+\x1b[38;2;180;60;0mgrad_norm:  1.2500  \x1b[36mmemory: 10.00GiB(12.64%)  \x1b[34mtps: 1,234  \
+\x1b[36mtflops: 1,010.50  \x1b[35mmfu: N/A\x1b[39m
 [rank1]:[titan] 2024-10-01 12:00:00,000 - root - INFO - step: 100  loss:  7.0  grad_norm:  7.0
 [rank0]:[titan] 2024-10-01 12:00:01,000 - root - INFO - validate step: 100  loss:  9.1  memory: 1GiB
 [rank0]:[titan] 2024-10-01 12:00:02,000 - root - INFO - step: 200  loss:  2.0  grad_norm:  1.5
 """
+#: fairseq, ``SimpleProgressBar`` and ``JsonProgressBar`` of logging/progress_bar.py.
 FAIRSEQ = """\
 2021-01-01 12:00:00 | INFO | train_inner | epoch 001:    100 / 1000 loss=2.5, nll_loss=9.1, \
 ppl=9000.1, wps=1000, num_updates=100, lr=0.0001, gnorm=1.25, clip=100, loss_scale=128, wall=12
@@ -55,12 +68,20 @@ step   100/19560 | loss 2.5 (+nanz)| norm 1.25 (+nanz)| lr 1e-04 | 3368.71 ms | 
 step 100: train loss 9.4, val loss 9.5
 step   200 | loss: 2.0 | lr 5.0e-05 | norm: 1.5 | dt: 30.1ms | tok/sec: 1740.1
 """
+#: MMEngine, ``LogProcessor``: by iteration, and by epoch as MMDetection does.
 OPENMMLAB = """\
 2024/01/01 12:00:00 - mmengine - INFO - Iter(train) [  100/1000]  lr: 1.0e-04  eta: 0:10:00  \
 time: 0.5  grad_norm: 1.25  loss: 2.5  loss_cls: 9.0
 2024/01/01 12:00:00 - mmengine - INFO - Iter(val) [  100/1000]  loss: 9.1
 2024/01/01 12:00:00 - mmengine - INFO - Iter(train) [ 200/1000]  lr: 5.0e-05  \
 grad_norm: 1.5  loss: 2.0
+"""
+MMDETECTION = """\
+2024/01/01 12:00:00 - mmengine - INFO - Epoch(train)  [1][ 50/100]  lr: 1.0000e-04  eta: 1 day, \
+0:00:00  time: 0.5  data_time: 0.01  memory: 4000  grad_norm: 1.2500  loss: 2.5000  loss_cls: 1.2000
+2024/01/01 12:00:00 - mmengine - INFO - Epoch(val) [1][ 50/100]  loss: 9.1
+2024/01/01 12:00:00 - mmengine - INFO - Epoch(train)  [2][ 50/100]  lr: 5.0000e-05  eta: 0:10:00  \
+time: 0.5  data_time: 0.01  memory: 4000  grad_norm: 1.5000  loss: 2.0000  loss_cls: 1.2000
 """
 LOGS = {
     "Hugging Face": (HUGGING_FACE, [0, 1]),
@@ -69,6 +90,7 @@ LOGS = {
     "fairseq": (FAIRSEQ, [100, 200]),
     "plain": (PLAIN, [100, 200]),
     "OpenMMLab": (OPENMMLAB, [100, 200]),
+    "OpenMMLab by epoch": (MMDETECTION, [150, 250]),
 }
 
 
@@ -116,6 +138,40 @@ def test_the_loss_the_norm_and_the_rate_are_found_in_what_loops_print(
     ],
 )  # fmt: skip
 def test_a_line_says_what_a_person_would_read_in_it(line: str, values: dict[str, float]) -> None:
+    assert values_of(line) == values
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        # pytorch/examples, imagenet and mnist
+        (
+            "Epoch: [2][  10/5005]\tTime  0.512 ( 1.204)\tData  0.001 ( 0.100)\tLoss 6.9e+00 "
+            "(7.0e+00)\tAcc@1   0.00 (  0.10)",
+            {"step": 10020, "loss": 6.9},
+        ),
+        ("Train Epoch: 1 [640/60000 (1%)]\tLoss: 2.305400", {"step": 60640, "loss": 2.3054}),
+        # timm, train.py
+        (
+            "Train: 3 [  50/1251 (  4%)]  Loss: 6.93 (6.94)  Time: 0.413s,  620.4/s  LR: 1.000e-06",
+            {"step": 3803, "loss": 6.93, "lr": 1e-6},
+        ),
+        ("Epoch [2/5], Step [100/600], Loss: 2.2", {"step": 1300, "loss": 2.2}),
+        # Lightning's bar, and that of diffusers' scripts
+        (
+            "Epoch 1:  10%|#    | 10/100 [00:00<00:09, 52.10it/s, v_num=0, train_loss=2.300]",
+            {"step": 110, "loss": 2.3},
+        ),
+        (
+            "Steps:  10%|#    | 100/1000 [00:50<07:30,  2.00it/s, lr=1e-5, step_loss=0.123]",
+            {"step": 100, "loss": 0.123, "lr": 1e-5},
+        ),
+        ("Epoch 12/100 loss: 2.3", {}), ("Train loss 2.3 in 12/100", {}),
+        ("epoch 002:    100 / 1000 loss=2.5, num_updates=1100", {"step": 1100, "loss": 2.5}),
+        ("Val: 3 [  50/1251 (  4%)]  Loss: 6.93", {}),
+    ],
+)  # fmt: skip
+def test_loops_that_count_within_epochs_have_steps(line: str, values: dict[str, float]) -> None:
     assert values_of(line) == values
 
 

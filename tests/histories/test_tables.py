@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gradscope import analyze_flow
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History, Status
 from gradscope.histories.names import gradient_of, in_depth, is_loss, is_rate, is_total, step_column
@@ -458,3 +459,49 @@ def test_names_that_the_alphabet_sorted_come_in_the_order_of_the_network() -> No
         "encoder.0", "encoder.2", "encoder.10", "decoder.0",
     ]  # fmt: skip
     assert in_depth(["z", "layers.10", "layers.2"]) == ["z", "layers.10", "layers.2"]
+
+
+# --- what programs write --------------------------------------------------------------------------
+
+
+def yolo(rows: list[dict[str, float]]) -> str:
+    """``save_metrics`` of ultralytics/engine/trainer.py before version 8.3: padded, by epoch."""
+    head = ",".join(f"{name:>23s}" for name in rows[0])
+    return "\n".join([head, *(",".join(f"{v:23.5g}" for v in row.values()) for row in rows)]) + "\n"
+
+
+def epochs(box: float) -> list[dict[str, float]]:
+    rows = [
+        {
+            "epoch": e + 1, "train/box_loss": 2 / (1 + e), "train/cls_loss": 1,
+            "train/dfl_loss": 0.5, "metrics/precision(B)": 0.5, "val/box_loss": 9, "lr/pg0": 0.01,
+        }
+        for e in range(60)
+    ]  # fmt: skip
+    for row in rows[40:]:
+        row["train/box_loss"] = box
+    return rows
+
+
+@pytest.mark.parametrize(("box", "code"), [(0.03, 0), (90.0, 1), (float("nan"), 1)])
+def test_the_losses_of_a_detector_are_judged_by_their_sum(
+    box: float, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "results.csv").write_text(yolo(epochs(box)))
+
+    history = open_history(str(tmp_path / "results.csv"))
+
+    assert history.loss is not None
+    assert history.loss[0] == pytest.approx(3.5)
+    assert history.loss[50] == pytest.approx(1.5 + box, nan_ok=True)
+    assert any("the loss is the sum of" in note for note in history.notes)
+    assert analyze_flow(tmp_path / "results.csv").gate.exit_code == code
+
+
+def test_losses_that_do_not_add_up_are_no_loss(tmp_path: Path) -> None:
+    """A generator and a discriminator, an actor and a critic."""
+    rows = "".join(f"{t},{1 + t},{2 + t}\n" for t in range(20))
+    (tmp_path / "a.csv").write_text("step,train/g_loss,train/d_loss\n" + rows)
+
+    with pytest.raises(InputError, match="no column of gradient norms"):
+        open_history(str(tmp_path / "a.csv"))
