@@ -287,7 +287,9 @@ def _measured(subject: Subject) -> Chunks:
     gradient = max(1, min(fits, _CPU_MOST if subject.inputs.device.type == "cpu" else _MOST))
     if subject.model.batch is not None:
         gradient = subject.model.batch * math.ceil(gradient / subject.model.batch)
-    return Chunks(gradient, 2 * gradient, _takes_channels_last(subject))
+    # A private copy of the model has inputs in the order that suits it.
+    copied = subject.model.quick and subject.model.copied is not None
+    return Chunks(gradient, 2 * gradient, not copied and _takes_channels_last(subject))
 
 
 def _takes_channels_last(subject: Subject) -> bool:

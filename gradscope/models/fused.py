@@ -250,7 +250,8 @@ class _Fusing(TorchDispatchMode):
 def _suits(inputs: Tensor, weight: Tensor) -> bool:
     """Images in the order and type that are fused, and that need no graph."""
     return (
-        inputs.dim() == 4
+        type(inputs) is Tensor
+        and inputs.dim() == 4
         and inputs.dtype == weight.dtype == torch.float32
         and inputs.numel() > 0
         and not inputs.requires_grad

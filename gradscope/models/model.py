@@ -56,6 +56,8 @@ class Model:
     known: dict[Any, Any] = field(default_factory=dict)
     #: Faster copies of the model for an image, the best first; None where there are none.
     copied: Callable[[Tensor], Iterator[Copy]] | None = None
+    #: Whether answers may be found on another way, where that is proved to give the same.
+    quick: bool = False
 
     def answering(self, answer: Any) -> Answering:
         """How the model answers, as its first finite answer shows. Raises UsageError."""

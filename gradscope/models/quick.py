@@ -34,7 +34,13 @@ def quick(model: Model) -> Model:
     """
     parameters = list(model.module.parameters())
     suits = all(p.device.type == "cpu" and p.dtype in _FULL for p in parameters)
-    return replace(model, forward=_Answering(model)) if model.copied and suits else model
+    answering = _Answering(model) if model.copied and suits else model.forward
+    return replace(model, forward=answering, quick=True)
+
+
+def same_answers(model: Model, inputs: Tensor, others: Tensor) -> bool:
+    """Whether a held model answers alike to the same images in another form."""
+    return _agrees(model.forward, others, _answers(model.forward, inputs))
 
 
 _FULL = (torch.float32, torch.float64)
@@ -62,7 +68,7 @@ class _Answering:
         before, self.seen = self.seen, self.seen + len(inputs) * (1 + inputs.requires_grad)
         if before < _WORTH <= self.seen:
             self.weights = _Watched(self.model)
-            self.copy = _proved(self.model, inputs.detach())
+            self.copy = _proved(self.model, inputs.clone().detach())
         # Parameters that were changed meanwhile, to see what that does, are not in the copy.
         return self.copy if self.weights is not None and self.weights.same() else None
 
