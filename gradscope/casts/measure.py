@@ -73,7 +73,8 @@ def decibels(signal: float, error: float) -> float | None:
 class Subject:
     """A tensor to cast, seen as a matrix whose rows share scales.
 
-    ``peak`` is its greatest magnitude, ``limit`` the one that few elements are beyond.
+    ``peak`` is its greatest magnitude, ``limit`` the one that few elements are beyond; the columns
+    that are ``kept`` are none of it. Only rows of at most a piece can have such.
     """
 
     ref: TensorRef
@@ -81,6 +82,7 @@ class Subject:
     columns: int
     peak: float
     limit: float = math.inf
+    kept: tuple[int, ...] = ()
 
     @property
     def coded(self) -> bool:
@@ -100,6 +102,21 @@ def losses(
     for subject in subjects:
         parts = list(islice(found, sum(1 for _ in _tasks(subject))))
         yield tuple(map(_merged, zip(*parts, strict=True)))
+
+
+def column_peaks(
+    subjects: Sequence[Subject], engine: Engine[Any, Any]
+) -> Iterator[npt.NDArray[np.float64]]:
+    """The greatest finite magnitude in each column. Raises InputError when a file changes."""
+    tasks = [list(_tasks(subject)) for subject in subjects]
+    found = engine(_peaks_of_columns, (task for parts in tasks for task in parts))
+    for parts in tasks:
+        yield np.max(list(islice(found, len(parts))), axis=0)
+
+
+def _peaks_of_columns(task: _Task) -> Array:
+    peaks = [np.abs(task.values(span)).max(axis=0) for span in task.spans()]
+    return np.asarray(np.max(peaks, axis=0), np.float64)
 
 
 def _merged(parts: Sequence[Loss]) -> Loss:
@@ -129,9 +146,16 @@ class _Task:
         stored = read_range(self.subject.ref, *span)
         return stored.reshape(-1, columns if columns <= PIECE else stored.size)
 
+    def values(self, span: tuple[int, int]) -> Array:
+        """The elements of a run, zero where they are not finite or not cast."""
+        found = _finite(self.subject.ref, self.read(span))
+        if self.subject.kept:
+            found[:, self.subject.kept] = 0
+        return found
+
     def peaks(self) -> Iterator[Array]:
         """For each run the greatest magnitude of each of its rows, to their ends."""
-        found = [np.abs(_finite(self.subject.ref, self.read(s))).max(axis=1) for s in self.spans()]
+        found = [np.abs(self.values(s)).max(axis=1) for s in self.spans()]
         whole = self.subject.columns <= PIECE
         yield from found if whole else repeat(np.max(found, axis=0), len(found))
 
@@ -163,7 +187,7 @@ def _of_elements(task: _Task, targets: Sequence[Target]) -> dict[str, Loss]:
     spans = task.spans()
     peaks = task.peaks() if by_row else repeat(None, len(spans))
     for span, of_rows in zip(spans, peaks, strict=True):
-        values = _finite(task.subject.ref, task.read(span))
+        values = task.values(span)
         for t in targets:
             rows[t.name].append(_cast(values, t, task.subject, of_rows))
     return {name: _summed(parts) for name, parts in rows.items()}
@@ -173,7 +197,10 @@ def _of_codes(task: _Task, targets: Sequence[Target]) -> dict[str, Loss]:
     """From the counts of codes: each code is a row of one element."""
     table = np.zeros(1 << 16, np.uint32)
     for span in task.spans():
-        stored = task.read(span).reshape(-1)
+        stored = task.read(span)
+        if task.subject.kept:
+            stored = np.delete(stored, task.subject.kept, axis=1)
+        stored = stored.reshape(-1)
         count_codes(stored.view(f"u{stored.itemsize}"), table)
     codes = np.flatnonzero(table)
     counts = table[codes][:, None]

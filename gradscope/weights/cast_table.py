@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -10,18 +10,21 @@ from rich.text import Text
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import table
 from gradscope.text import listed, plural, shortened, size
-from gradscope.weights.result import Casting, CastPlan, CastSummary
+from gradscope.weights.result import Casting, CastPlan, CastSummary, TensorResult
 
 _NAMED = 3
 
 
-def casts(found: Casting, display: Display) -> Iterator[RenderableType]:
+def casts(
+    found: Casting, tensors: Sequence[TensorResult], display: Display
+) -> Iterator[RenderableType]:
     """A row for each type, then the plan."""
     yield Text.assemble("\nCasts", f"   stored {size(found.stored_bytes)}")
     yield _formats(found)
     if found.plan is not None:
         most = 10**9 if display.detail > 1 else _NAMED
         yield from _plan(found.plan, most)
+        yield from _kept_columns([t for t in tensors if t.kept_columns is not None], most)
 
 
 def _formats(found: Casting) -> RenderableType:
@@ -66,3 +69,21 @@ def _plan(plan: CastPlan, most: int) -> Iterator[RenderableType]:
     if plan.kept:
         names = listed(map(shortened, plan.kept), len(plan.kept), most)
         yield Text(f"keep {plural(len(plan.kept), 'tensor')} as stored: {names}", style="dim")
+
+
+def _kept_columns(tensors: Sequence[TensorResult], most: int) -> Iterator[RenderableType]:
+    """What would do with fewer bits, those of one place of different layers apart."""
+    if tensors:
+        each = listed(map(_without, tensors), len(tensors), most)
+        yield Text(f"would do with fewer bits if a few columns stayed as stored: {each}")
+
+
+def _without(tensor: TensorResult) -> str:
+    kept = tensor.kept_columns
+    assert kept is not None
+    columns = "column" if len(kept.columns) == 1 else "columns"
+    which = listed(map(str, kept.columns), len(kept.columns))
+    return (
+        f"{shortened(tensor.name)} ({kept.format}: {_level(kept.cast_snr_db)} dB, "
+        f"{_level(kept.snr_db)} dB without {columns} {which})"
+    )

@@ -62,6 +62,7 @@ def with_casts(
     Raises InputError when a file changes or ends while it is read.
     """
     from gradscope.casts.measure import losses
+    from gradscope.weights.kept_columns import with_kept_columns
 
     refs = {ref.name: ref for ref in examined.checkpoint.tensors}
     layout = _layouts(examined)
@@ -73,6 +74,10 @@ def with_casts(
         ):
             found[tensor.name] = _with_losses(tensor, seen, targets, lost, wanted.snr_db)
             progress(seen.ref.nbytes)
+        if wanted.snr_db is not None:
+            cast = [(found[t.name], s) for t, s in zip(tensors, subjects, strict=True)]
+            better = with_kept_columns(cast, targets, wanted.snr_db, engine)
+            found |= {tensor.name: tensor for tensor in better}
     return replace(examined, tensors=tuple(found.get(t.name, t) for t in examined.tensors))
 
 

@@ -20,6 +20,6 @@ _BRIEF = Display(width=100)
 def weights(result: WeightsResult) -> Iterator[RenderableType]:
     """The tables of casts and of spectra."""
     if result.casting is not None:
-        yield from casts(result.casting, _BRIEF)
+        yield from casts(result.casting, result.tensors, _BRIEF)
     if any(t.spectrum is not None for t in result.tensors):
         yield from spectra(result.tensors, _BRIEF, rest="the JSON report has every matrix")

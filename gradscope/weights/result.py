@@ -134,6 +134,18 @@ class CastSummary(Record):
     below: int | None
 
 
+class KeptColumns(Record):
+    """A smaller format that would serve if a few columns (inputs of all units) stayed as stored."""
+
+    format: str
+    columns: tuple[int, ...]
+    #: With its scales, and the columns as they are stored.
+    bytes: int
+    #: The lower signal to noise of all elements and of the bulk, with the columns kept and cast.
+    snr_db: float
+    cast_snr_db: float
+
+
 class CastPlan(Record):
     """The smallest format of each tensor that keeps the wanted signal to noise."""
 
@@ -211,6 +223,7 @@ class TensorResult(Record):
     #: What ``--cast`` found, in the order asked, and the format of the plan; None keeps it.
     casts: tuple[CastResult, ...] = ()
     cast_plan: str | None = None
+    kept_columns: KeptColumns | None = None
     dequantized: Dequantized | None = None
     health: Health | None = None
 

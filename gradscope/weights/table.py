@@ -36,7 +36,7 @@ def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType 
         yield Text("")
         yield _by_role(result)
     if result.casting is not None:
-        yield from casts(result.casting, display)
+        yield from casts(result.casting, result.tensors, display)
     if any(t.spectrum is not None for t in result.tensors):
         yield from spectra(result.tensors, display)
     if result.tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,98 @@ def test_the_expert_that_needs_more_than_the_others_is_named(tmp_path: Path) -> 
     assert report.result.casting.plan.exceptions == {odd: "bf16"}
     shown = renderer("table")(report, Display())
     assert f"need more than their like: {odd} (bf16)" in shown
+
+
+def with_outliers(columns: tuple[int, ...], axis: int = 1) -> dict[str, Array]:
+    tensors = transformer(width=128)
+    np.moveaxis(tensors[UP], axis, 1)[:, columns] *= 300
+    return tensors
+
+
+def kept_exactly(x: Array, columns: tuple[int, ...], cast_: Callable[[Array], Array]) -> float:
+    """The ratio of all elements where some columns are kept and the others cast without them."""
+    rest = x.copy()
+    rest[:, columns] = 0
+    error = (cast_(rest) - rest.astype(np.float64))[np.abs(x) <= np.abs(rest).max()]
+    bulk = np.abs(rest) <= np.quantile(np.abs(x), 0.998)
+    least = [float((x.astype(np.float64) ** 2).sum() / (error**2).sum())]
+    noise = (cast_(rest) - rest.astype(np.float64))[bulk]
+    least += [float((rest[bulk].astype(np.float64) ** 2).sum() / (noise**2).sum())]
+    return 10 * math.log10(min(least))
+
+
+def by_tensor(x: Array) -> Array:
+    scale = np.abs(x).max() / np.float32(127)
+    return np.rint(x / scale) * scale.astype(np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(
+    ("kind", "cast_"), [("int8", lambda x: int8(x, 0)), ("int8:tensor", by_tensor)]
+)
+@pytest.mark.parametrize("columns", [(5,), (5, 77)])
+def test_the_columns_are_named_without_which_fewer_bits_would_do(
+    columns: tuple[int, ...], kind: str, cast_: Callable[[Array], Array], dtype: str, tmp_path: Path
+) -> None:
+    tensors = with_outliers(columns)
+    x = torch.from_numpy(tensors[UP])
+    x = (x.bfloat16().float() if dtype == "BF16" else x).numpy()
+    made = {n: bf16(t) for n, t in tensors.items()} if dtype == "BF16" else tensors
+    path = write(tmp_path / "m.safetensors", made)
+
+    result = cast(path, kind, "fp16", snr=33)
+
+    having = {t.name: t.kept_columns for t in result.tensors if t.kept_columns is not None}
+    assert list(having) == [UP]
+    assert (having[UP].format, having[UP].columns) == (kind, columns)
+    assert having[UP].cast_snr_db < 33 <= having[UP].snr_db
+    assert having[UP].snr_db == pytest.approx(kept_exactly(x, columns, cast_), abs=0.5)
+    stored = 2 if dtype == "BF16" else 4
+    scales = 4 * len(x) if kind == "int8" else 4
+    wanted = x.size - len(x) * len(columns) + scales + stored * len(x) * len(columns)
+    assert having[UP].bytes == wanted
+
+
+def test_columns_are_inputs_in_every_layout(tmp_path: Path) -> None:
+    """GPT-2's Conv1D [in, out], and stacked experts."""
+    conv1d = gaussian(128, 512, seed=4)
+    conv1d[9] *= 300
+    experts = gaussian(4, 64, 128, seed=6)
+    experts[2, :, 7] *= 300
+    tensors = {
+        "h.0.mlp.c_fc.weight": conv1d, "h.0.mlp.c_fc.bias": gaussian(512, seed=5),
+        "model.layers.0.mlp.experts.gate_up_proj": experts,
+        "model.layers.0.mlp.experts.down_proj": gaussian(4, 128, 32, seed=8),
+        "model.layers.0.mlp.router.weight": gaussian(4, 128, seed=7),
+    }  # fmt: skip
+
+    result = cast(write(tmp_path / "m.safetensors", tensors), "int8", "bf16", snr=33)
+
+    having = {t.name: t.kept_columns for t in result.tensors if t.kept_columns is not None}
+    assert having["h.0.mlp.c_fc.weight"].columns == (9,)
+    assert having["model.layers.0.mlp.experts.gate_up_proj"].columns == (7,)
+
+
+def test_no_column_is_named_where_none_would_help(tmp_path: Path) -> None:
+    rows, many, convolution = with_outliers((3,), axis=0), with_outliers(tuple(range(0, 99, 7))), {}
+    convolution["features.0.weight"] = gaussian(24, 64, 3, 3)
+    convolution["features.0.weight"][:, 5] *= 300
+
+    for number, tensors in enumerate((transformer(width=128), rows, many, convolution)):
+        path = write(tmp_path / f"{number}.safetensors", tensors)
+        result = cast(path, "int8", "fp16", snr=33)
+        assert not any(t.kept_columns for t in result.tensors), number
+    assert not any(t.kept_columns for t in cast(path, "int8").tensors)
+
+
+def test_the_table_says_which_columns_to_keep(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", with_outliers((5, 77)))
+    report = gradscope.analyze_weights(path, cast=["int8", "bf16"], snr=33)
+
+    shown = renderer("table")(report, Display())
+
+    assert f"would do with fewer bits if a few columns stayed as stored: {UP} (int8: " in shown
+    assert "dB without columns 5, 77)" in shown
 
 
 def test_a_type_that_overflows_is_never_planned_and_the_tensor_is_named(tmp_path: Path) -> None:
