@@ -207,7 +207,7 @@ def _drawn_curves(curves: Sequence[dict[str, Any]], events: Sequence[dict[str, A
             .mark_line(color="@@line1", strokeWidth=1.5)
             .encode(
                 x=alt.X("step:Q", scale=scale, title="step"),
-                y=alt.Y("value:Q", title=name,
+                y=alt.Y("value:Q", title=name, axis=alt.Axis(format=".4~g", tickCount=4),
                         scale=alt.Scale(type="log") if wide else alt.Scale(zero=False)),
                 tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".5g", title=name)],
             )
