@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -24,14 +25,10 @@ from gradscope.cli.options import (
 from gradscope.errors import UsageError
 
 
-@analysis
-def explain(
-    model: Model,
-    images: Annotated[
-        list[str],
-        typer.Argument(metavar="IMAGE", help="Pictures and folders of them.", show_default=False),
-    ],
-    *,
+@dataclass(frozen=True)
+class Methods:
+    """Which maps are made, and with which options."""
+
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,48 +38,24 @@ def explain(
             help="See `gradscope methods`. [default: gradcam]",
             autocompletion=completion.methods,
         ),
-    ] = None,
-    folder: Folder = "explanations",
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="TARGET",
-            help="An index, a label, top1 or topK; pixel:Y,X, mask:CLASS, box:N, similar:IMAGE, "
-            "channel:K or text:FILE.",
-        ),
-    ] = "top1",
-    versus: Annotated[
-        str | None,
-        typer.Option(metavar="CLASS", help="Explain the target rather than this class."),
-    ] = None,
-    output_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|INDEX", help="Which of several outputs of the model is its answer."
-        ),
-    ] = None,
-    layer: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="The layer that CAM methods read (gradscope layers)."),
-    ] = "auto",
-    labels: Labels = None,
+    ] = None
     reference: Annotated[
         str | None,
         typer.Option(
             metavar="black|white|mean|blurred|random|FILE",
             help="What the image is compared with: integrated-gradients, deeplift, …",
         ),
-    ] = None,
+    ] = None
     steps: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Points on the path of integrated gradients."),
-    ] = None,
+    ] = None
     tolerance: Annotated[
         float | None,
         typer.Option(
             metavar="X", help="Refine integrated gradients until they add up this well, e.g. 0.01."
         ),
-    ] = None,
+    ] = None
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,22 +64,98 @@ def explain(
             metavar="NAME=VALUE",
             help="Any other option of a method (repeatable).",
         ),
-    ] = None,
+    ] = None
+
+    @property
+    def names(self) -> list[str]:
+        """The methods that are asked for."""
+        return split_commas(self.method) or ["gradcam"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Their options. Raises UsageError before anything heavy is imported."""
+        named = {"reference": self.reference, "steps": self.steps, "tolerance": self.tolerance}
+        given = _options(self.option, named)
+        _check(self.names, given)
+        return given
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is explained of a model's answer, and where it is looked at."""
+
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="An index, a label, top1 or topK; pixel:Y,X, mask:CLASS, box:N, similar:IMAGE, "
+            "channel:K or text:FILE.",
+        ),
+    ] = "top1"
+    versus: Annotated[
+        str | None,
+        typer.Option(metavar="CLASS", help="Explain the target rather than this class."),
+    ] = None
+    output_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|INDEX", help="Which of several outputs of the model is its answer."
+        ),
+    ] = None
+    layer: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The layer that CAM methods read (gradscope layers)."),
+    ] = "auto"
+    labels: Labels = None
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """As the Python API takes it. Raises UsageError before anything heavy is imported."""
+        from gradscope.attribution.aim import parse_aim
+
+        parse_aim(self.target)
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Whether maps are measured, against what and for how long."""
+
     evaluate: Annotated[
         bool,
         typer.Option("--evaluate", help="Measure what the maps are worth (takes much longer)."),
-    ] = False,
+    ] = False
     boxes: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
             help="Where the objects are: COCO or Pascal VOC annotations, a mask, a folder of them.",
         ),
-    ] = None,
+    ] = None
     budget: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Leave out evaluation after so long: 60s, 5m."),
-    ] = None,
+    ] = None
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """As the functions of the Python API take it. Raises UsageError."""
+        limit = None if self.budget is None else seconds("--budget", self.budget)
+        return {"evaluated": self.evaluate, "boxes": self.boxes, "budget": limit}
+
+
+@analysis
+def explain(
+    model: Model,
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Pictures and folders of them.", show_default=False),
+    ],
+    *,
+    methods: Methods,
+    aim: Target,
+    evaluation: Evaluation,
+    folder: Folder = "explanations",
     colormap: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="inferno, viridis, jet; coolwarm for signed maps."),
@@ -135,13 +184,7 @@ def explain(
     gate: Gate,
 ) -> Reported:
     """Why a vision model answers as it does: heatmaps, and whether to believe them."""
-    from gradscope.attribution.aim import parse_aim
-
-    parse_aim(target)
-    methods = split_commas(method) or ["gradcam"]
-    given = _options(option, {"reference": reference, "steps": steps, "tolerance": tolerance})
-    _check(methods, given)
-    limit = None if budget is None else seconds("--budget", budget)
+    wanted = {**aim.wanted, **methods.options, **evaluation.wanted}
     from gradscope.cli.terminal import progress_bar, say, use_threads, without_prints
 
     use_threads(jobs)
@@ -152,26 +195,18 @@ def explain(
         report = analyse(
             model.model,
             images,
-            methods,
-            target=target,
-            versus=versus,
-            output_name=output_name,
-            layer=layer,
-            labels=labels,
+            methods.names,
             output=folder,
             colormap=colormap,
             figure=figure,
-            evaluated=evaluate,
-            boxes=boxes,
-            budget=limit,
             device=device,
             seed=seed,
             chunk=chunk,
             exact=exact,
             progress=tick,
+            **wanted,
             **model.loading,
             **gate.wanted,
-            **given,
         )
     if output.detail and report.result is not None:
         each = 3 if figure is None else 4
