@@ -258,7 +258,7 @@ def published(report: Reported, output: Output, files: Iterable[tuple[str, Path]
     for name, path in files:
         try:
             _publish(report, name, path, written)
-        except OutputError as error:
+        except (OutputError, UsageError) as error:  # one that cannot be costs the others nothing
             say(f"error: {error}")
             yield error.exit_code
         else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 
 from gradscope.attribution.page import explain
 from gradscope.attribution.result import Control
+from gradscope.report.palettes import PALETTES
 from gradscope.report.panels import Chart
 
 from .test_rules import GOOD, result
@@ -39,6 +42,9 @@ def test_curves_are_drawn_beside_those_of_the_map_elsewhere() -> None:
         for share, probability in zip((0.0, 0.5, 1.0), curve, strict=True)
     ]
     assert {row["map"] for row in rows} == {"gradcam → 281 tabby"}
+    for chart in found.values():
+        used = set(re.findall(r'"@@([a-z0-9]+)"', json.dumps(chart.spec)))
+        assert all(used <= set(palette.light) for palette in PALETTES.values())
 
 
 def test_a_report_without_curves_has_the_areas_alone() -> None:

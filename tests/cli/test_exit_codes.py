@@ -217,6 +217,21 @@ def test_so_do_commands_that_judge_nothing_or_need_more(
         assert done.stdout == "" or has_report
 
 
+def test_a_chart_that_there_is_none_of_is_told_and_costs_no_other_report(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vl_convert", reason="of the extra html")
+    monkeypatch.chdir(folder)
+    chart, after = tmp_path / "chart.svg", tmp_path / "r.json"
+    line = "verify good.safetensors --manifest good.manifest.json -q"
+
+    done = run(*line.split(), "--report", f"svg={chart}", "--report", f"json={after}")
+
+    assert (done.exit_code, chart.exists()) == (2, False)
+    assert "this report of gradscope verify has no chart" in done.stderr
+    assert json.loads(after.read_text())["gate"]["exit_code"] == 0
+
+
 #: What each of them does its work by.
 WORK = {
     "verify good.safetensors --manifest x.json": "gradscope.fingerprints.analysis.verify",

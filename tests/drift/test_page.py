@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
 import pytest
 
 from gradscope.drift.page import _paths
 from gradscope.drift.result import LayerPath, Series
+from gradscope.report.palettes import PALETTES
 
 pytest.importorskip("altair", reason="of the extra html")
 
@@ -37,6 +40,15 @@ def test_each_layer_is_a_line_from_the_second_checkpoint_on() -> None:
         ("b", "ckpt-1", 0.3, "stopped"), ("b", "ckpt-2", 0.3, "stopped"),
         ("c", "ckpt-1", 0.1, "jumped"), ("c", "ckpt-2", 5.0, "jumped"),
     ]  # fmt: skip
+
+
+def test_its_colours_are_of_every_palette() -> None:
+    spec = _paths(Series(checkpoints=NAMES, layers=(path("a", 0.1, 0.2),))).spec
+
+    used = set(re.findall(r'"@@([a-z0-9]+)"', json.dumps(spec)))
+
+    assert used
+    assert all(used <= set(palette.light) for palette in PALETTES.values())
 
 
 def test_what_stands_out_is_drawn_of_many_and_the_rest_counted() -> None:

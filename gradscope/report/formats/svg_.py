@@ -26,7 +26,7 @@ def main_chart(report: AnyReport, display: Display) -> dict[str, Any]:
     """The Vega-Lite specification of a report's first chart, coloured for white paper."""
     chart = next((p for p in panels_of(report) if isinstance(p, Chart)), None)
     if chart is None:
-        raise UsageError(f"this report of gradscope {report.command} has no chart")
+        raise UsageError(f"this report of gradscope {report.command} has no chart to draw")
     light = palette(display.colors).light
     coloured: dict[str, Any] = json.loads(_coloured(json.dumps(plain(chart.spec)), light))
     return {**coloured, "title": chart.title, "background": light["bg"]}
