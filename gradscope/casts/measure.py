@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -153,11 +153,11 @@ class _Task:
             found[:, self.subject.kept] = 0
         return found
 
-    def peaks(self) -> Iterator[Array]:
-        """For each run the greatest magnitude of each of its rows, to their ends."""
-        found = [np.abs(self.values(s)).max(axis=1) for s in self.spans()]
-        whole = self.subject.columns <= PIECE
-        yield from found if whole else repeat(np.max(found, axis=0), len(found))
+    def long_peaks(self) -> Array | None:
+        """The greatest magnitude of a row that is longer than a run; None where rows are short."""
+        if self.subject.columns <= PIECE:
+            return None
+        return np.asarray(np.max([_peaks(self.values(span)) for span in self.spans()], axis=0))
 
 
 def _tasks(subject: Subject) -> Iterator[_Task]:
@@ -184,10 +184,10 @@ class _Work:
 def _of_elements(task: _Task, targets: Sequence[Target]) -> dict[str, Loss]:
     rows: dict[str, list[Array]] = {t.name: [] for t in targets}
     by_row = any(t.grain == "row" for t in targets)
-    spans = task.spans()
-    peaks = task.peaks() if by_row else repeat(None, len(spans))
-    for span, of_rows in zip(spans, peaks, strict=True):
+    long = task.long_peaks() if by_row else None
+    for span in task.spans():
         values = task.values(span)
+        of_rows = _peaks(values) if by_row and long is None else long
         for t in targets:
             rows[t.name].append(_cast(values, t, task.subject, of_rows))
     return {name: _summed(parts) for name, parts in rows.items()}
@@ -211,6 +211,11 @@ def _of_codes(task: _Task, targets: Sequence[Target]) -> dict[str, Loss]:
         rows[:, :-1] *= counts
         found[t.name] = _summed([rows])
     return found
+
+
+def _peaks(values: Array) -> Array:
+    """The greatest magnitude of each row."""
+    return np.asarray(np.maximum(values.max(axis=1), -values.min(axis=1)))
 
 
 def _finite(ref: TensorRef, stored: Array) -> Array:

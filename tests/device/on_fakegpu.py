@@ -11,6 +11,7 @@ import fakegpu
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 REASON = fakegpu.missing()
 if REASON:
@@ -19,6 +20,7 @@ fakegpu.register()
 
 from test_torch_scan import DTYPES, SHAPES, assert_profiles_agree, stored_tensor  # noqa: E402
 
+import gradscope  # noqa: E402
 from gradscope.checkpoints.tiles import PIECE  # noqa: E402
 from gradscope.device import resolve  # noqa: E402
 from gradscope.errors import UsageError  # noqa: E402
@@ -82,3 +84,22 @@ def test_singular_values_are_those_of_the_cpu(shape: tuple[int, int]) -> None:
 
     np.testing.assert_allclose(values, Numpy().eigenvalues(found.chunks, found.columns))
     assert norm == pytest.approx(np.sqrt(values[-1]), rel=1e-4)
+
+
+def test_the_spectra_of_a_checkpoint_are_those_of_the_cpu(tmp_path: Path) -> None:
+    made = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (60, 40), "b.weight": (40, 300), "conv.weight": (30, 26, 3, 3)}
+    tensors = {n: torch.randn(*s, generator=made) / 10 for n, s in shapes.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+
+    cpu, gpu = (
+        gradscope.analyze_weights(tmp_path / "m.safetensors", spectral=True, device=d)
+        for d in ("cpu", fakegpu.NAME)
+    )
+
+    assert [f.name for f in gpu.findings] == [f.name for f in cpu.findings]
+    for there, here in zip(gpu.result.tensors, cpu.result.tensors, strict=True):
+        assert there.spectrum is not None
+        for name, wanted in here.spectrum.model_dump().items():
+            found = getattr(there.spectrum, name)
+            assert found == (pytest.approx(wanted, rel=1e-6) if wanted else wanted), name
