@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradscope.spectra.attention import Input, Side, heads
 
@@ -67,6 +69,43 @@ def test_no_logit_exceeds_its_bound(bias: bool, offset: bool, key_heads: int) ->
         seen = np.abs(logits(query, key, given, x, y)[head])
         assert seen.max() <= found.bounds[head]
         assert seen[-2:].max() > 0.15 * found.bounds[head]  # and it is no idle bound
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 6),
+    width=st.integers(1, 12),
+    heads_=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    decades=st.floats(-3, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_no_logit_of_any_attention_exceeds_its_bound_rotated_or_not(
+    size: int, width: int, heads_: int, shared: int, decades: float, seed: int
+) -> None:
+    """Queries and keys are turned by any orthogonal matrix, of which RoPE's are some."""
+    rng = np.random.default_rng(seed)
+    scale = 10**decades
+    query = Side(
+        scale * rng.standard_t(2, (heads_ * shared * size, width)),
+        rng.normal(size=heads_ * shared * size),
+    )
+    key = Side(rng.standard_t(2, (heads_ * size, width)), scale * rng.normal(size=heads_ * size))
+    given_ = Input(rng.normal(0, 3, width), rng.normal(0, scale, width))
+
+    bounds = heads(query, key, size, given_).bounds
+
+    x, y = rng.standard_t(1, (2, 200, width))
+    applied = []
+    for side_, values in ((query, x), (key, y)):
+        normed = values / np.linalg.norm(values, axis=1, keepdims=True) * math.sqrt(width)
+        made = (normed * given_.gain + given_.offset) @ side_.matrix.T + side_.bias
+        turned = np.linalg.qr(rng.normal(size=(size, size)))[0]
+        applied.append(made.reshape(len(values), -1, size) @ turned)
+    q, k = applied[0], np.repeat(applied[1], shared, axis=1)
+    logits_ = np.abs(np.einsum("nhs,nhs->hn", q, k)).max(axis=1) / math.sqrt(size)
+    assert bounds is not None
+    assert (logits_ <= bounds * (1 + 1e-9)).all()
 
 
 def test_the_bound_is_met_where_queries_and_keys_are_the_same() -> None:
