@@ -1,4 +1,4 @@
-"""The table of ``--spectral``: what the singular values of each matrix say."""
+"""The tables of ``--spectral``: what the singular values of each matrix and each attention say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradscope.report.formats import Display
 from gradscope.report.formats.cells import number, table
 from gradscope.text import shortened
 from gradscope.weights.names import pattern
-from gradscope.weights.result import SpectrumResult, TensorResult
+from gradscope.weights.result import AttentionResult, SpectrumResult, TensorResult
 
 _SHOWN = 24
 
@@ -72,3 +72,38 @@ def _range(values: Sequence[float | int | None]) -> str:
 
 def _short(value: float | int) -> str:
     return number(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def attentions(
+    found: Sequence[AttentionResult], display: Display, rest: str = "-v shows each"
+) -> Iterator[RenderableType]:
+    """A row for each attention whose heads are known; on a terminal one for those of all layers."""
+    brief = display.width is not None and display.detail < 2
+    groups: dict[object, list[AttentionResult]] = {}
+    for a in found:
+        key = (pattern(a.module), a.heads, a.head_size) if brief else a.module
+        groups.setdefault(key, []).append(a)
+    yield Text("\nAttention")
+    made = table(
+        ("attention", "left"), "heads", "size", "norm", "compares in", "query rank", "key rank",
+        "value rank", "logit rms", "logit bound",
+    )  # fmt: skip
+    shown = list(groups.values())[: _SHOWN if brief else None]
+    for group in shown:
+        made.add_row(*_attention_row(group))
+    yield made
+    if more := len(groups) - len(shown):
+        yield Text(f"… {more:,} more rows; {rest}", style="dim")
+
+
+def _attention_row(group: Sequence[AttentionResult]) -> Iterator[str]:
+    """The ranges over the heads of all of them."""
+    first = group[0]
+    many = f"  ×{len(group)}" if len(group) > 1 else ""
+    yield shortened(pattern(first.module) if many else first.module) + many
+    shared = f" ({first.key_heads} shared)" if first.key_heads < first.heads else ""
+    yield f"{first.heads}{shared}"
+    yield str(first.head_size)
+    for name in ("qk_norms", "effective_ranks", "query_ranks", "key_ranks", "value_ranks",
+                 "logit_rms", "logit_bounds"):  # fmt: skip
+        yield _range([value for a in group for value in getattr(a, name) or ()])

@@ -16,7 +16,7 @@ from gradscope.weights.cast_table import casts
 from gradscope.weights.names import pattern
 from gradscope.weights.result import TensorResult, WeightsResult
 from gradscope.weights.roles import MATRICES, Role
-from gradscope.weights.spectral_table import spectra
+from gradscope.weights.spectral_table import attentions, spectra
 
 _SHOWN = 24
 _NARROW_NAME = 32
@@ -39,6 +39,8 @@ def weights(result: WeightsResult, display: Display) -> Iterator[RenderableType 
         yield from casts(result.casting, result.tensors, display)
     if any(t.spectrum is not None for t in result.tensors):
         yield from spectra(result.tensors, display)
+    if result.attention:
+        yield from attentions(result.attention, display)
     if result.tensors:
         yield from _tensors(result.tensors, display)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gradscope
+from gradscope.report.formats import renderer
 from gradscope.report.model import Finding
 from gradscope.weights.result import AttentionResult
 
@@ -265,6 +266,21 @@ def test_heads_that_are_all_alike_dead_small_or_few_are_none_of_it(tmp_path: Pat
     assert collapsed(tmp_path / "few", wide("q_proj", (0, 1)), **few) == []
     small = {"num_attention_heads": 16}
     assert collapsed(tmp_path / "small", wide("q_proj", (1,)), **small) == []
+
+
+def test_the_table_has_a_row_for_each_attention_and_one_for_all_layers_if_brief(
+    tmp_path: Path,
+) -> None:
+    path = folder(tmp_path / "m", wide(shared=2), {**OF_32, "num_key_value_heads": 2})
+    report = gradscope.analyze_weights(path, spectral=True)
+    norms_ = [n for a in report.result.attention for n in a.qk_norms]
+
+    whole, pull_request = renderer("table")(report), renderer("markdown")(report)
+
+    rows = [line for line in whole.splitlines() if line.startswith("model.layers.1.self_attn ")]
+    assert [row.split()[:5] for row in rows] == [[ATTN, "4", "(2", "shared)", "32"]]
+    (row,) = (line for line in pull_request.splitlines() if "self\\_attn  ×4" in line)
+    assert f"| 4 (2 shared) | 32 | {min(norms_):.3g} … {max(norms_):.3g} |" in row
 
 
 def test_heads_for_which_there_is_no_time_are_listed(
