@@ -213,9 +213,11 @@ class Subject:
     def _chunks(self) -> Chunks:
         if self.chunks is None:
             key = ("chunks", tuple(self.inputs.shape[1:]), self.inputs.device)
-            if key not in self.model.known:
-                self.model.known[key] = _measured(self)
-            self.chunks = self.model.known[key]
+            known, lasting = self.model.known, self.model.lasting
+            if key not in lasting:
+                lasting[key] = _measured(self)
+            # What did not fit is told in each report.
+            self.chunks = known.setdefault(key, replace(lasting[key], notes=[]))
         return self.chunks
 
     # -- one layer ---------------------------------------------------------------------------------

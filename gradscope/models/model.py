@@ -54,6 +54,8 @@ class Model:
     reading: Callable[[Any], Scores] | None = None
     #: Facts about the model that cost a pass to find out, by what asked for them.
     known: dict[Any, Any] = field(default_factory=dict)
+    #: The same that no target changes: sizes of chunks, its copy.
+    lasting: dict[Any, Any] = field(default_factory=dict)
     #: Faster copies of the model for an image, the best first; None where there are none.
     copied: Callable[[Tensor], Iterator[Copy]] | None = None
     #: Whether answers may be found on another way, where that is proved to give the same.

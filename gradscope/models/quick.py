@@ -1,4 +1,4 @@
-"""A private copy of a model, made for one call and thrown away: the same function, sooner.
+"""A private copy of a model: the same function, sooner.
 
 Batch norms become part of the convolutions before them and weights lie with the channels last,
 in which order convolutions on a CPU are fastest. The user's model stays as it is, and answers
@@ -8,7 +8,7 @@ itself where the copy cannot stand for it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradscope.models.fused import fused
 from gradscope.models.model import Copy, Forward, Model, Tap
+from gradscope.models.unchanged import Looks, looks
 
 #: How far the copy's answers may lie from the model's, of the greatest of them.
 AGREES = 1e-5
@@ -30,12 +31,37 @@ def quick(model: Model) -> Model:
 
     Answers of the copy agree within ``AGREES`` of the greatest one. Models on an accelerator, in
     other types than float32 and float64, and without convolutions answer themselves. The copy is
-    made while the model is held, and dies with what is returned.
+    made while the model is held. It stays with the ``Model`` for as long as nothing is changed in
+    that, so one that is asked picture by picture makes it once.
     """
     parameters = list(model.module.parameters())
-    suits = all(p.device.type == "cpu" and p.dtype in _FULL for p in parameters)
-    answering = _Answering(model) if model.copied and suits else model.forward
-    return replace(model, forward=answering, quick=True)
+    held = [*parameters, *model.module.buffers()]
+    suits = all(p.dtype in _FULL for p in parameters) and all(map(_plain, held))
+    if model.copied is None or not suits:
+        return replace(model, quick=True)
+    return replace(model, forward=_Answering(model, _state(model)), quick=True)
+
+
+def _plain(tensor: Tensor) -> bool:
+    strided = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return strided and not tensor.is_complex() and not tensor.is_quantized
+
+
+@dataclass(eq=False, slots=True)
+class _State:
+    """How many images a model has seen, and its copy with how the model looked then."""
+
+    seen: int = 0
+    copy: Copy | None = None
+    looks: Looks | None = None
+    weights: _Watched | None = None
+
+
+def _state(model: Model) -> _State:
+    known: _State = model.lasting.setdefault("quick", _State())
+    if known.looks is not None and not known.looks.same(looks(model.module)):
+        known = model.lasting["quick"] = _State()
+    return known
 
 
 def same_answers(model: Model, inputs: Tensor, others: Tensor) -> bool:
@@ -46,31 +72,36 @@ def same_answers(model: Model, inputs: Tensor, others: Tensor) -> bool:
 _FULL = (torch.float32, torch.float64)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class _Answering:
     """A forward pass by the model itself at first, then by its copy."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.seen = 0
-        self.copy: Copy | None = None
-        self.weights: _Watched | None = None
+    model: Model
+    state: _State
+
+    @property
+    def copy(self) -> Copy | None:
+        """The copy, once there is one."""
+        return self.state.copy
 
     def __call__(self, inputs: Tensor, taps: Mapping[str, Tap]) -> Any:
         # Who watches the operators, as relevance propagation does, wants those of the model.
         watched = _get_current_dispatch_mode() is not None
-        copy = None if watched else self._copy(inputs)
+        copy = None if watched else self._copied(inputs)
         if copy is None or not copy.changed.isdisjoint(taps):
             return self.model.forward(inputs, taps)
         forward = copy.forward if inputs.requires_grad else copy.fused or copy.forward
         return forward(inputs, taps)
 
-    def _copy(self, inputs: Tensor) -> Copy | None:
-        before, self.seen = self.seen, self.seen + len(inputs) * (1 + inputs.requires_grad)
-        if before < _WORTH <= self.seen:
-            self.weights = _Watched(self.model)
-            self.copy = _proved(self.model, inputs.clone().detach())
+    def _copied(self, inputs: Tensor) -> Copy | None:
+        state = self.state
+        before, state.seen = state.seen, state.seen + len(inputs) * (1 + inputs.requires_grad)
+        if before < _WORTH <= state.seen:
+            state.weights = _Watched(self.model)
+            state.copy = _proved(self.model, inputs.clone().detach())
+            state.looks = looks(self.model.module) if state.copy else None
         # Parameters that were changed meanwhile, to see what that does, are not in the copy.
-        return self.copy if self.weights is not None and self.weights.same() else None
+        return state.copy if state.weights is not None and state.weights.same() else None
 
 
 def _proved(model: Model, inputs: Tensor) -> Copy | None:
@@ -116,11 +147,15 @@ class _Watched:
 
     def __init__(self, model: Model) -> None:
         tensors = (*model.module.parameters(), *model.module.buffers())
-        self.ends = [t.detach()[(at,) * t.dim()] for t in tensors if t.numel() for at in (0, -1)]
+        self.ends: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel():
+                ends = [tensor.detach()[(at,) * tensor.dim()] for at in (0, -1)]
+                self.ends.setdefault(tensor.dtype, []).extend(ends)
         self.before = self._now()
 
-    def _now(self) -> Tensor:
-        return torch.stack([end.double() for end in self.ends]) if self.ends else torch.zeros(0)
+    def _now(self) -> list[Tensor]:
+        return [torch.stack(ends) for ends in self.ends.values()]
 
     def same(self) -> bool:
-        return torch.equal(self._now(), self.before)
+        return all(map(torch.equal, self._now(), self.before))

@@ -220,3 +220,73 @@ def test_exact_asks_the_model_itself_and_gives_the_same_map(
 
     # In float64 what is left is the difference of the formulas, not of the roundings.
     assert apart(found[0].values, found[1].values) <= 1e-9
+
+
+def test_a_model_that_is_asked_again_keeps_its_copy() -> None:
+    held_model, x = as_model(normed()), torch.randn(1, 3, 12, 12)
+    found = [attribute(held_model, x, "smoothgrad", samples=20, target=1) for _ in range(2)]
+    copy = held_model.lasting["quick"].copy
+
+    assert copy is not None
+    attribute(held_model, x, "gradcam", layer="5")
+    assert held_model.lasting["quick"].copy is copy
+    assert torch.equal(found[0].values, found[1].values)
+
+
+def _one_number(net: nn.Sequential) -> None:
+    net[3].weight.data[5, 0, 1, 1] += 2
+
+
+def _two_filters(net: nn.Sequential) -> None:
+    net[3].weight.data[[1, 2]] = net[3].weight.data[[2, 1]]
+
+
+def _step(net: nn.Sequential) -> None:
+    with torch.no_grad():
+        net[3].weight.mul_(-1)
+
+
+def _mean(net: nn.Sequential) -> None:
+    net[1].running_mean.data[4] = 3
+
+
+def _parameter(net: nn.Sequential) -> None:
+    net[3].weight = nn.Parameter(-net[3].weight.detach())
+
+
+def _module(net: nn.Sequential) -> None:
+    net[2] = nn.Tanh()
+
+
+def _setting(net: nn.Sequential) -> None:
+    setattr(net[0], "dilation", (2, 2))  # noqa: B010
+
+
+def _hook(net: nn.Sequential) -> None:
+    net[0].register_forward_hook(lambda _m, _i, out: out.sin())
+
+
+def _function(net: nn.Sequential) -> None:
+    net[2].forward = torch.sin
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_one_number, _two_filters, _step, _mean, _parameter, _module, _setting, _hook, _function],
+)
+def test_a_model_that_was_changed_is_not_answered_by_its_old_copy(
+    change: Callable[[nn.Sequential], None],
+) -> None:
+    net, x = normed(), torch.randn(1, 3, 12, 12)
+    held_model = as_model(net)
+    attribute(held_model, x, "smoothgrad", samples=20, target=1)
+    assert held_model.lasting["quick"].copy is not None
+    before = attribute(held_model, x, "saliency", target=1).values
+
+    change(net)
+
+    found, exact = (
+        attribute(held_model, x, "saliency", target=1, exact=e).values for e in (False, True)
+    )
+    assert apart(found, exact) <= AGREES
+    assert apart(found, before) > 10 * AGREES
