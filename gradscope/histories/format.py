@@ -280,10 +280,18 @@ def _staged(
             os.unlink(temporary)
 
 
+#: Files of fewer bytes are put together in memory: the members' headers are many small writes.
+_SMALL = 1 << 24
+
+
 def _write_zip(file: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """As numpy.savez, but with a fixed time of day in every member."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    """As numpy.savez, but with a fixed time of day in every member; a small one in one go."""
+    small = sum(array.nbytes for array in arrays.values()) < _SMALL
+    target = io.BytesIO() if small else file
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, array in arrays.items():
             buffer = io.BytesIO()
             npy.write_array(buffer, np.asanyarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getbuffer())
+    if small:
+        file.write(target.getbuffer())

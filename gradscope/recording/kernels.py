@@ -1,12 +1,18 @@
 """What is measured of gradients on the CPU: compiled loops over all parameters of a network.
 
-A torch operation costs microseconds whatever it is given, which small networks feel.
-``begin[r]`` to ``begin[r + 1]`` are the elements of row r in a flat array.
+A torch operation costs microseconds whatever it is given, which small networks feel; so the loops
+read tensors where they are. ``places`` [2, R] are the addresses of each row's gradient and weights,
+0 where there are none. ``begin`` [3, R + 1] says where a row begins: its elements in a flat array,
+its buckets, and the places of a chosen part.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 
 from gradscope.compiled import kernel
 
@@ -15,98 +21,135 @@ from gradscope.compiled import kernel
 _SUMS = {"reassoc", "contract"}
 
 
-@kernel(fastmath=_SUMS)
-def statistics(values, bits, magnitude, infinity, begin, out):  # type: ignore[no-untyped-def]
-    """Norm, greatest magnitude, elements not zero, NaN and infinite ones of each row: out [R, 5+].
+@intrinsic
+def _pointer(_typing: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to numbers of the type that a number has."""
+    kind = types.CPointer(like)
 
-    ``bits`` are the values' own, which as integers have the order of the magnitudes once the sign
-    is masked by ``magnitude``; those above ``infinity`` are NaN. A row with NaN has a norm and a
-    greatest magnitude of NaN.
-    """
-    greatest = np.empty(1, bits.dtype)
-    for row in range(len(begin) - 1):
-        part, code = values[begin[row] : begin[row + 1]], bits[begin[row] : begin[row + 1]]
-        total, zeros, top = 0.0, 0, magnitude & 0
-        for j in range(len(part)):
-            total += np.float64(part[j]) * np.float64(part[j])
-        for j in range(len(code)):
-            size = code[j] & magnitude
-            top = max(top, size)
-            zeros += size == 0
-        nans = infinite = 0
-        peak = 0.0
-        if top >= infinity:
-            for j in range(len(code)):
-                nans += (code[j] & magnitude) > infinity
-                infinite += (code[j] & magnitude) == infinity
-            peak = np.nan if nans else np.inf
-            total = peak
-        else:
-            greatest[0] = top
-            peak = np.float64(greatest.view(values.dtype)[0])
-        out[row, 0] = np.sqrt(total)
-        out[row, 1] = peak
-        out[row, 2] = len(part) - zeros
-        out[row, 3] = nans
-        out[row, 4] = infinite
+    def generate(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        return builder.inttoptr(given[0], context.get_value_type(kind))
 
-
-@kernel(fastmath=_SUMS)
-def lengths(values, begin, out):  # type: ignore[no-untyped-def]
-    """The norm of each row alone: out [R]."""
-    for row in range(len(begin) - 1):
-        part = values[begin[row] : begin[row + 1]]
-        total = 0.0
-        for j in range(len(part)):
-            total += np.float64(part[j]) * np.float64(part[j])
-        out[row] = np.sqrt(total)
-
-
-@kernel(fastmath=_SUMS)
-def steps(change, gradients, begin, norms, out):  # type: ignore[no-untyped-def]
-    """Norm of each row's change, and its cosine with the gradient of that norm: out [R, 2]."""
-    for row in range(len(begin) - 1):
-        moved = change[begin[row] : begin[row + 1]]
-        along = gradients[begin[row] : begin[row + 1]]
-        total = inner = 0.0
-        for j in range(len(moved)):
-            total += np.float64(moved[j]) * np.float64(moved[j])
-            inner += np.float64(moved[j]) * np.float64(along[j])
-        out[row, 0] = np.sqrt(total)
-        scale = out[row, 0] * norms[row]
-        out[row, 1] = inner / scale if scale > 0.0 else np.nan
+    return kind(address, like), generate
 
 
 @kernel()
-def sketches(values, begin, buckets, bucket_begin, chosen, chosen_begin, norms, out):  # type: ignore[no-untyped-def]
-    """Count-sketches of the unit rows: out [R, k], zero where a norm is zero or not finite.
+def _at(address, like, count):  # type: ignore[no-untyped-def]
+    """The numbers at an address, [count], of the type that a number has."""
+    return carray(_pointer(address, like), (count,))  # type: ignore[call-arg]
+
+
+@kernel(fastmath=_SUMS)
+def _length(values):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for j in range(len(values)):
+        total += np.float64(values[j]) * np.float64(values[j])
+    return np.sqrt(total)
+
+
+@kernel()
+def _magnitudes(bits, values, infinity, out):  # type: ignore[no-untyped-def]
+    """The greatest magnitude, elements not zero, NaN and infinite ones: out [4].
+
+    ``bits`` are the values' own, which as integers have the order of the magnitudes once the sign
+    is taken off; those above ``infinity``, the bits of infinity, are NaN. The greatest of NaN is
+    NaN.
+    """
+    kind = bits.dtype.type  # wider integers would be compared a few at a time
+    magnitude = kind(np.iinfo(kind).max)
+    zeros, top = 0, kind(0)
+    for j in range(len(bits)):
+        size = kind(bits[j] & magnitude)
+        top = kind(max(top, size))
+        zeros += size == 0
+    nans = infinite = 0
+    if top >= infinity:
+        for j in range(len(bits)):
+            nans += (bits[j] & magnitude) > infinity
+            infinite += (bits[j] & magnitude) == infinity
+        out[0] = np.nan if nans else np.inf
+    else:
+        greatest = np.empty(1, bits.dtype)
+        greatest[0] = top
+        out[0] = greatest.view(values.dtype)[0]
+    out[1], out[2], out[3] = len(bits) - zeros, nans, infinite
+
+
+@kernel()
+def _copy(values, out):  # type: ignore[no-untyped-def]
+    for j in range(len(values)):
+        out[j] = values[j]
+
+
+@kernel()
+def _sketch(values, buckets, chosen, norm, table, out):  # type: ignore[no-untyped-def]
+    """The count-sketch of a unit row: out [k], zero where the norm is zero or not finite.
 
     ``buckets`` has a byte for each element that is sketched: the bucket, and k more for a minus.
-    ``chosen`` are the elements of the rows that are sketched by a part (chosen_begin[r + 1] >
-    chosen_begin[r]), whose share of the squared norm is taken for that of their number.
+    ``chosen`` are those elements, none for all; their share of the squared norm is taken for that
+    of their number. ``table`` [2 k] is room to work.
     """
-    width = out.shape[1]
-    table = np.empty((2, 256))
-    for row in range(len(begin) - 1):
-        if not (norms[row] > 0.0 and np.isfinite(norms[row])):
-            out[row] = 0.0
-            continue
-        table[:] = 0.0
-        part = values[begin[row] : begin[row + 1]]
-        at = buckets[bucket_begin[row] : bucket_begin[row + 1]]
-        where = chosen[chosen_begin[row] : chosen_begin[row + 1]]
-        if len(where):
-            for j in range(len(at)):
-                table[0, at[j]] += part[where[j]]
-        else:
-            # Two tables: an addition need not wait for the one before it.
-            even, odd = table[0], table[1]
-            for j in range(len(at) // 2):
-                even[at[2 * j]] += part[2 * j]
-                odd[at[2 * j + 1]] += part[2 * j + 1]
-            if len(at) % 2:
-                even[at[len(at) - 1]] += part[len(at) - 1]
-        share = np.sqrt(len(part) / len(at))
-        for k in range(width):
-            plus, minus = table[0, k] + table[1, k], table[0, width + k] + table[1, width + k]
-            out[row, k] = (plus - minus) / norms[row] * share
+    if not (norm > 0.0 and np.isfinite(norm)):
+        out[:] = 0.0
+        return
+    width = len(out)
+    table[:] = 0.0
+    if len(chosen):
+        for j in range(len(buckets)):
+            table[buckets[j]] += values[chosen[j]]
+    else:
+        for j in range(len(buckets)):
+            table[buckets[j]] += values[j]
+    scale = np.sqrt(len(values) / len(buckets)) / norm
+    for k in range(width):
+        out[k] = (table[k] - table[width + k]) * scale
+
+
+@kernel()
+def taken(places, begin, kept, before, infinity, buckets, chosen, whole, keep, block, slot):  # type: ignore[no-untyped-def]
+    """What gradients are before a step: block[slot] [R, 8 + k], in the order of ``flat.CELLS``.
+
+    Only the norms unless ``whole``. With ``keep`` gradients and weights are copied, to ``kept`` and
+    ``before``, for ``changed``. The last k, which may be none, are a sketch of the unit gradient.
+    """
+    out, cells = block[slot], 8
+    table = np.empty(2 * (out.shape[1] - cells))
+    nothing = kept.dtype.type(0)
+    for row in range(len(out)):
+        first, last = begin[0, row], begin[0, row + 1]
+        values = _at(places[0, row], nothing, last - first if places[0, row] else 0)
+        norm = _length(values)
+        out[row, :cells] = np.nan
+        out[row, 0] = norm
+        if whole:
+            _magnitudes(_at(places[0, row], infinity, len(values)), values, infinity, out[row, 1:])
+            weights = _at(places[1, row], nothing, last - first)
+            out[row, 5] = _length(weights)
+            if keep:
+                _copy(values, kept[first:last])
+                _copy(weights, before[first:last])
+        if len(table):
+            at = buckets[begin[1, row] : begin[1, row + 1]]
+            where = chosen[begin[2, row] : begin[2, row + 1]]
+            _sketch(values, at, where, norm, table, out[row, cells:])
+
+
+@kernel(fastmath=_SUMS)
+def changed(places, begin, kept, before, block, slot):  # type: ignore[no-untyped-def]
+    """What a step did: the norm of each row's change, and its cosine with minus the gradient.
+
+    The seventh and eighth of what ``taken`` gives.
+    """
+    out = block[slot]
+    nothing = kept.dtype.type(0)
+    for row in range(len(out)):
+        first, last = begin[0, row], begin[0, row + 1]
+        was, along = before[first:last], kept[first:last]
+        now = _at(places[1, row], nothing, last - first)
+        total = inner = 0.0
+        for j in range(len(now)):
+            moved = np.float64(was[j] - now[j])
+            total += moved * moved
+            inner += moved * np.float64(along[j])
+        size = np.sqrt(total)
+        scale = size * out[row, 0]
+        out[row, 6], out[row, 7] = size, inner / scale if scale > 0.0 else np.nan

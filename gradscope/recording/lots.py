@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,7 @@ class DeviceLot:
         self._sketcher = Sketcher(names, sizes, device) if directions else None
         self._copies: list[Tensor] = []
 
+    @torch.no_grad()
     def take(self, *, whole: bool, counted: bool, updates: bool) -> Part:
         """The gradients' statistics as they are now.
 
@@ -78,35 +79,42 @@ class DeviceLot:
         part.place = present = list(found)
         values = [elements(g) for g in found.values()]
         lengths = self._joined(norms(values, 2), "square")
-        part.cells["grad/l2"] = lengths
+        cells = {"grad/l2": lengths}
         if whole:
-            self._measure(part, list(found.values()), counted)
+            cells |= self._measured(part, list(found.values()), counted)
             if updates:
                 part.measured, part.gradients = self, list(found.values())
+        part.tables = [_table(cells)]
         if self._sketcher is not None:
             part.sketch = self._sketcher(list(found.values()), lengths, present).half()
         return part
 
-    def _measure(self, part: Part, gradients: Sequence[Tensor], counted: bool) -> None:
+    def _measured(
+        self, part: Part, gradients: Sequence[Tensor], counted: bool
+    ) -> dict[str, Tensor]:
         sizes = [magnitudes(g) for g in gradients]
-        part.cells["grad/max_abs"] = self._joined(norms(sizes, math.inf), "max")
-        part.cells["nonzero"] = self._joined(norms(sizes, 0), "sum")
+        cells = {
+            "grad/max_abs": self._joined(norms(sizes, math.inf), "max"),
+            "nonzero": self._joined(norms(sizes, 0), "sum"),
+        }
         # Ranks must agree on what they reduce, and only one of them sees the file.
         if counted or self.sharded:
             nans = torch.stack([torch.isnan(g).sum() for g in sizes])
             infinite = torch.stack([torch.isinf(g).sum() for g in sizes])
-            part.cells["grad/n_nan"] = self._joined(nans.float(), "sum")
-            part.cells["grad/n_inf"] = self._joined(infinite.float(), "sum")
+            cells["grad/n_nan"] = self._joined(nans.float(), "sum")
+            cells["grad/n_inf"] = self._joined(infinite.float(), "sum")
         now = self._weights(part)
-        part.cells["param/l2"] = self._joined(norms(now, 2), "square")
+        cells["param/l2"] = self._joined(norms(now, 2), "square")
         if [(c.shape, c.dtype) for c in self._copies] != [(n.shape, n.dtype) for n in now]:
             self._copies = [torch.empty_like(n) for n in now]
         torch._foreach_copy_(self._copies, now)
+        return cells
 
     def _weights(self, part: Part) -> list[Tensor]:
         found = [local(self._parameters[i]) for i in part.place or ()]
         return [torch.view_as_real(w) if w.is_complex() else w for w in found]
 
+    @torch.no_grad()
     def after(self, part: Part) -> None:
         """Add what the step changed; the gradients may have been clipped since."""
         torch._foreach_sub_(self._copies, self._weights(part))
@@ -118,8 +126,7 @@ class DeviceLot:
             for c, g in zip(self._copies, part.gradients, strict=True)
         ]
         inner = self._joined(dots(turned, values), "sum")
-        part.cells["update/l2"] = size
-        part.cells["update/grad_cos"] = inner / (size * own)
+        part.tables.append(_table({"update/l2": size, "update/grad_cos": inner / (size * own)}))
 
     def _joined(self, values: Tensor, how: str) -> Tensor:
         """Values of sharded rows joined over their shards: [rows] in, the same out."""
@@ -130,6 +137,10 @@ class DeviceLot:
         for group in self._shards:
             torch.distributed.all_reduce(part, reduce, group=group)
         return part.sqrt() if how == "square" else part
+
+
+def _table(cells: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
+    return tuple(cells), torch.stack(list(cells.values()), dim=-1)
 
 
 def _at(dense: Tensor, gradient: Tensor) -> Tensor:

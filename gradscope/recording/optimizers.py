@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,11 +60,8 @@ class Optimizers:
 
     def rates(self) -> list[float]:
         """Learning rates that the host knows; one kept on the device is not waited for."""
-        rates = [g.get("lr", float("nan")) for o in self.all for g in o.param_groups]
-        return [
-            float("nan") if isinstance(r, Tensor) and r.device.type != "cpu" else float(r)
-            for r in rates
-        ]
+        rates = [g.get("lr", math.nan) for o in self.all for g in o.param_groups]
+        return [r if type(r) is float else _rate(r) for r in rates]
 
     def described(self) -> dict[str, Any]:
         """For the file's meta: ``optimizer`` is the first, ``optimizers`` has all by name."""
@@ -72,6 +70,11 @@ class Optimizers:
         each = {n: _described(o) for n, o in zip(self.names, self.all, strict=True)}
         first = next(iter(each.values()))
         return {"optimizer": first} if len(each) == 1 else {"optimizer": first, "optimizers": each}
+
+
+def _rate(given: Any) -> float:
+    elsewhere = isinstance(given, Tensor) and given.device.type != "cpu"
+    return math.nan if elsewhere else float(given)
 
 
 def unwrapped(optimizer: Any) -> Any:

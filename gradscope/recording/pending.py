@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,29 +14,6 @@ from gradscope.recording.shards import Number, Part
 Tensor = torch.Tensor
 
 
-class CompiledCall:
-    """A forward hook, for one call, of a module that ``nn.Module.compile`` has compiled.
-
-    It would compile the hook with it; this one is called outside.
-    """
-
-    def __init__(self, model: torch.nn.Module, seen: Callable[..., None]) -> None:
-        call: Any = model._compiled_call_impl
-        self._model, self._call = model, call
-
-        def first(*inputs: Any, **named: Any) -> Any:
-            output = call(*inputs, **named)
-            seen(model, inputs, named, output)
-            return output
-
-        self._ours = model._compiled_call_impl = first
-
-    def remove(self) -> None:
-        """Leave the module as it was."""
-        if self._model._compiled_call_impl is self._ours:
-            self._model._compiled_call_impl = self._call
-
-
 @dataclass(slots=True)
 class Pending:
     """A capture whose step has not been seen yet."""
@@ -44,6 +21,8 @@ class Pending:
     step: int | None
     owner: int | None
     may_skip: bool
+    #: The learning rates of all parameter groups.
+    rates: Sequence[float] = ()
     parts: list[Part] = field(default_factory=list)
     scalars: dict[str, Number] = field(default_factory=dict)
     loss: Number | None = None
@@ -52,13 +31,20 @@ class Pending:
 
 
 def known(value: Any) -> Number:
-    """What was given, tensors left where they are."""
+    """What was given: a number where the host has it, else a tensor, left where it is."""
     if not isinstance(value, Tensor):
         return float(value)
-    return value.detach().clone() if value.numel() == 1 else value.detach().float().mean()
+    if value.numel() != 1:
+        value = value.detach().float().mean()
+    return float(value.item()) if on_host(value) else value.detach().reshape(()).clone()
 
 
-def carried(scaler: Any, optimizers: Optimizers, owner: int) -> Tensor | None:
+def on_host(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be had without waiting for a device."""
+    return tensor.is_cpu and type(tensor) is Tensor
+
+
+def carried(scaler: Any, optimizers: Optimizers, owner: int) -> Number | None:
     """The loss scale that gradients still carry; None once ``unscale_`` has taken it out.
 
     Told by the scaler's own state, which is private to torch; unknown is taken for unscaled.
@@ -71,7 +57,7 @@ def carried(scaler: Any, optimizers: Optimizers, owner: int) -> Tensor | None:
         return None
     state = states.get(id(optimizers.all[owner]))
     ready = state is None or getattr(state.get("stage"), "name", "") == "READY"
-    return scale.detach().clone() if ready else None
+    return known(scale) if ready else None
 
 
 def inner(model: torch.nn.Module) -> torch.nn.Module:

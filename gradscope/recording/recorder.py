@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,26 +18,19 @@ import torch
 
 from gradscope.histories.history import Status
 from gradscope.histories.sketching import WIDTH
-from gradscope.recording import endings
+from gradscope.recording import endings, hooks
 from gradscope.recording.measure import MOST_SKETCHED
 from gradscope.recording.optimizers import Given, Optimizers
-from gradscope.recording.pending import CompiledCall, Pending, carried, inner, known, rank
+from gradscope.recording.pending import Pending, carried, inner, known, rank
 from gradscope.recording.rows import Rows
-from gradscope.recording.shards import Number, Part, Record, drained, folder_for, save
+from gradscope.recording.shards import Number, Part
+from gradscope.recording.spool import Spool
 from gradscope.recording.topology import Topology, compiled_topology, merged, modules_of, topology
 from gradscope.recording.turns import Turns
 from gradscope.text import plural
 
 Tensor = torch.Tensor
 P = ParamSpec("P")
-
-#: The first shard has this many records, the next four times as many, up to the capacity.
-FIRST_SHARD = 4
-#: Records wait no longer than this to be written, however few they are.
-SECONDS = 30.0
-#: Bytes that records may take where they wait, when no capacity is given, and how many at most.
-_WAITING_BYTES = 1 << 24
-_MOST_RECORDS = 1024
 
 
 def guarded(method: Callable[Concatenate[GradientRecorder, P], None]) -> Callable[..., None]:
@@ -128,12 +120,7 @@ class GradientRecorder:
         self._model, self._optimizers = model, Optimizers(optimizer)
         self._turns = Turns(max(1, len(self._optimizers)), every, directions)
         self._directions, self._updates = directions, updates and len(self._optimizers) > 0
-        self._capacity, self._limit = capacity, FIRST_SHARD
-        self._writes = rank() == 0
-        self._folder, self._shard = (
-            folder_for(folder, resume) if self._writes else (os.fspath(folder), 0)
-        )
-        self._written = 0
+        self._spool = Spool(folder, resume, capacity, writes=rank() == 0)
         self._facts: dict[str, Any] = {
             "run_id": run_id or uuid.uuid4().hex[:12],
             "started": datetime.now(UTC).isoformat(),
@@ -144,12 +131,11 @@ class GradientRecorder:
         self._fallback = False
         self._called = self._without_gradient = self._uncounted = self._count = False
         self._rows: Rows | None = None
-        self._records: list[Record] = []
-        self._since = time.monotonic()
         self._topology: Topology | None = None
         self._pending: Pending | None = None
         self._unseen = max(1, len(self._optimizers))
-        self._hooks = [*self._watch_optimizers(), *self._watch_forward()]
+        self._hooks = [*hooks.of_steps(self._optimizers.all, self)]
+        self._hooks.append(hooks.of_forward(model, self))
         self._stopped = False
         endings.watch(self)
 
@@ -177,14 +163,20 @@ class GradientRecorder:
 
         Raises UsageError for an optimizer that the recorder does not have.
         """
-        settled = self._called and self._pending is None and not self._unseen
-        plain = optimizer is None and scaler is None and loss_scale is None
-        if settled and plain and (self._stopped or self._turns.passes(step)):
+        settled = self._pending is None and self._called and not self._unseen
+        plain = scaler is None and loss_scale is None and optimizer is None
+        if settled and plain and self._turns.passes(step):
             return
         owner = None if optimizer is None else self._optimizers.index(optimizer)
-        if loss_scale is None:
+        if loss_scale is None and scaler is not None:
             loss_scale = getattr(scaler, "_scale", None)
-        given = {"loss_scale": loss_scale, "clip_coef": clip_coefficient, "max_norm": max_norm}
+        given: dict[str, Any] = {}
+        if loss_scale is not None:
+            given["loss_scale"] = loss_scale
+        if clip_coefficient is not None:
+            given["clip_coef"] = clip_coefficient
+        if max_norm is not None:
+            given["max_norm"] = max_norm
         self._capture(step, loss, given, scaler, owner)
 
     @guarded
@@ -193,15 +185,16 @@ class GradientRecorder:
     ) -> None:
         self._forget_fallback()
         self._called, self._fallback = True, False
-        may_skip = given["loss_scale"] is not None
-        self._notice(self._turns.capture(may_skip))
+        may_skip = "loss_scale" in given
+        if self._turns.capture(may_skip):
+            self._warn_uncounted()
         self._take(step, loss, given, owner, may_skip, scaler)
 
     @guarded
     def flush(self) -> None:
         """Write what has been recorded so far as a shard. Waits for the device."""
         self._settle()
-        self._write()
+        self._write(len(self._spool))
 
     drain = flush
 
@@ -209,7 +202,7 @@ class GradientRecorder:
     def close(self) -> None:
         """Write what is left and let go of the model. Safe to call twice."""
         self._settle()
-        self._write()
+        self._write(len(self._spool))
         self._stop()
 
     def __enter__(self) -> GradientRecorder:
@@ -234,7 +227,8 @@ class GradientRecorder:
         self._stopped = True
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._rows, self._records, self._pending = [], None, [], None
+        self._hooks, self._rows, self._pending = [], None, None
+        self._spool.clear()
         endings.unwatch(self)
 
     def _fail(self, error: Exception) -> None:
@@ -242,47 +236,33 @@ class GradientRecorder:
         with suppress(Exception):
             self._pending = None
             if not isinstance(error, OSError):
-                self._write()
+                self._write(len(self._spool))
         self._stop()
         self._say_failed(error)
 
     def _say_failed(self, error: Exception) -> None:
-        kept = f"the {plural(self._written, 'shard')} written" if self._written else "nothing"
+        written = self._spool.written
+        kept = f"the {plural(written, 'shard')} written" if written else "nothing"
         warnings.warn(
             f"gradient recording stopped ({type(error).__name__}: {error}); training goes on, and "
-            f"{kept} can be read in {self._folder}",
+            f"{kept} can be read in {self._spool.folder}",
             RuntimeWarning,
             stacklevel=2,
         )
 
     # --- hooks --------------------------------------------------------------------------------
 
-    def _watch_optimizers(self) -> list[Any]:
-        me = weakref.ref(self)
+    def before_step(self, owner: int) -> None:
+        """For the hook before a step: without a capture call it is the time to measure."""
+        if not self._called:
+            self._before_step(owner)
 
-        def before(owner: int) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                if (recorder := me()) is not None and not recorder._called:
-                    recorder._before_step(owner)
-
-            return hook
-
-        def after(owner: int) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                if (recorder := me()) is not None:
-                    recorder._turns.stepped()
-                    if recorder._pending is not None:
-                        recorder._after_step(owner)
-
-            return hook
-
-        found: list[Any] = []
-        for i, optimizer in enumerate(self._optimizers.all):
-            # What an optimizer of another library lacks is not asked of it.
-            if hasattr(optimizer, "register_step_post_hook"):
-                found.append(optimizer.register_step_pre_hook(before(i)))
-                found.append(optimizer.register_step_post_hook(after(i)))
-        return found
+    def after_step(self, owner: int) -> None:
+        """For the hook after a step."""
+        if self._turns.open:
+            self._turns.stepped()
+        if self._pending is not None:
+            self._after_step(owner)
 
     @guarded
     def _before_step(self, owner: int) -> None:
@@ -305,26 +285,14 @@ class GradientRecorder:
         pending.stepped.append(owner)
         for part in pending.parts:
             if part.owner == owner and part.measured is not None:
-                with torch.no_grad():
-                    part.measured.after(part)
+                part.measured.after(part)
                 part.measured, part.gradients = None, []
-
-    def _watch_forward(self) -> list[Any]:
-        """One look at the first output that can be differentiated; then the hook is gone."""
-        me = weakref.ref(self)
-
-        def seen(_module: Any, inputs: Any, named: Any, output: Any) -> None:
-            recorder = me()
-            if recorder is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-                return
-            recorder._look_once(output, inputs, named)
-
-        if getattr(self._model, "_compiled_call_impl", None) is not None:
-            return [CompiledCall(self._model, seen)]
-        return [self._model.register_forward_hook(seen, with_kwargs=True)]
+        if len(self._optimizers) == 1:
+            self._settle()
 
     @guarded
-    def _look_once(self, output: Any, inputs: Any, named: Any) -> None:
+    def look_once(self, output: Any, inputs: Any, named: Any) -> None:
+        """For the hook of the forward pass, which is then gone."""
         self._hooks.pop().remove()
         self._look(output)
         if self._topology is None:
@@ -352,100 +320,71 @@ class GradientRecorder:
         may_skip: bool, scaler: Any,
     ) -> None:  # fmt: skip
         """Measure the gradients of those optimizers whose turn it is to be recorded."""
-        self._settle()
+        if self._pending is not None:
+            self._settle()
         if self._unseen and loss is not None:
             self.look(loss)
         turn = self._turns.turn(step, owner)
         if not turn.wanted:
             self._pending = (turn.unseen and Pending(turn.step, owner, may_skip)) or None
             return
-        rows = self._current_rows(turn.step)
-        with torch.no_grad():
-            parts = rows.take(
-                turn.wanted, whole=turn.whole, counted=self._count, updates=self._updates
-            )
-            pending = Pending(turn.step, owner, may_skip, parts)
+        parts = self._current_rows(turn.step).take(
+            turn.wanted, whole=turn.whole, counted=self._count, updates=self._updates
+        )
+        pending = Pending(turn.step, owner, may_skip, self._optimizers.rates(), parts)
+        if scaler is not None:
             for part in parts:
                 part.scale = carried(scaler, self._optimizers, part.owner)
-            pending.scalars = {k: known(v) for k, v in given.items() if v is not None}
-            pending.loss = None if loss is None else known(loss)
+        if given:
+            pending.scalars = {k: known(v) for k, v in given.items()}
+        if loss is not None:
+            pending.loss = known(loss)
         self._pending = pending
-        self._warn_without_gradient(parts)
+        if not (parts and parts[0].valued):
+            self._warn_without_gradient(parts)
 
     def _settle(self) -> None:
         """The record before is complete: who stepped, and whether it was skipped, is known now."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        place = self._turns.settle(pending.step, pending.owner, pending.stepped, pending.may_skip)
-        parts = [part for part in pending.parts if part.owner in place.owners]
-        if not parts:
-            return
-        record = self._records[-1] if self._records else None
-        if record is None or record.step != place.step:
-            record = Record(place.step, self._optimizers.rates())
-            self._records.append(record)
-        fresh = not record.parts or {p.owner for p in record.parts} <= set(place.owners)
-        record.whole = fresh and len(place.owners) >= len(self._optimizers)
-        record.parts = [p for p in record.parts if p.owner not in place.owners] + parts
-        record.scalars |= pending.scalars
-        if pending.loss is not None:
-            record.losses |= dict.fromkeys(place.owners, pending.loss)
-        record.skipped = place.skipped or (record.skipped and not fresh)
+        if pending is not None:
+            stepped = pending.stepped
+            place = self._turns.settle(pending.step, pending.owner, stepped, pending.may_skip)
+            if pending.parts:
+                self._spool.add(pending, place, len(self._optimizers))
 
     def _current_rows(self, step: int | None) -> Rows:
         """The parameters as they are now; a change of them, or of the order, begins a shard."""
-        same = self._rows is not None and self._rows.same()
-        records = self._records
-        backwards = bool(records) and step is not None and records[-1].step > step
-        if not same or backwards:
-            self._write()
-        elif self._full():
-            # Of several optimizers, one whose turn is still to come may join the last record.
-            self._write(held=int(len(self._optimizers) > 1))
-        if not same or self._rows is None:
-            self._rows = Rows(
-                inner(self._model), self._optimizers, self._topology, self._directions
-            )
-        return self._rows
+        rows = self._rows
+        if rows is None or not rows.same():
+            self._write(len(self._spool))
+            model = inner(self._model)
+            rows = Rows(model, self._optimizers, self._topology, self._directions)
+            self._rows = rows
+            self._spool.fit(len(rows))
+        # Of several optimizers, one whose turn is still to come may join the last record.
+        elif due := self._spool.due(step, held=int(len(self._optimizers) > 1)):
+            self._write(due)
+        return rows
 
-    def _full(self) -> bool:
-        count = len(self._records)
-        late = count > 0 and time.monotonic() - self._since > SECONDS
-        return late or count >= min(self._limit, self._most())
-
-    def _most(self) -> int:
-        """How many records may wait, by the bytes they take."""
-        if self._capacity is not None:
-            return self._capacity
-        each = 600 * (len(self._rows) if self._rows else 0) + 1
-        return max(FIRST_SHARD, min(_MOST_RECORDS, _WAITING_BYTES // each))
-
-    def _write(self, held: int = 0) -> None:
-        """Write the records that wait as a shard, but the last ``held``."""
-        rows, records = self._rows, self._records[: len(self._records) - held]
-        if rows is None or not records:
+    def _write(self, count: int) -> None:
+        """Write the first ``count`` records that wait as a shard."""
+        rows = self._rows
+        if rows is None or count == 0:
             return
-        self._records, self._since = self._records[len(records) :], time.monotonic()
-        self._limit *= 4
-        arrays = drained(records, len(rows), len(self._optimizers))
+        arrays = self._spool.taken(count, len(rows), len(self._optimizers))
         # Counting elements costs a pass each, which a finite run can be spared.
         recorded = arrays["grad/status"] == Status.RECORDED
         self._count |= not bool(np.isfinite(arrays["grad/l2"][recorded]).all())
-        if not self._writes:
+        if not self._spool.writes:
             return
         try:
-            number = save(
-                self._folder, self._shard, arrays, rows.arrays(self._topology), self._meta(rows)
-            )
+            self._spool.save(arrays, rows.arrays(self._topology), self._meta(rows))
         except Exception as error:
             if not rows.sharded:
                 raise
             # The other ranks wait for this one at every record.
-            self._writes = False
+            self._spool.writes = False
             self._say_failed(error)
-        else:
-            self._shard, self._written = number + 1, self._written + 1
 
     def _meta(self, rows: Rows) -> dict[str, Any]:
         return {
@@ -467,8 +406,8 @@ class GradientRecorder:
 
     # --- what the caller should know ------------------------------------------------------------
 
-    def _notice(self, uncounted: bool) -> None:
-        if uncounted and not self._uncounted and self._hooks:
+    def _warn_uncounted(self) -> None:
+        if not self._uncounted and self._hooks:
             self._uncounted = True
             said = (
                 f"capture() was called {self._turns.captures} times for "
@@ -478,7 +417,7 @@ class GradientRecorder:
             warnings.warn(said, stacklevel=4)
 
     def _warn_without_gradient(self, parts: Sequence[Part]) -> None:
-        if self._without_gradient or self._fallback or any(p.cells for p in parts):
+        if self._without_gradient or self._fallback or any(p.valued for p in parts):
             return
         if any(Status.NONE in p.status for p in parts) and len(self._optimizers) < 2:
             self._without_gradient = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,9 @@ class Rows:
         self._modules = [module for _, module, _ in found]
         self._parameters = [parameter for _, _, parameter in found]
         self._held = _held(model)
-        self._known = self._now()
+        self._filled = [each for each in self._held if each]
+        self._counts = list(map(len, self._held))
+        self._known = list(chain.from_iterable(map(dict.values, self._filled)))
         self._types = dict(model.named_modules())
         self._optimizers = optimizers
         self._directions = directions
@@ -50,12 +53,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self._names)
 
-    def _now(self) -> list[int]:
-        return list(map(id, chain.from_iterable(map(dict.values, self._held))))
-
     def same(self) -> bool:
         """Whether the model still has these modules and parameters."""
-        return self._now() == self._known
+        there = chain.from_iterable(map(dict.values, self._filled))
+        return self._counts == list(map(len, self._held)) and all(map(is_, there, self._known))
 
     @property
     def sharded(self) -> bool:
@@ -63,21 +64,20 @@ class Rows:
         return any(lot.sharded for lot in self._lots)
 
     def take(
-        self, owners: Iterable[int], *, whole: bool, counted: bool, updates: bool
+        self, owners: Sequence[int], *, whole: bool, counted: bool, updates: bool
     ) -> list[Part]:
         """The statistics of some optimizers' parameters as they are now."""
-        wanted = set(owners)
         if self._idle:
             self._admit()
         parts = []
         for lot in self._lots:
-            if lot.owner in wanted:
+            if lot.owner in owners:
                 part = lot.take(whole=whole, counted=counted, updates=updates)
                 if part is None:  # a gradient became sparse
                     self._lots, self._idle = [], list(range(len(self._names)))
-                    return self.take(wanted, whole=whole, counted=counted, updates=updates)
+                    return self.take(owners, whole=whole, counted=counted, updates=updates)
                 parts.append(part)
-        return [*parts, *self._absent(wanted)] if self._idle else parts
+        return [*parts, *self._absent(owners)] if self._idle else parts
 
     def _admit(self) -> None:
         """Give rows a lot that have their first gradient."""
@@ -87,7 +87,7 @@ class Rows:
             self._idle = [row for row in self._idle if row not in taken]
             self._lots += lots(new, self._names, self._parameters, self._owners(), self._directions)
 
-    def _absent(self, owners: set[int]) -> list[Part]:
+    def _absent(self, owners: Sequence[int]) -> list[Part]:
         """Why the others have no gradient, by optimizer."""
         by_owner: dict[int, list[int]] = {}
         belongs = self._owners()

@@ -66,19 +66,35 @@ class Part:
     #: Rows of the file, and the ``Status`` of each.
     rows: Array
     status: Array
-    #: Which of the rows have values, all where None; ``cells`` [values] and ``sketch`` [values, k]
-    #: are theirs.
+    #: Which of the rows have values, all where None.
     place: Sequence[int] | None = None
-    cells: dict[str, Any] = field(default_factory=dict)
+    #: Statistics of the rows that have values, [values, names], and the names; ``sketch`` [values,
+    #: k] is theirs, too.
+    tables: list[tuple[tuple[str, ...], Any]] = field(default_factory=list)
     sketch: Any = None
+    #: Or names and a place in a block of records, whose rows have statistics and then a sketch.
+    block: tuple[tuple[str, ...], Array, int] | None = None
     #: The loss scale that the gradients still carried, None when they did not.
-    scale: torch.Tensor | None = None
+    scale: Number | None = None
     #: What measures the step that is to come, and the gradients it needs.
     measured: Any = None
     gradients: list[torch.Tensor] = field(default_factory=list)
 
+    def unpack(self) -> None:
+        """Make the place in a block a table and a sketch."""
+        if self.block is not None:
+            names, block, slot = self.block
+            self.tables = [(names, block[slot, :, : len(names)])]
+            if block.shape[2] > len(names):
+                self.sketch = block[slot, :, len(names) :]
+
     @property
-    def valued(self) -> Array:
+    def valued(self) -> bool:
+        """Whether any row has values."""
+        return self.block is not None or bool(self.tables)
+
+    @property
+    def places(self) -> Array:
         """The rows that have values."""
         return self.rows if self.place is None else self.rows[list(self.place)]
 
@@ -103,21 +119,28 @@ def drained(records: Sequence[Record], width: int, optimizers: int) -> dict[str,
 
     The one place that waits for the device: one transfer of numbers, one of sketches.
     """
+    for record in records:
+        for part in record.parts:
+            part.unpack()
     fetch = _fetched(records)
     cells = {name: np.full((len(records), width), np.nan, np.float32) for name in CELLS}
     scalars = {name: np.full(len(records), np.nan) for name in SCALARS}
     losses = np.full((len(records), max(1, optimizers)), np.nan)
     status = np.full((len(records), width), Status.NOT_RECORDED, np.uint8)
-    for these, parts in _alike((t, p) for t, r in enumerate(records) for p in r.parts):
+    alike = list(_alike((t, p) for t, r in enumerate(records) for p in r.parts))
+    for these, parts in alike:
         status[np.ix_(np.array(these), parts[0].rows)] = [part.status for part in parts]
-        where = np.ix_(np.array(these), parts[0].valued)
-        for name in parts[0].cells:
-            cells[name][where] = [_unscaled(name, part, fetch) for part in parts]
+        where = np.ix_(np.array(these), parts[0].places)
+        for i, (names, _) in enumerate(parts[0].tables):
+            values = np.stack([fetch(part.tables[i][1]) for part in parts])
+            scale = np.array([1.0 if p.scale is None else fetch(p.scale) for p in parts])
+            for name, column in zip(names, np.moveaxis(values, -1, 0), strict=True):
+                cells[name][where] = column / scale[:, None] if name in _SCALED else column
     for t, record in enumerate(records):
         for name, number in record.scalars.items():
-            scalars[name][t] = fetch(number)[0]
+            scalars[name][t] = fetch(number)
         for owner, number in record.losses.items():
-            losses[t, owner] = fetch(number)[0]
+            losses[t, owner] = fetch(number)
     whole = np.array([record.whole for record in records])
     total = np.where(whole, _total(cells["grad/l2"], status), np.nan)
     most = scalars.pop("max_norm")
@@ -134,25 +157,21 @@ def drained(records: Sequence[Record], width: int, optimizers: int) -> dict[str,
         **({"optimizer/loss": losses} if optimizers > 1 else {}),
         **cells,
         **scalars,
-        **_sketches(records, width),
+        **_sketches(alike, width),
     }
 
 
 def _alike(parts: Iterable[tuple[int, Part]]) -> Iterator[tuple[list[int], list[Part]]]:
-    """Parts of the same rows with the same statistics together, and the records they are of."""
+    """Parts that say the same of the same rows together, and the records they are of."""
     found: dict[Any, tuple[list[int], list[Part]]] = {}
     for t, part in parts:
         place = None if part.place is None else tuple(part.place)
-        key = (part.rows.tobytes(), place, tuple(part.cells))
+        names = tuple([names for names, _ in part.tables])
+        key = (part.rows.tobytes(), place, names, part.sketch is None)
         these, alike = found.setdefault(key, ([], []))
         these.append(t)
         alike.append(part)
     yield from found.values()
-
-
-def _unscaled(name: str, part: Part, fetch: Any) -> Array:
-    value: Array = fetch(part.cells[name])
-    return value if part.scale is None or name not in _SCALED else value / fetch(part.scale)[0]
 
 
 def _total(l2: Array, status: Array) -> Array:
@@ -163,48 +182,54 @@ def _total(l2: Array, status: Array) -> Array:
 
 
 def _fetched(records: Sequence[Record]) -> Any:
-    """A look-up of every number of the records as an array."""
+    """A look-up of every number of the records, and of every table as an array."""
     values = [
         value
         for record in records
         for value in (
-            *(v for part in record.parts for v in (*part.cells.values(), part.scale)),
+            *(v for part in record.parts for v in (*(t for _, t in part.tables), part.scale)),
             *record.scalars.values(),
             *record.losses.values(),
         )
     ]
-    found = _transferred([v for v in values if isinstance(v, torch.Tensor)], torch.float32)
-    return lambda value: found[id(value)] if id(value) in found else np.atleast_1d(value)
+    found = _transferred(values, torch.float32)
+    return lambda value: found.get(id(value), value)
 
 
-def _transferred(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> dict[int, Array]:
-    """Tensors as flat arrays, by their identity; those of a device come in one transfer."""
+def _transferred(values: Iterable[Any], dtype: torch.dtype) -> dict[int, Array]:
+    """The tensors among some values as arrays, by identity; one transfer for each device."""
     waiting: dict[torch.device, dict[int, torch.Tensor]] = {}
-    for tensor in tensors:
-        waiting.setdefault(tensor.device, {})[id(tensor)] = tensor
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            waiting.setdefault(value.device, {})[id(value)] = value
     found: dict[int, Array] = {}
     for those in waiting.values():
         flat = torch.cat([t.reshape(-1).to(dtype) for t in those.values()]).cpu().numpy()
-        ends = np.cumsum([t.numel() for t in those.values()])[:-1]
-        found |= dict(zip(those, np.split(flat, ends), strict=True))
+        begin = 0
+        for place, tensor in those.items():
+            end = begin + tensor.numel()
+            found[place], begin = flat[begin:end].reshape(tensor.shape), end
     return found
 
 
-def _sketches(records: Sequence[Record], width: int) -> dict[str, Array]:
-    having = [(t, p) for t, r in enumerate(records) for p in r.parts if p.sketch is not None]
+def _sketches(alike: Sequence[tuple[list[int], list[Part]]], width: int) -> dict[str, Array]:
+    having = [(these, parts) for these, parts in alike if parts[0].sketch is not None]
     if not having:
         return {}
-    found = _transferred(
-        [p.sketch for _, p in having if isinstance(p.sketch, torch.Tensor)], torch.float16
-    )
-    index = list(dict.fromkeys(t for t, _ in having))
+    found = _transferred((p.sketch for _, parts in having for p in parts), torch.float16)
+    index = sorted({t for these, _ in having for t in these})
     place = {t: i for i, t in enumerate(index)}
-    size = having[0][1].sketch.shape[1]
-    out = np.zeros((len(index), width, size), np.float16)
-    for these, parts in _alike(having):
-        values = [found.get(id(p.sketch), p.sketch).reshape(-1, size) for p in parts]
-        out[np.ix_(np.array([place[t] for t in these]), parts[0].valued)] = values
+    out = np.zeros((len(index), width, having[0][1][0].sketch.shape[1]), np.float16)
+    for these, parts in having:
+        values = np.stack([found.get(id(p.sketch), p.sketch) for p in parts])
+        out[np.ix_(np.array([place[t] for t in these]), parts[0].places)] = _half(values)
     return {"grad/sketch": out, "grad/sketch_index": np.array(index, dtype=np.int64)}
+
+
+def _half(values: Array) -> Array:
+    """Float16, which torch converts several at once and NumPy one by one."""
+    found: Array = torch.from_numpy(values).half().numpy()
+    return found
 
 
 def _padded(rates: Sequence[Sequence[float]]) -> Array:

@@ -46,16 +46,17 @@ class Turns:
         self._round: set[int] = set()
         #: How often capture was called, and how often a step of any optimizer followed.
         self.captures = self.steps = 0
-        self._open = False
+        #: Whether a capture's step is still to come.
+        self.open = False
         self._skippable = False
         self._unstepped = 0
 
     def capture(self, may_skip: bool) -> bool:
         """Count a call; whether calls outnumber steps by more than skipped steps explain."""
-        if self._open and not self._skippable:
+        if self.open and not self._skippable:
             self._unstepped += 1
         self.captures += 1
-        self._open, self._skippable = True, may_skip
+        self.open, self._skippable = True, may_skip
         return self._unstepped >= _UNSTEPPED and self._unstepped * _UNSTEPPED_SHARE >= self.captures
 
     def passes(self, step: object) -> bool:
@@ -63,27 +64,26 @@ class Turns:
 
         What most calls of a loop are: one optimizer, whose last step was seen.
         """
-        if self._count != 1 or self._open or not isinstance(step, int | None):
-            return False
         number = self._next if step is None else step
+        if self.open or self._count != 1 or type(number) is not int:
+            return False
         if number % self._every <= self._directions:
             return False
         self.captures += 1
-        self._open, self._skippable, self._next = True, False, number + 1
+        self.open, self._skippable, self._next = True, False, number + 1
         return True
 
     def undo(self) -> None:
         """Forget the last capture, whose step was not seen."""
         self.captures -= 1
-        self._open = False
+        self.open = False
         if self._count == 1:
             self._next -= 1
 
     def stepped(self) -> None:
-        """Count a step; several that follow one capture are one."""
-        if self._open:
-            self.steps += 1
-            self._open = False
+        """Count a step, the first that follows a capture: one that was ``open``."""
+        self.steps += 1
+        self.open = False
 
     def turn(self, step: int | None, owner: int | None) -> Turn:
         """What to do with a capture, of one optimizer's step or of any's."""

@@ -21,7 +21,7 @@ from gradscope.errors import UsageError
 from gradscope.histories import format as history_format
 from gradscope.histories.open import open_history
 from gradscope.recording import recorder as recorder_module
-from gradscope.recording import rows, shards
+from gradscope.recording import rows, shards, spool
 
 from .training import mlp
 
@@ -107,10 +107,10 @@ def test_a_failure_of_the_measurement_leaves_what_came_before(
 def test_a_failure_after_the_step_or_in_the_forward_hook_stops_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for i, name in enumerate(["topology", "drained"]):
+    for i, (module, name) in enumerate([(recorder_module, "topology"), (spool, "drained")]):
         recorder, model, optimizer = begun(tmp_path / str(i))
         with monkeypatch.context() as patch:
-            patch.setattr(recorder_module, name, None)
+            patch.setattr(module, name, None)
             with pytest.warns(RuntimeWarning, match="TypeError"):
                 finish(recorder, model, optimizer, range(12))
         assert not model._forward_hooks
@@ -182,7 +182,7 @@ def test_the_first_shard_is_early_and_later_ones_come_by_time(
     train(recorder, model, optimizer, range(5))
     assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2, 3]
 
-    monkeypatch.setattr(recorder_module, "SECONDS", 0.0)
+    monkeypatch.setattr(spool, "SECONDS", 0.0)
     train(recorder, model, optimizer, range(5, 7))
     assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(6))
     recorder.close()
@@ -307,13 +307,13 @@ def test_a_signal_while_a_shard_is_written_waits_for_its_end(
         write = shards.save
 
         def interrupted(*given: Any) -> int:
-            monkeypatch.setattr(recorder_module, "save", write)
+            monkeypatch.setattr(spool, "save", write)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             assert came == []
             return write(*given)
 
-        monkeypatch.setattr(recorder_module, "save", interrupted)
+        monkeypatch.setattr(spool, "save", interrupted)
         train(recorder, model, optimizer, range(5))
         assert came == [signal.SIGTERM]
         assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(5))

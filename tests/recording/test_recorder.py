@@ -16,8 +16,7 @@ from torch import nn
 from gradscope import GradientRecorder
 from gradscope.errors import UsageError
 from gradscope.histories.open import open_history
-from gradscope.recording import lots
-from gradscope.recording import recorder as recorder_module
+from gradscope.recording import lots, pending, spool
 
 from .training import mlp, norm, run, transformer
 
@@ -41,7 +40,8 @@ def test_nothing_waits_for_the_device_before_a_shard_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lots, "fits", lambda _: False)  # as on any other device
-    monkeypatch.setattr(recorder_module, "FIRST_SHARD", 1000)
+    monkeypatch.setattr(pending, "on_host", lambda _: False)
+    monkeypatch.setattr(spool, "FIRST_SHARD", 1000)
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     recorder = GradientRecorder(model, optimizer, tmp_path / "a", every=1, capacity=1000)
@@ -62,7 +62,7 @@ def test_nothing_waits_for_the_device_before_a_shard_is_written(
         taken = list(waits)
         # Hashing the names' buckets reads host memory once, whatever the device.
         assert [w for w in taken if step > 0 or w != "numpy"] == []
-        recorder._after_step(0)
+        recorder.after_step(0)
         optimizer.zero_grad()
     monkeypatch.undo()
     recorder.close()
@@ -127,6 +127,21 @@ def test_a_capture_inside_a_closure_is_the_only_record_of_its_step(tmp_path: Pat
     assert history.meta["captures"] == history.meta["optimizer_steps"] == 3
     np.testing.assert_allclose(history.l2[:, 0], lengths, rtol=1e-5)
     assert np.isfinite(history.update_l2).all()
+
+
+def test_a_learning_rate_is_the_one_that_the_step_was_taken_with(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with GradientRecorder(model, optimizer, tmp_path / "a", every=1) as recorder:
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(4, 6)).sum().backward()
+            recorder.capture(step)
+            optimizer.step()
+            scheduler.step()
+
+    assert open_history(str(tmp_path / "a")).lr[:, 0].tolist() == [1.0, 0.5, 0.25, 0.125]
 
 
 def test_a_step_that_the_scaler_skips_is_marked(tmp_path: Path) -> None:

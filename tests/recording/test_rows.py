@@ -132,6 +132,67 @@ def test_a_layer_unfrozen_late_and_one_added_late_are_there_from_then_on(tmp_pat
     assert history.status[:, rows["5.weight"]].tolist() == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.usefixtures("_both_ways")
+def test_a_gradient_that_is_missing_on_the_way_has_no_numbers(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with GradientRecorder(model, optimizer, tmp_path / "a", every=2) as recorder:
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.ones(2, 6)).sum().backward()
+            if step >= 2:
+                model[0].weight.grad = None
+            recorder.capture(step)
+            optimizer.step()
+
+    history = open_history(str(tmp_path / "a"))
+    row = [layer.name for layer in history.layers].index("0.weight")
+
+    assert history.status[:, row].tolist() == [1, 1, 2, 2]
+    for values in (history.l2, history.max_abs, history.update_l2, history.update_cosine):
+        assert np.isfinite(values[0]).all()
+        assert np.isnan(values[2:, row]).all()
+        assert np.isfinite(np.delete(values[2], row)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_gradients_in_another_order_are_measured_row_by_row(
+    dtype: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 5, 3, bias=False, dtype=dtype)
+    model.weight.data = model.weight.data.to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 6, 6).to(dtype=dtype, memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+
+    history, seen = trained(
+        model, torch.optim.SGD(model.parameters(), 0.1), tmp_path / "a", lambda _: images, steps=1
+    )
+
+    gradient, change, _ = (t.double() for t in seen[0])
+    unit = gradient.contiguous().numpy() / float(gradient.norm())
+    wanted = sketch(unit, seed=seed_of("weight"))
+    assert history.l2[0, 0] == pytest.approx(float(gradient.norm()), rel=1e-5)
+    assert history.update_l2[0, 0] == pytest.approx(float(change.norm()), rel=1e-2)
+    assert history.update_cosine[0, 0] == pytest.approx(1.0, abs=1e-2)
+    np.testing.assert_allclose(history.sketches.values[0, 0], wanted, atol=2e-3)
+
+
+def test_a_parameter_that_changes_its_size_is_measured_as_it_is_now(tmp_path: Path) -> None:
+    """Nothing is read where the larger one was."""
+    model = nn.Linear(4, 3, bias=False)
+    with GradientRecorder(model, None, tmp_path / "a", every=1) as recorder:
+        for size in (3, 3, 2, 2):
+            model.weight.grad = None
+            model.weight.data = torch.ones(size, 4)
+            model.weight.grad = torch.full((size, 4), 2.0)
+            recorder.capture()
+
+    history = open_history(str(tmp_path / "a"))
+
+    np.testing.assert_allclose(history.l2[:, 0], 2 * np.sqrt([12, 12, 8, 8]), rtol=1e-6)
+
+
 def test_tied_weights_are_one_row(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     model[1].weight = model[0].weight
