@@ -14,9 +14,9 @@ BLOCK = 4096
 #: Octaves of |Δ| / |base| that are counted: below 2^-32, …, at or above 2^7; then from zero.
 LEAST_OCTAVE, OCTAVES = -32, 41
 
-#: Where the exponents of float32 and float64 begin, and their bias.
-FIELD32 = np.uint32(23), 127
-FIELD64 = np.uint64(52), 1023
+#: How far exponents lie above the end of float32 and float64, and all bits but the sign.
+FIELD32 = np.int32(23), np.int32(0x7FFF_FFFF)
+FIELD64 = np.int64(52), np.int64(0x7FFF_FFFF_FFFF_FFFF)
 #: Where the sums of a run stand.
 SQUARES_BASE, SQUARES_NEW, PRODUCTS, SQUARES_CHANGE, CHANGES = range(5)
 #: Where the counts of a run stand: elements whose values differ, whose signs differ, that are not
@@ -24,39 +24,9 @@ SQUARES_BASE, SQUARES_NEW, PRODUCTS, SQUARES_CHANGE, CHANGES = range(5)
 CHANGED, FLIPPED, ODD_BASE, ODD_NEW, ODD_ONE = range(5)
 
 
-# -- stored elements as numbers --------------------------------------------------------------------
-
-
-@kernel()
-def decode_bf16(codes, bits):  # type: ignore[no-untyped-def]
-    """Bfloat16 as the bits of float32."""
-    for i in range(codes.shape[0]):
-        bits[i] = np.uint32(codes[i]) << np.uint32(16)
-
-
-@kernel()
-def decode_f16(codes, bits, values):  # type: ignore[no-untyped-def]
-    """Float16 as float32; ``bits`` is ``values`` seen as integers."""
-    for i in range(codes.shape[0]):
-        magnitude = np.uint32(codes[i] & np.uint16(0x7FFF)) << np.uint32(13)
-        special = np.uint32(0x7F800000) if magnitude >= np.uint32(0x0F800000) else np.uint32(0)
-        sign = np.uint32(codes[i] & np.uint16(0x8000)) << np.uint32(16)
-        bits[i] = magnitude | special | sign
-    for i in range(values.shape[0]):
-        values[i] *= np.float32(2.0**112)
-
-
-@kernel()
-def decode_table(codes, table, values):  # type: ignore[no-untyped-def]
-    """Each code's value, looked up."""
-    for i in range(codes.shape[0]):
-        values[i] = table[codes[i]]
-
-
 # -- differences -----------------------------------------------------------------------------------
 
 _SUMS = {"reassoc", "contract"}
-_BIAS = 1023
 
 
 @kernel()
@@ -143,27 +113,42 @@ def _signs(x, y):  # type: ignore[no-untyped-def]
     return flips, from_zero
 
 
-@kernel(fastmath={"nnan", "nsz"}, error_model="numpy")
-def _ratios(x, y, ratios):  # type: ignore[no-untyped-def]
-    """|Δ| / |base| of each pair in their own type, and the greatest |Δ|; finite elements only."""
+@kernel(fastmath={"nnan", "nsz"})
+def _sizes(x, y, sizes):  # type: ignore[no-untyped-def]
+    """|y - x| of each pair in their own type, and the greatest; finite elements only."""
     most = x[0] - x[0]
     for i in range(x.shape[0]):
         d = abs(y[i] - x[i])
-        ratios[i] = d / abs(x[i]) if d > 0 else x[0] - x[0]
+        sizes[i] = d
         most = d if d > most else most
     return most
 
 
 @kernel()
-def _count_exponents(bits, shift, least, places, apart, table):  # type: ignore[no-untyped-def]
-    """Count the exponent fields of floats, ``least`` and below in the first place of ``table``.
+def _octaves(sizes, base, field, places):  # type: ignore[no-untyped-def]
+    """The octave of size / |base|, given as the integers that their bits are, as a place.
+
+    The difference of the bits of two positive floats, shifted to their exponents, is the exponent
+    of the quotient, rounded down.
+    """
+    shift, magnitude = field
+    kind = sizes.dtype.type
+    least, most = kind(LEAST_OCTAVE), kind(OCTAVES - 1)
+    for i in range(sizes.shape[0]):
+        own = kind(base[i] & magnitude)
+        octave = kind(kind(kind(sizes[i] - own) >> shift) - least)
+        octave = most if own == 0 else octave
+        octave = kind(0) if sizes[i] == 0 else octave
+        places[i] = np.uint8(min(max(octave, kind(0)), most))
+
+
+@kernel()
+def count(places, apart, table):  # type: ignore[no-untyped-def]
+    """Add how often each place occurs to ``table``.
 
     ``apart`` [4, 64] is zero before and after: neighbours are often equal, and would wait in turn.
     """
-    most = np.int64(table.shape[0] - 1)
-    n = bits.shape[0]
-    for i in range(n):
-        places[i] = np.uint8(min(max(np.int64(bits[i] >> shift) - least, 0), most))
+    n = places.shape[0]
     for i in range(0, n - n % 4, 4):
         apart[0, places[i]] += 1
         apart[1, places[i + 1]] += 1
@@ -228,29 +213,32 @@ def _same_rows(x, first, length, first_row, squares):  # type: ignore[no-untyped
 
 @kernel()
 def compare(  # type: ignore[no-untyped-def]
-    x, y, first, length, field, scratch, scratch_bits,
+    x, y, base_bits, first, length, field, scratch, scratch_bits,
     sums, counts, octaves, squares, changes, changed, values, places, ends,
 ):  # fmt: skip
     """One piece of two tensors as floats of one type.
 
-    ``first`` is the flat index of ``x[0]``, ``length`` the elements of a row, ``scratch`` is
-    [3, BLOCK] of their type and its view as integers, ``field`` the shift and the bias of the
-    exponent. Adds to ``sums``, ``counts``, ``octaves`` (of |Δ| / |base|) and, from the row of
-    ``x[0]`` on, to ``squares``, ``changes``, ``changed``; keeps the largest changes in ``values``,
-    where they are in ``places`` and from what to what they go in ``ends`` [2, …].
+    ``base_bits`` are those of ``x`` as signed integers, ``first`` is the flat index of ``x[0]``,
+    ``length`` the elements of a row, ``scratch`` is [3, BLOCK] of their type and its view as such
+    integers, ``field`` FIELD32 or FIELD64. Adds to ``sums``, ``counts``, ``octaves`` (of |Δ| /
+    |base|) and, from the row of ``x[0]`` on, to ``squares``, ``changes``, ``changed``; keeps the
+    largest changes in ``values``, where they are in ``places`` and from what to what they go in
+    ``ends`` [2, …].
     """
     first_row = first // length
-    bins = np.empty(BLOCK, np.uint8)
+    places_of = np.empty(BLOCK, np.uint8)
     apart = np.zeros((4, 64), np.uint32)
     for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
         start = block * BLOCK
         a = x[start : start + BLOCK]
         b = y[start : start + BLOCK]
+        bits = base_bits[start : start + BLOCK]
         n = a.shape[0]
         differing, odd = _unlike(a, b)
         if odd:
             _without_odd(a, b, scratch[0, :n], scratch[1, :n], counts)
             a = scratch[0, :n]
+            bits = scratch_bits[0, :n]
             b = scratch[1, :n]
             differing, odd = _unlike(a, b)
         if differing == 0:
@@ -275,147 +263,11 @@ def compare(  # type: ignore[no-untyped-def]
         flips, from_zero = _signs(a, b)
         counts[CHANGED] += differing
         counts[FLIPPED] += flips
-        most = _ratios(a, b, scratch[2, :n])
-        _count_exponents(
-            scratch_bits[2, :n], field[0], field[1] + LEAST_OCTAVE, bins, apart, octaves[:OCTAVES]
-        )
+        most = _sizes(a, b, scratch[2, :n])
+        _octaves(scratch_bits[2, :n], bits, field, places_of)
+        count(places_of[:n], apart, octaves[:OCTAVES])
         octaves[0] -= n - differing
         octaves[OCTAVES - 1] -= from_zero
         octaves[OCTAVES] += from_zero
         if most * 1.0000002 >= values[values.shape[0] - 1]:  # rounded in float32
             _keep_largest(a, b, first + start, values, places, ends)
-
-
-# -- stored codes ----------------------------------------------------------------------------------
-
-
-@kernel()
-def _apart32(x, y, sign, limit, widths):  # type: ignore[no-untyped-def]
-    """Distances in units in the last place as floats, and the greatest; 0 where there is none."""
-    most = np.uint32(0)
-    for i in range(x.shape[0]):
-        p = np.uint32(x[i])
-        q = np.uint32(y[i])
-        turned = ((p ^ q) & sign) != 0
-        p &= ~sign
-        q &= ~sign
-        d = p + q if turned else max(p, q) - min(p, q)
-        d = np.uint32(0) if (p > limit) | (q > limit) else d
-        widths[i] = np.float64(d)
-        most = max(most, d)
-    return np.int64(most)
-
-
-@kernel()
-def _apart64(x, y, sign, limit, widths):  # type: ignore[no-untyped-def]
-    most = np.uint64(0)
-    for i in range(x.shape[0]):
-        p = np.uint64(x[i])
-        q = np.uint64(y[i])
-        turned = ((p ^ q) & sign) != 0
-        p &= ~sign
-        q &= ~sign
-        d = p + q if turned else max(p, q) - min(p, q)
-        d = np.uint64(0) if (p > limit) | (q > limit) else d
-        widths[i] = np.float64(d)
-        most = max(most, d)
-    return np.int64(min(most, np.uint64(0x7FFFFFFFFFFFFFFF)))
-
-
-@kernel()
-def distances(x, y, sign, limit, table, counts):  # type: ignore[no-untyped-def]
-    """How far apart two runs of codes of one type are.
-
-    ``counts`` receives how many differ and the greatest distance in units in the last place;
-    ``table`` counts the distances by the bits that they take. Codes whose magnitude is above
-    ``limit`` are not numbers, and at no distance; ``sign`` is that bit alone. Both are of 32 bits,
-    or of 64 for codes of 64.
-    """
-    widths = np.empty(BLOCK, np.float64)
-    bits = widths.view(np.uint64)
-    bins = np.empty(BLOCK, np.uint8)
-    apart = np.zeros((4, 64), np.uint32)
-    for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
-        a = x[block * BLOCK : (block + 1) * BLOCK]
-        b = y[block * BLOCK : (block + 1) * BLOCK]
-        n = a.shape[0]
-        differing = 0
-        for i in range(n):
-            differing += a[i] != b[i]
-        if differing == 0:
-            table[0] += n
-            continue
-        counts[0] += differing
-        if a.itemsize == 8:
-            counts[1] = max(counts[1], _apart64(a, b, sign, limit, widths))
-        else:
-            counts[1] = max(counts[1], _apart32(a, b, sign, limit, widths))
-        # A distance of 0 has the exponent field 0, of 1 that of the bias.
-        _count_exponents(bits[:n], np.uint64(52), _BIAS - 1, bins, apart, table)
-
-
-# -- rounding --------------------------------------------------------------------------------------
-
-_FIELD = np.uint64(52)
-
-#: Where the counts of a rounding stand: results that are the nearest value, the next one towards
-#: zero, either neighbour, that are beyond the format's range (infinite, NaN or its greatest).
-NEAREST, TOWARDS_ZERO, NEIGHBOUR, BEYOND = range(4)
-
-#: Added and taken away again, it rounds smaller magnitudes to the nearest even integer.
-_MAGIC = 1.5 * 2.0**52
-
-
-@kernel()
-def _quanta(bits, mantissa_bits, least_exponent, quanta):  # type: ignore[no-untyped-def]
-    """The distance of a format's values around each float64, as the bits of a float64."""
-    for i in range(bits.shape[0]):
-        exponent = np.int64((bits[i] >> _FIELD) & np.uint64(0x7FF)) - _BIAS
-        exponent = max(exponent, least_exponent)
-        quanta[i] = np.uint64(exponent - mantissa_bits + _BIAS) << _FIELD
-
-
-@kernel(error_model="numpy")
-def _rounded(x, y, quanta, greatest, counts):  # type: ignore[no-untyped-def]
-    nearest = 0
-    inner = 0
-    neighbour = 0
-    beyond = 0
-    for i in range(x.shape[0]):
-        a = x[i]
-        b = y[i]
-        steps = a / quanta[i]
-        whole = (steps + _MAGIC) - _MAGIC
-        near = whole * quanta[i]
-        low = near - np.copysign(quanta[i], a) if abs(whole) > abs(steps) else near
-        out = (abs(near) > greatest) & ((b - b != 0) | (abs(b) == greatest))
-        odd = (a - a != 0) & ((a == b) | ((a != a) & (b != b)))
-        said = out | odd
-        nearest += said | (b == near)
-        inner += said | (b == low)
-        value = ((b / quanta[i] + _MAGIC) - _MAGIC) * quanta[i] == b
-        neighbour += said | (value & (abs(b - a) < quanta[i]))
-        beyond += out
-    counts[NEAREST] += nearest
-    counts[TOWARDS_ZERO] += inner
-    counts[NEIGHBOUR] += neighbour
-    counts[BEYOND] += beyond
-
-
-@kernel()
-def roundings(x, y, mantissa_bits, least_exponent, greatest, counts):  # type: ignore[no-untyped-def]
-    """Which of ``y`` are ``x`` rounded to a float format: to nearest, towards zero, either way.
-
-    ``least_exponent`` is that of the least normal value, ``greatest`` the greatest finite value.
-    Exact: quanta are powers of two, and float64 holds every quotient that matters.
-    """
-    wide = np.empty((3, BLOCK), np.float64)
-    for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
-        a = x[block * BLOCK : (block + 1) * BLOCK]
-        n = a.shape[0]
-        for i in range(n):
-            wide[0, i] = a[i]
-            wide[1, i] = y[block * BLOCK + i]
-        bits = wide[0, :n].view(np.uint64)
-        _quanta(bits, mantissa_bits, least_exponent, wide[2, :n].view(np.uint64))
-        _rounded(wide[0, :n], wide[1, :n], wide[2, :n], greatest, counts)

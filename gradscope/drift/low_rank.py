@@ -16,8 +16,10 @@ from gradscope.weights.products import values
 
 Values = npt.NDArray[np.float64]
 
-#: Side of the corner that is looked at first; any part of a matrix has at most its rank.
-_CORNER = 256
+#: Sides of the corners that are looked at first; any part of a matrix has at most its rank. Of the
+#: smaller one nearly all ranks are low, but for those that fill it.
+_GLANCE, _CORNER = 96, 256
+_FILLED = 0.55
 #: A rank above this share of the shorter side is not low.
 _SHARE = 0.25
 #: The energy that the rank must hold, and how far what is left may exceed that of rounding.
@@ -47,11 +49,14 @@ def low_rank(base: TensorRef, new: TensorRef) -> LowRank | None:
     side = min(rows, width)
     if side < 4:
         return None
-    corner = min(_CORNER, rows), min(_CORNER, width)
-    change, noise = _corner(base, new, *corner)
-    rank = _rank(_spectrum(change) ** 2, noise)
-    if rank is None or rank > _SHARE * min(corner):
-        return None
+    rank = 0
+    for most, share in ((_GLANCE, _FILLED), (_CORNER, _SHARE)):
+        corner = min(most, rows), min(most, width)
+        change, noise = _corner(base, new, *corner)
+        found = _rank(_spectrum(change) ** 2, noise)
+        if found is None or found > share * min(corner):
+            return None
+        rank = found
     return _confirmed(base, new, rank)
 
 
@@ -72,12 +77,16 @@ def _rank(energies: Values, noise: float) -> int | None:
 
 
 def _corner(base: TensorRef, new: TensorRef, rows: int, columns: int) -> tuple[Values, float]:
-    width = base.numel // base.shape[0]
-    one, two = (
-        np.array([values(ref, i * width, i * width + columns) for i in range(rows)])
-        for ref in (base, new)
-    )
+    one, two = (_start(ref, rows, columns) for ref in (base, new))
     return two - one, float(np.sum(step_of(two, new.dtype) ** 2) / 12)
+
+
+def _start(ref: TensorRef, rows: int, columns: int) -> Values:
+    """The first elements of the first rows; whole rows at once where that is no piece too long."""
+    width = ref.numel // ref.shape[0]
+    if rows * width <= PIECE:
+        return values(ref, 0, rows * width).reshape(rows, width)[:, :columns]
+    return np.array([values(ref, i * width, i * width + columns) for i in range(rows)])
 
 
 def step_of(x: Values, dtype: str) -> Values:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import DTYPE_BITS, TensorRef
 from gradscope.checkpoints.tiles import PIECE, Tile
-from gradscope.drift import kernels
+from gradscope.drift import code_kernels, kernels
 from gradscope.statistics import codings
 from gradscope.statistics.dtypes import FORMATS, FloatFormat
 
@@ -100,12 +100,12 @@ def floats(ref: TensorRef, stored: Array, lane: int) -> Array:
         return stored.astype(np.float64)
     out = _buffer(f"floats{lane}", np.float32, (PIECE,))[:n]
     if ref.dtype == "BF16":
-        kernels.decode_bf16(stored, out.view(np.uint32))
+        code_kernels.decode_bf16(stored, out.view(np.uint32))
     elif ref.dtype == "F16":
-        kernels.decode_f16(stored, out.view(np.uint32), out)
+        code_kernels.decode_f16(stored, out.view(np.uint32), out)
     else:
         codes = stored.view(f"u{stored.itemsize}")
-        kernels.decode_table(codes, codings.code_values(ref.dtype).astype(np.float32), out)
+        code_kernels.decode_table(codes, codings.code_values(ref.dtype).astype(np.float32), out)
     return out
 
 
@@ -140,9 +140,10 @@ def _piece(
         np.zeros((2, LARGEST)),
     )
     scratch = _buffer("scratch", x.dtype, (3, kernels.BLOCK))
+    kind = f"i{x.itemsize}"
     field = kernels.FIELD32 if x.dtype == np.float32 else kernels.FIELD64
     kernels.compare(
-        x, y, first * parts, length, field, scratch, scratch.view(f"u{x.itemsize}"),
+        x, y, x.view(kind), first * parts, length, field, scratch, scratch.view(kind),
         found.sums, found.counts, found.octaves, *found.rows, found.values, found.places,
         found.ends,
     )  # fmt: skip
@@ -164,7 +165,13 @@ def _distances(
     if base.dtype not in FORMATS:
         counts[0] = np.count_nonzero(_bits(one) != _bits(two))
         return table, counts
-    kernels.distances(_bits(one), _bits(two), *_range_of(base.dtype), table, counts)
+    codes = _bits(one)
+    widths = _buffer("widths", code_kernels.WIDTHS[codes.itemsize], (kernels.BLOCK,))
+    wide = widths.itemsize == 8
+    code_kernels.DISTANCES[codes.itemsize](
+        codes, _bits(two), *_range_of(base.dtype), widths, widths.view(f"i{widths.itemsize}"),
+        code_kernels.FORM64 if wide else code_kernels.FORM32, table, counts,
+    )  # fmt: skip
     return table, counts
 
 
@@ -177,7 +184,7 @@ def _bits(stored: Array) -> Array:
 def _range_of(dtype: str) -> tuple[Any, Any]:
     """The sign bit of a float type's codes, and the code of its greatest finite value."""
     bits = DTYPE_BITS[dtype]
-    code = np.uint64 if bits == 64 else np.uint32
+    code = code_kernels.INTEGERS[-(-bits // 8)]
     sign = code(1 << (bits - 1)) if FORMATS[dtype].signed else code(0)
     greatest = codings.greatest_finite(dtype)
     if dtype in ("F32", "F64"):
@@ -191,7 +198,7 @@ def roundings_of(x: Array, y: Array, rounding: Rounding) -> Array:
     form = rounding.form
     exact, rounded = (y, x) if rounding.reverse else (x, y)
     greatest = codings.greatest_finite(rounding.dtype)
-    kernels.roundings(exact, rounded, form.mantissa_bits, 1 - form.bias, greatest, counts)
+    code_kernels.roundings(exact, rounded, form.mantissa_bits, 1 - form.bias, greatest, counts)
     return counts
 
 

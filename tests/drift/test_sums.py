@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tiles import PIECE
-from gradscope.drift import kernels
+from gradscope.drift import code_kernels, kernels
 from gradscope.drift.comparing import Pair, compare
 from gradscope.drift.sums import Measures, Rounding
 from gradscope.statistics.engine import threads
@@ -189,10 +189,10 @@ def test_every_value_that_torch_rounds_counts_as_rounded(dtype: str, scale: floa
     rounded = exact.to(types[dtype]).float()
     counts = _roundings(exact, rounded, dtype)
 
-    assert counts[kernels.NEAREST] == 20_000
+    assert counts[code_kernels.NEAREST] == 20_000
     off = rounded.clone()
     off[:7] = exact[:7] * 1.5 + 1
-    assert _roundings(exact, off, dtype)[kernels.NEAREST] < 20_000
+    assert _roundings(exact, off, dtype)[code_kernels.NEAREST] < 20_000
 
 
 def _roundings(exact: torch.Tensor, rounded: torch.Tensor, dtype: str) -> Any:
@@ -209,6 +209,6 @@ def test_truncation_and_stochastic_rounding_are_told_from_rounding_to_nearest() 
 
     truncated, stochastic = _roundings(exact, low, "BF16"), _roundings(exact, either, "BF16")
 
-    assert truncated[kernels.TOWARDS_ZERO] == 5000 > truncated[kernels.NEAREST]
-    assert stochastic[kernels.NEIGHBOUR] == 5000 > stochastic[kernels.TOWARDS_ZERO]
-    assert _roundings(exact, exact, "BF16")[kernels.NEIGHBOUR] < 50
+    assert truncated[code_kernels.TOWARDS_ZERO] == 5000 > truncated[code_kernels.NEAREST]
+    assert stochastic[code_kernels.NEIGHBOUR] == 5000 > stochastic[code_kernels.TOWARDS_ZERO]
+    assert _roundings(exact, exact, "BF16")[code_kernels.NEIGHBOUR] < 50

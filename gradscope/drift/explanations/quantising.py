@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ Values = npt.NDArray[np.float64]
 
 #: Elements of each of the places at which a grid is looked at, and how many such places.
 _PLACE, _PLACES = 1 << 16, 4
+#: Elements that are looked at first, and how many of them may not be zero to say anything.
+_GLANCE, _FEW = 1 << 12, 16
 #: Elements that may share a scale, beside those of the tensor and of a row.
 _BLOCKS = (256, 128, 64, 32, 16)
 #: Values of codes of at most eight bits, and types that have many more.
@@ -127,20 +129,31 @@ def coarsest(base: TensorRef, new: TensorRef) -> Grid | None:
     """The grid of few values that the new tensor lies on and the base does not, if there is one.
 
     Of several one whose nearest values are taken, which takes the fewest bits to describe. Only a
-    few places of a large tensor are looked at.
+    few places of a large tensor are looked at, and of most tensors one is enough.
     """
     row = new.row_numel
     sizes = dict.fromkeys((0, row, *(b for b in _BLOCKS if row % b == 0)))
-    found = [g for size in sizes if (g := _coarse(base, new, size)) is not None]
+    repeated = [s for s in sizes if _repeats(_glance(base, new, s), _FEW)]
+    found = [g for s in repeated if (g := _coarse(base, new, s)) is not None]
     return min(found, key=lambda g: (not g.nearest, g.cost), default=None)
 
 
+def _repeats(groups: Iterable[tuple[Values, Values]], enough: int) -> bool:
+    """Whether values repeat themselves in groups of the new tensor more than in those of the base.
+
+    What is stored in 16 bits repeats itself, too; codes leave far fewer values than that.
+    """
+    before, after = np.zeros(2), np.zeros(2)
+    for x, y in groups:
+        before += _distinct(x)
+        after += _distinct(y)
+    if after[1] < enough or not before[1]:
+        return False
+    return bool(after[0] / after[1] <= _REPEATED * before[0] / before[1])
+
+
 def _coarse(base: TensorRef, new: TensorRef, group: int) -> Grid | None:
-    shares = [(_distinct(x), _distinct(y)) for x, y in _groups(base, new, group)]
-    before, after = (np.sum([part[side] for part in shares], axis=0) for side in (0, 1))
-    if not shares or after[1] < _ENOUGH or not before[1]:
-        return None
-    if after[0] / after[1] > _REPEATED * before[0] / before[1]:
+    if not _repeats(_groups(base, new, group), _ENOUGH):
         return None
     grid = _grid(base, new, group)
     return grid if grid is not None and grid.levels <= _LEVELS else None
@@ -191,8 +204,22 @@ def _groups(base: TensorRef, new: TensorRef, group: int) -> Iterator[tuple[Value
     places = range(0, base.numel, max(base.numel // _PLACES // size, 1) * size)[:_PLACES]
     for start in places:
         stop = min(start + step, base.numel, start + PIECE)
-        stop -= (stop - start) % size if group else 0
-        width = size if group else stop - start
-        if stop > start:
-            x, y = (values(ref, start, stop).reshape(-1, width) for ref in (base, new))
-            yield x, y
+        yield from _pair(base, new, start, stop, size if group else stop - start)
+
+
+def _glance(base: TensorRef, new: TensorRef, group: int) -> Iterator[tuple[Values, Values]]:
+    """The same of a few elements in the middle; of long groups a part."""
+    size = group or base.numel
+    start = base.numel // 2 // size * size
+    width = min(size, _GLANCE)
+    stop = min(start + _GLANCE // width * width, base.numel)
+    yield from _pair(base, new, start, stop, width)
+
+
+def _pair(
+    base: TensorRef, new: TensorRef, start: int, stop: int, width: int
+) -> Iterator[tuple[Values, Values]]:
+    stop -= (stop - start) % width
+    if stop > start:
+        x, y = (values(ref, start, stop).reshape(-1, width) for ref in (base, new))
+        yield x, y

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradscope.drift import kernels
+from gradscope.drift import code_kernels
 from gradscope.drift.explanations.subject import Subject
 from gradscope.drift.result import Explanation
 from gradscope.drift.second_look import compare_all, compare_start
@@ -16,9 +16,9 @@ _FEW = 4
 
 #: The surest first: what is nearest is a neighbour as well.
 HOW = (
-    (kernels.NEAREST, "to nearest"),
-    (kernels.TOWARDS_ZERO, "towards zero"),
-    (kernels.NEIGHBOUR, "to either neighbour (stochastically)"),
+    (code_kernels.NEAREST, "to nearest"),
+    (code_kernels.TOWARDS_ZERO, "towards zero"),
+    (code_kernels.NEIGHBOUR, "to either neighbour (stochastically)"),
 )
 
 
@@ -40,7 +40,7 @@ def _rounded(m: Measures, rounding: Rounding) -> Explanation | None:
     assert m.roundings is not None
     for place, how in HOW:
         if m.roundings[place] == m.numel:
-            beyond = m.roundings[kernels.BEYOND]
+            beyond = m.roundings[code_kernels.BEYOND]
             lost = f"; {plural(beyond, 'element')} beyond its range" if beyond else ""
             if m.base_norm and not m.new_norm and m.finite:
                 lost = "; every element is below its range and became zero"
