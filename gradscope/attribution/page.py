@@ -198,9 +198,13 @@ def visualize(result: VisualizeResult) -> Iterator[Panel]:
 
     what = result.label or f"class {result.target}" if result.target is not None else (
         f"{result.layer}, channel {result.channel}")  # fmt: skip
-    if result.image is not None:
-        caption = f"{result.steps} steps"
-        yield Gallery(what, "", [Picture(what, caption, result.image, None)])
+    drawn = [
+        Picture(what, f"seed {one.start}, objective {one.objective[-1]:.3g}", one.image, None)
+        for one in (result, *result.others)
+        if one.image is not None
+    ]
+    if drawn:
+        yield Gallery(what, f"{result.steps} steps, prior {result.prior}.", drawn)
     rows = [{"step": i, "objective": v} for i, v in enumerate(result.objective)]
     chart = (
         alt.Chart(inline(rows))

@@ -304,8 +304,21 @@ class ExplainResult(Record):
 ExplainReport = Report[ExplainResult]
 
 
-class VisualizeResult(Record):
-    """The image that ``gradscope visualize`` made."""
+class SynthesisedPicture(Record):
+    """A picture that ``gradscope visualize`` made."""
+
+    #: The seed of its start and of its views.
+    start: int
+    #: The logit, or the channel's mean, at each step under its random view, then for the picture.
+    objective: tuple[Number, ...]
+    #: The model's five likeliest classes for the picture.
+    predictions: tuple[Prediction, ...]
+    #: The PNG that was written; None where none was asked for.
+    image: str | None
+
+
+class VisualizeResult(SynthesisedPicture):
+    """The picture with the highest score that ``gradscope visualize`` made, and the others."""
 
     model: str
     sha256: str
@@ -314,14 +327,17 @@ class VisualizeResult(Record):
     label: str | None
     layer: str | None
     channel: int | None
+    #: The picture's height and width, and those of what the model sees.
     size: tuple[int, int]
+    seen: tuple[int, int]
+    #: What pictures are made of, and how much of the score those lose that are alike.
+    prior: str
+    diversity: float
     steps: int
-    #: The logit, or the channel's mean, at each step under its random view, then for the image.
-    objective: tuple[Number, ...]
-    #: The model's five likeliest classes for the image.
-    predictions: tuple[Prediction, ...]
-    #: The PNG that was written; None where none was asked for.
-    image: str | None
+    #: The pictures from other starts, by falling score.
+    others: tuple[SynthesisedPicture, ...]
+    #: The mean cosine between the pictures' Gram matrices; None of one, and without maps.
+    similarity: Number | None
     environment: Environment
     notes: tuple[str, ...] = ()
 

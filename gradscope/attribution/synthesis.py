@@ -1,80 +1,128 @@
-"""The image that maximises a score (Olah et al. 2017, distill.pub/2017/feature-visualization).
+"""The picture that maximises a score (Olah et al. 2017, distill.pub/2017/feature-visualization).
 
-Gradient ascent on a spectrum scaled by 1/f, in decorrelated colours with ImageNet's covariance,
-under a random view (shift, scale, rotation) at each step, so that no detail survives that a small
-shift would destroy.
+Gradient ascent by Adam on a picture's waves, seen by the model under a random view at each step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import interpolate
 
 from gradscope.attribution.guided import Rectifiers
+from gradscope.attribution.priors import PRIORS, Prior, Size, pixels
 from gradscope.attribution.subject import Tick
+from gradscope.attribution.views import Stage, seen, view
 from gradscope.errors import UsageError
 
-#: The square root of ImageNet's colour covariance, as lucid has it (Apache-2.0).
-_COLOUR = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 #: First steps, in which gradients may pass rectifiers that are off.
 _HELPED = 16
+#: Pixels that mattered more than this share of them are opaque, as the authors of MACO draw it.
+_OPAQUE = 80
+
+#: A start's number and its pixels [1, C, h, w] in 0..1 -> its score, and what lowers it.
+Objective = Callable[[int, Tensor], tuple[Tensor, Tensor | float]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Synthesis:
-    """An image [C, H, W] in 0..1 and the objective at each step, then at the end."""
+    """A picture [C, H, W] in 0..1, and the score of each step's view."""
 
     image: Tensor
-    objective: tuple[float, ...]
+    scores: tuple[float, ...]
+    #: How much each pixel mattered on the way [H, W], in 0..1.
+    opacity: Tensor
+
+
+@dataclass(eq=False, slots=True)
+class _Start:
+    """A picture on its way."""
+
+    parameters: Tensor
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    importance: Tensor
+    scores: list[float] = field(default_factory=list)
+    blind: int = 0
 
 
 def synthesise(
-    score: Callable[[Tensor], Tensor],
-    size: tuple[int, int, int],
+    objective: Objective,
+    size: Size,
+    stages: Sequence[Stage],
     *,
+    prior: Prior = PRIORS["fourier"],
     steps: int = 256,
-    learning_rate: float = 0.05,
     seed: int = 0,
-    turn: float = 20.0,
-    zoom: float = 0.35,
-    jitter: float = 0.2,
-    crops: float = 0.0,
+    starts: int = 1,
     device: torch.device | str = "cpu",
     progress: Tick = lambda _done, _total: None,
-) -> Synthesis:
-    """Maximise ``score`` of pixels [1, C, H, W] in 0..1, by Adam.
+) -> tuple[Synthesis, ...]:
+    """Maximise the objective of pictures, each from its own start: seeds ``seed``, ``seed + 1``, …
 
-    ``turn`` is in degrees either way, ``zoom`` and ``jitter`` are fractions of the scale and of the
-    side. In the first ``crops`` of the steps the model sees a crop of half the side, for a quarter
-    of its work. The same seed gives the same image. Raises UsageError where the score is not
-    finite, and where its gradient stays zero.
+    The learning rate falls to zero in the second half, which takes the grain out of the pictures.
+    Raises UsageError where a score is not finite, and where its gradient stays zero.
     """
-    generator = torch.Generator().manual_seed(seed)
-    spectrum = initial_spectrum(size, generator).to(device).requires_grad_()
-    optimiser = torch.optim.Adam([spectrum], lr=learning_rate)
-    objective, blind = [], 0
+    every = [_start(prior, size, seed + k, device) for k in range(starts)]
     for step in range(steps):
-        view = _view(generator, turn, zoom, jitter)
-        seen_size = size[1:]
-        if step < crops * steps:
-            view, seen_size = cropped(view, generator), (size[1] // 2, size[2] // 2)
-        value, gradient = _gradient(score, spectrum, size, view, seen_size, step < _HELPED)
-        objective.append(_finite(value))
-        blind = blind + 1 if not bool((gradient != 0).any()) else 0
-        if blind >= _HELPED:
-            raise UsageError("the score does not depend on the image: its gradient is zero")
-        spectrum.grad = -gradient
-        optimiser.step()
-        progress(step + 1, steps)
-    with torch.no_grad():
-        image = pixels(spectrum, size)
-        objective.append(_finite(float(score(image[None])[0])))
-    return Synthesis(image.cpu(), tuple(objective))
+        stage = next(s for s in stages if step < s.until * steps or s is stages[-1])
+        rate = prior.rate * min(1.0, 2 * (1 - step / steps))
+        for number, start in enumerate(every):
+            _ascend(start, number, objective, prior, size, stage, rate)
+            progress(step * starts + number + 1, steps * starts)
+    return tuple(_finished(start, prior, size) for start in every)
+
+
+def _start(prior: Prior, size: Size, seed: int, device: torch.device | str) -> _Start:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = prior.start(size, generator).to(device).requires_grad_()
+    fused = parameters.device.type in ("cpu", "cuda")
+    optimiser = torch.optim.Adam([parameters], lr=prior.rate, fused=fused)
+    return _Start(parameters, optimiser, generator, torch.zeros(size[1:], device=device))
+
+
+def _ascend(
+    start: _Start, number: int, objective: Objective, prior: Prior, size: Size, stage: Stage,
+    rate: float,
+) -> None:  # fmt: skip
+    """A step of Adam by the gradient under a view."""
+    with torch.enable_grad():
+        made = pixels(prior, start.parameters, size, stage.made)
+    image = made.detach().requires_grad_()
+    chosen = view(stage, start.generator)
+    noise = prior.noise * torch.randn((1, size[0], *stage.seen), generator=start.generator)
+    with torch.enable_grad():
+        shown = seen(image[None], chosen, stage.seen) + noise.to(image)
+        score, penalty = objective(number, shown)
+        goal = (score - penalty).sum()
+    helped = len(start.scores) < _HELPED
+    start.scores.append(_finite(float(score.detach().sum())))
+    gradient = _gradient(goal, image, helped)
+    strength = gradient.abs().mean(0)
+    start.blind = 0 if bool(strength.any()) else start.blind + 1
+    if start.blind >= _HELPED:
+        raise UsageError("the score does not depend on the image: its gradient is zero")
+    start.importance += _sized(strength / strength.mean().clamp(min=1e-30), size)
+    (found,) = torch.autograd.grad(made, start.parameters, -gradient)
+    start.parameters.grad = found
+    start.optimiser.param_groups[0]["lr"] = rate
+    start.optimiser.step()
+
+
+def _gradient(goal: Tensor, image: Tensor, helped: bool) -> Tensor:
+    if not goal.requires_grad:
+        return torch.zeros_like(image)
+    (found,) = torch.autograd.grad(goal, image, retain_graph=helped, allow_unused=True)
+    if helped and (found is None or not bool((found != 0).any())):
+        # Every rectifier on the path is off: bypass them, as lucid does for the first steps.
+        with Rectifiers(lambda arriving: arriving, gated=False):
+            (found,) = torch.autograd.grad(goal, image, allow_unused=True)
+    return torch.zeros_like(image) if found is None else found.detach()
 
 
 def _finite(value: float) -> float:
@@ -83,75 +131,13 @@ def _finite(value: float) -> float:
     return value
 
 
-def _gradient(
-    score: Callable[[Tensor], Tensor],
-    spectrum: Tensor,
-    size: tuple[int, int, int],
-    view: Tensor,
-    seen_size: tuple[int, int],
-    helped: bool,
-) -> tuple[float, Tensor]:
-    with torch.enable_grad():
-        total = score(seen(pixels(spectrum, size)[None], view, seen_size)).sum()
-    if not total.requires_grad:
-        return float(total), torch.zeros_like(spectrum)
-    (found,) = torch.autograd.grad(total, spectrum, retain_graph=helped, allow_unused=True)
-    if helped and (found is None or not bool((found != 0).any())):
-        # Every rectifier on the path is off: bypass them, as lucid does for the first steps.
-        with Rectifiers(lambda arriving: arriving, gated=False):
-            (found,) = torch.autograd.grad(total, spectrum, allow_unused=True)
-    return float(total.detach()), torch.zeros_like(spectrum) if found is None else found.detach()
+def _sized(values: Tensor, size: Size) -> Tensor:
+    return interpolate(values[None, None], size[1:], mode="bilinear", align_corners=False)[0, 0]
 
 
-def frequencies(height: int, width: int) -> Tensor:
-    """Magnitudes of a real transform's frequencies in cycles per pixel [H, W // 2 + 1]."""
-    down, across = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
-    found: Tensor = (down**2 + across**2).sqrt()
-    return found
-
-
-def initial_spectrum(size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """Small Gaussian coefficients [C, H, W // 2 + 1, 2]."""
-    channels, height, width = size
-    return 0.01 * torch.randn((channels, height, width // 2 + 1, 2), generator=generator)
-
-
-def pixels(spectrum: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """The image [C, H, W] in 0..1 of a spectrum whose power falls with the square of frequency."""
-    channels, height, width = size
-    scale = 1 / frequencies(height, width).clamp(min=1 / max(height, width)).to(spectrum)
-    # Lucid's scale: its inverse transform is not orthonormal, and it divides by four.
-    waves = torch.view_as_complex((spectrum * scale[..., None]).contiguous())
-    image = torch.fft.irfft2(waves, s=(height, width), norm="ortho") / 4
-    if channels == 3:
-        colour = torch.tensor(_COLOUR).to(image)
-        image = torch.einsum("kc,chw->khw", colour / colour.norm(dim=0).max(), image)
-    found: Tensor = image.sigmoid()
-    return found
-
-
-def _view(generator: torch.Generator, turn: float, zoom: float, jitter: float) -> Tensor:
-    """A random affine map [1, 2, 3] from the model's view to the image."""
-    drawn = 2 * torch.rand(4, generator=generator) - 1
-    angle, scale = math.radians(turn) * float(drawn[0]), 1 + zoom * float(drawn[1])
-    down, across = (2 * jitter * drawn[2:]).tolist()
-    cos, sin = math.cos(angle) * scale, math.sin(angle) * scale
-    return torch.tensor([[[cos, -sin, across], [sin, cos, down]]])
-
-
-def cropped(view: Tensor, generator: torch.Generator) -> Tensor:
-    """The map from a crop of half the side, anywhere in the view, to the image."""
-    place = torch.rand(2, generator=generator) - 0.5
-    found = view.clone()
-    found[:, :, 2] += (view[:, :, :2] @ place[:, None])[:, :, 0]
-    found[:, :, :2] /= 2
-    return found
-
-
-def seen(images: Tensor, view: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Images [1, C, H, W] under an affine map, bilinearly, borders reflected; of another size."""
-    shape = [*images.shape[:2], *(size or images.shape[2:])]
-    grid = affine_grid(view, shape, align_corners=False)
-    return grid_sample(
-        images, grid.to(images), mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+def _finished(start: _Start, prior: Prior, size: Size) -> Synthesis:
+    with torch.no_grad():
+        image = pixels(prior, start.parameters, size, size[1:])
+    importance = start.importance.cpu()
+    opaque = float(np.percentile(importance.numpy(), _OPAQUE)) or float(importance.max()) or 1.0
+    return Synthesis(image.cpu(), tuple(start.scores), (importance / opaque).clamp(max=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
@@ -74,7 +74,7 @@ def _interval(s: Summary) -> str:
 
 
 def visualize(result: VisualizeResult, display: Display) -> Iterator[RenderableType]:
-    """What was maximised, its course, the model's predictions for the image, a preview."""
+    """What was maximised, its course, the model's predictions for the picture, a preview."""
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), escaped(note))
     what = f"{result.layer} channel {result.channel}"
@@ -91,8 +91,20 @@ def visualize(result: VisualizeResult, display: Display) -> Iterator[RenderableT
         }
     )
     yield Padding(Text(_predictions(result.predictions), style="dim"), (0, 0, 0, 2))
+    if result.others:
+        yield Padding(_starts(result), (0, 0, 0, 2))
     if result.image is not None:
         yield from _preview(result.image, display)
+
+
+def _starts(result: VisualizeResult) -> RenderableType:
+    """The pictures from every start, the best first."""
+    made = table(("seed", "right"), ("objective", "right"), ("picture", "left"))
+    for one in (result, *result.others):
+        made.add_row(str(one.start), number(one.objective[-1]), shortened(one.image or "–"))
+    if result.similarity is None:
+        return made
+    return Group(made, Text(f"alike: {result.similarity:.2f}, the mean cosine of Gram matrices"))
 
 
 def _model(result: ExplainResult) -> Text:

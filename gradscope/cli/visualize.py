@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Device, Folder, Jobs, Labels, Model, Output
+from gradscope.cli.options import Device, Folder, Labels, Model, Output
+from gradscope.text import plural
 
 
 @analysis
@@ -25,10 +26,51 @@ def visualize(
     ] = None,
     folder: Folder = "explanations",
     labels: Labels = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="The picture's longer side; by default 512, or the model's own where it sees "
+            "fewer than 64.",
+        ),
+    ] = None,
+    prior: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What the picture is made of: fourier (a spectrum scaled by 1/f) or maco (only "
+            "the phases of a natural picture's spectrum).",
+        ),
+    ] = "fourier",
+    starts: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Pictures from so many starts, the best first."),
+    ] = 1,
+    diversity: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="SHARE",
+            help="Share of the score that pictures of several starts lose which are alike.",
+        ),
+    ] = 0.0,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of ascent.")] = 256,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the start and of the views.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of the first start and of its views.")
+    ] = 0,
     device: Device = "cpu",
-    jobs: Jobs = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            metavar="N",
+            help="Threads; by default one per core. Another number rounds otherwise, which ascent "
+            "makes another picture of.",
+        ),
+    ] = None,
     output: Output,
 ) -> Reported:
     """Synthesise the image that most activates a class, or a channel of a layer."""
@@ -46,6 +88,10 @@ def visualize(
             channel=channel,
             labels=labels,
             output=folder,
+            size=size,
+            prior=prior,
+            starts=starts,
+            diversity=diversity,
             steps=steps,
             seed=seed,
             device=device,
@@ -53,5 +99,7 @@ def visualize(
             **model.loading,
         )
     if output.detail and report.result is not None:
-        say(f"wrote {report.result.image} and the objective at each step beside it")
+        others = len(report.result.others)
+        more = f", {plural(others, 'other picture')}" if others else ""
+        say(f"wrote {report.result.image}{more} and the objective at each step beside it")
     return report

@@ -26,8 +26,8 @@ AGREES = 1e-5
 _WORTH = 16
 
 
-def quick(model: Model) -> Model:
-    """The model, answered by a private copy once that pays.
+def quick(model: Model, worth: int = _WORTH) -> Model:
+    """The model, answered by a private copy once that pays: after ``worth`` images.
 
     Answers of the copy agree within ``AGREES`` of the greatest one. Models on an accelerator, in
     other types than float32 and float64, and without convolutions answer themselves. The copy is
@@ -39,7 +39,7 @@ def quick(model: Model) -> Model:
     suits = all(p.dtype in _FULL for p in parameters) and all(map(_plain, held))
     if model.copied is None or not suits:
         return replace(model, quick=True)
-    return replace(model, forward=_Answering(model, _state(model)), quick=True)
+    return replace(model, forward=_Answering(model, _state(model), worth), quick=True)
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -78,6 +78,7 @@ class _Answering:
 
     model: Model
     state: _State
+    worth: int
 
     @property
     def copy(self) -> Copy | None:
@@ -95,8 +96,8 @@ class _Answering:
 
     def _copied(self, inputs: Tensor) -> Copy | None:
         state = self.state
-        before, state.seen = state.seen, state.seen + len(inputs) * (1 + inputs.requires_grad)
-        if before < _WORTH <= state.seen:
+        state.seen += len(inputs) * (1 + inputs.requires_grad)
+        if state.weights is None and state.seen >= self.worth:
             state.weights = _Watched(self.model)
             state.copy = _proved(self.model, inputs.clone().detach())
             state.looks = looks(self.model.module) if state.copy else None

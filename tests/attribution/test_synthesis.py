@@ -1,24 +1,21 @@
-"""Images that a score likes: parameterisation by closed forms, and that it works."""
+"""Pictures that a score likes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from make import digits_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradscope.attribution.synthesis import (
-    cropped,
-    frequencies,
-    initial_spectrum,
-    pixels,
-    seen,
-    synthesise,
-)
+from gradscope.attribution.diversity import Diverse, cosine
+from gradscope.attribution.priors import PRIORS, Size
+from gradscope.attribution.synthesis import Objective, Synthesis, synthesise
+from gradscope.attribution.views import seen, stages
 from gradscope.errors import UsageError
 
 DIGITS = Path(__file__).parents[2] / "fixtures" / "digits.safetensors"
@@ -30,63 +27,49 @@ def digits() -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def test_the_image_is_numpys_inverse_transform_of_the_scaled_spectrum() -> None:
-    size = (1, 7, 9)
-    spectrum = initial_spectrum(size, torch.Generator().manual_seed(0))
-
-    found = pixels(spectrum, size)
-
-    down, across = np.fft.fftfreq(7)[:, None], np.fft.rfftfreq(9)[None]
-    scale = 1 / np.maximum(np.hypot(down, across), 1 / 9)
-    waves = (spectrum[0, ..., 0] + 1j * spectrum[0, ..., 1]).numpy() * scale
-    wanted = 1 / (1 + np.exp(-np.fft.irfft2(waves, s=(7, 9), norm="ortho") / 4))
-    np.testing.assert_allclose(found[0], wanted, atol=1e-6)
-    np.testing.assert_allclose(frequencies(7, 9), np.hypot(down, across), rtol=1e-6)
+def plain(score: Callable[[Tensor], Tensor]) -> Objective:
+    return lambda _, pixels: (score(pixels), 0.0)
 
 
-def test_colours_vary_together_as_imagenets_do() -> None:
-    size = (3, 64, 64)
-    image = pixels(initial_spectrum(size, torch.Generator().manual_seed(0)) * 100, size)
-
-    correlation = np.corrcoef(torch.logit(image, eps=1e-6).flatten(1).double())
-
-    svd = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
-    covariance = svd @ svd.T
-    spread = np.sqrt(np.diag(covariance))
-    np.testing.assert_allclose(correlation, covariance / np.outer(spread, spread), atol=0.06)
+def made(score: Callable[[Tensor], Tensor], size: Size, **options: Any) -> Synthesis:
+    """One picture, for a model of its size."""
+    return synthesise(plain(score), size, stages(size[1:], size[1:], ()), **options)[0]
 
 
-def test_colours_are_as_strong_as_lucids() -> None:
-    size, grey = (3, 7, 9), (1, 7, 9)
-    spectrum = initial_spectrum(size, torch.Generator().manual_seed(0)) * 100
-    plain = [torch.logit(pixels(each[None], grey).double())[0] for each in spectrum]
-
-    found = torch.logit(pixels(spectrum, size).double())
-
-    # lucid/optvis/param/color.py divides by the greatest norm of a column before it mixes.
-    svd = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
-    mixing = svd / np.max(np.linalg.norm(svd, axis=0))
-    wanted = np.einsum("kc,chw->khw", mixing, np.stack(plain))
-    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
-
-
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("size", [(1, 8, 8), (3, 31, 20), (1, 1, 1)])
-def test_any_size_stays_between_black_and_white(size: tuple[int, int, int]) -> None:
-    found = synthesise(lambda x: x.sum((1, 2, 3)), size, steps=8)
+def test_any_size_stays_between_black_and_white(size: Size, prior: str) -> None:
+    found = made(lambda x: x.square().sum((1, 2, 3)), size, steps=8, prior=PRIORS[prior])
 
     assert found.image.shape == size
     assert found.image.min() >= 0
     assert found.image.max() <= 1
-    assert found.objective[-1] > found.objective[0]
-    assert len(found.objective) == 9
+    assert len(found.scores) == 8
+    assert found.opacity.shape == size[1:]
+    assert float(found.opacity.max()) == 1
 
 
-def test_the_seed_decides_the_image_to_the_bit_and_nothing_else_is_drawn() -> None:
+@pytest.mark.parametrize("prior", PRIORS)
+def test_the_score_rises_by_far_over_what_the_start_has(prior: str) -> None:
+    # What likes a bright spot in the middle, and darkness around it.
+    rows = torch.linspace(-1, 1, 32)
+    liked = (-8 * (rows[:, None] ** 2 + rows**2)).exp() - 0.2
+
+    found = made(lambda x: (x * liked).sum((1, 2, 3)), (3, 32, 32), steps=64, prior=PRIORS[prior])
+
+    last, first = sum(found.scores[-8:]) / 8, sum(found.scores[:2]) / 2
+    assert last > first + 20
+    middle, corner = found.image[:, 12:20, 12:20].mean(), found.image[:, :6, :6].mean()
+    assert middle > corner + 0.3
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_the_seed_decides_the_image_to_the_bit_and_nothing_else_is_drawn(prior: str) -> None:
     net = digits()
     state = torch.get_rng_state()
 
     images = [
-        synthesise(lambda x: net(x)[:, 3], (1, 8, 8), steps=10, seed=seed).image
+        made(lambda x: net(x)[:, 3], (1, 8, 8), steps=10, seed=seed, prior=PRIORS[prior]).image
         for seed in (1, 1, 2)
     ]
 
@@ -99,21 +82,11 @@ def test_the_seed_decides_the_image_to_the_bit_and_nothing_else_is_drawn() -> No
 def test_the_image_is_recognised_under_views_that_were_not_used(digit: int) -> None:
     net = digits()
 
-    found = synthesise(
-        lambda x: net(x)[:, digit], (1, 8, 8), steps=60, turn=5, zoom=0.1, jitter=0.05
-    )
+    found = made(lambda x: net(x)[:, digit], (1, 8, 8), steps=128)
 
-    assert found.objective[-1] > found.objective[0] + 3
+    assert max(found.scores) > found.scores[0] + 3
     turned = torch.tensor([[[0.99, -0.05, 0.02], [0.05, 0.99, -0.02]]])
-    assert int(net(seen(found.image[None], turned)).argmax()) == digit
-
-
-def test_a_view_that_changes_nothing_shows_the_image() -> None:
-    image = torch.rand(1, 3, 6, 5)
-
-    same = seen(image, torch.tensor([[[1.0, 0, 0], [0, 1.0, 0]]]))
-
-    torch.testing.assert_close(same, image)
+    assert int(net(seen(found.image[None], turned, (8, 8))).argmax()) == digit
 
 
 class Dead(nn.Module):
@@ -124,40 +97,70 @@ class Dead(nn.Module):
 
 
 def test_a_dead_start_is_let_through_its_rectifiers() -> None:
-    found = synthesise(Dead(), (1, 8, 8), steps=100)
+    found = made(Dead(), (1, 8, 8), steps=100)
 
-    assert found.objective[0] == 0
-    assert found.objective[-1] > 0
+    assert found.scores[0] == 0
+    assert max(found.scores) > 0
 
 
 def test_a_blind_score_and_one_that_is_not_finite_are_refused() -> None:
     with pytest.raises(UsageError, match="does not depend"):
-        synthesise(lambda x: x.detach().sum((1, 2, 3)), (1, 8, 8), steps=100)
+        made(lambda x: x.detach().sum((1, 2, 3)), (1, 8, 8), steps=100)
     with pytest.raises(UsageError, match="became nan"):
-        synthesise(lambda x: x.sum((1, 2, 3)) * torch.nan, (1, 8, 8), steps=3)
+        made(lambda x: x.sum((1, 2, 3)) * torch.nan, (1, 8, 8), steps=3)
 
 
-def test_the_first_steps_may_see_crops_of_half_the_side() -> None:
+def test_each_stage_shows_the_model_its_own_size_for_its_share_of_the_steps() -> None:
     sides: list[tuple[int, ...]] = []
 
     def score(x: Tensor) -> Tensor:
         sides.append(tuple(x.shape[2:]))
         return x.mean((1, 2, 3))
 
-    synthesise(score, (3, 31, 20), steps=9, crops=2 / 3)
+    plan = stages((64, 40), (32, 20), ((16, 10), (24, 15)))
+    synthesise(plain(score), (3, 64, 40), plan, steps=20)
 
-    assert sides == [(15, 10)] * 6 + [(31, 20)] * 4
+    assert sides == [(16, 10)] * 11 + [(24, 15)] * 6 + [(32, 20)] * 3
 
 
-def test_a_crop_lies_within_the_view_at_the_images_own_scale() -> None:
-    generator = torch.Generator().manual_seed(0)
-    image = torch.arange(64.0).view(1, 1, 8, 8)
-    plain = torch.tensor([[[1.0, 0, 0], [0, 1.0, 0]]])
+def test_several_starts_are_those_of_their_seeds_alone() -> None:
+    net = digits()
+    options: dict[str, Any] = {"size": (1, 8, 8), "stages": stages((8, 8), (8, 8), ()), "steps": 12}
+    objective = plain(lambda x: net(x)[:, 3])
 
-    for _ in range(20):
-        found = seen(image, cropped(plain, generator), (4, 4))[0, 0]
-        # A row is eight more, a column one: nothing was scaled.
-        torch.testing.assert_close(found[1:] - found[:-1], torch.full((3, 4), 8.0))
-        torch.testing.assert_close(found[:, 1:] - found[:, :-1], torch.full((4, 3), 1.0))
-        assert found.min() >= 0
-        assert found.max() <= 63
+    together = synthesise(objective, starts=3, seed=4, **options)
+
+    for number, found in enumerate(together):
+        (alone,) = synthesise(objective, seed=4 + number, **options)
+        assert torch.equal(found.image, alone.image)
+        assert found.scores == alone.scores
+
+
+def test_diversity_lowers_the_cosine_between_starts_and_leaves_the_class() -> None:
+    net = digits()
+
+    def answers(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return net(pixels)[:, 3], net.features[:2](pixels)
+
+    def alike(weight: float) -> tuple[float, list[int]]:
+        found = synthesise(
+            Diverse(answers, weight, 3), (1, 8, 8), stages((8, 8), (8, 8), ()), steps=96, starts=3
+        )
+        images = [each.image[None] for each in found]
+        between = cosine([answers(image)[1] for image in images])
+        assert between is not None
+        return between, [int(net(image).argmax()) for image in images]
+
+    usual, classes = alike(0.0)
+    diverse, others = alike(10.0)
+
+    assert 1 - diverse > 2 * (1 - usual)
+    assert classes == others == [3, 3, 3]
+
+
+def test_what_mattered_is_opaque_and_the_rest_is_not() -> None:
+    # Only the upper left of every view counts.
+    found = made(lambda x: x[:, :, :8, :8].mean((1, 2, 3)), (3, 32, 32), steps=48)
+
+    assert float(found.opacity[4:6, 4:6].min()) > 0.8
+    assert float(found.opacity[26:, 26:].max()) < 0.3

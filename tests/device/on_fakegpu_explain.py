@@ -28,7 +28,9 @@ from forms import images, model  # noqa: E402
 
 import gradscope  # noqa: E402
 from gradscope.attribution.methods import methods  # noqa: E402
-from gradscope.attribution.synthesis import synthesise  # noqa: E402
+from gradscope.attribution.priors import PRIORS  # noqa: E402
+from gradscope.attribution.synthesis import Objective, synthesise  # noqa: E402
+from gradscope.attribution.views import stages  # noqa: E402
 
 FEW: dict[str, dict[str, Any]] = {
     "rise": {"masks": 6},
@@ -77,11 +79,17 @@ def test_a_whole_report_is_that_of_the_cpu(tmp_path: Path) -> None:
         assert all(p.correlation == pytest.approx(q.correlation, abs=0.02) for p, q in pairs)
 
 
-def test_synthesis_starts_and_sees_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("prior", PRIORS)
+def test_synthesis_starts_and_sees_as_on_the_cpu(prior: str) -> None:
     net = model("rectifiers").requires_grad_(False)
+    plan, size = stages((16, 16), (16, 16), ()), (3, 16, 16)
 
-    wanted = synthesise(lambda x: net(x)[:, 1], (3, 16, 16), steps=3)
-    net = net.to("fakegpu")
-    found = synthesise(lambda x: net(x)[:, 1], (3, 16, 16), steps=3, device="fakegpu")
+    def made(device: str) -> torch.Tensor:
+        net.to(device)
+        objective: Objective = lambda _, x: (net(x)[:, 1], 0.0)  # noqa: E731
+        options = {"prior": PRIORS[prior], "steps": 3, "device": device}
+        return synthesise(objective, size, plan, **options)[0].image
 
-    torch.testing.assert_close(found.image, wanted.image, rtol=0, atol=1e-4)
+    wanted = made("cpu")
+
+    torch.testing.assert_close(made("fakegpu"), wanted, rtol=0, atol=1e-4)
