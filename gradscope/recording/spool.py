@@ -15,7 +15,7 @@ from gradscope.recording.turns import Place
 
 Array = np.ndarray[Any, Any]
 
-#: The first shard has this many records, the next four times as many, up to the capacity.
+#: The first shard has this many records, the next eight times as many, up to the capacity.
 FIRST_SHARD = 4
 #: Records wait no longer than this to be written, however few they are.
 SECONDS = 30.0
@@ -89,7 +89,7 @@ class Spool:
         """The arrays of the first records that wait; they wait no more."""
         ready = self._records[:count]
         self._records, self._since = self._records[len(ready) :], time.monotonic()
-        self._limit *= 4
+        self._limit *= 8
         self._enough = min(self._limit, self._most)
         return drained(ready, rows, optimizers)
 
