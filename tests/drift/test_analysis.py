@@ -99,6 +99,16 @@ def test_a_file_that_changes_while_it_is_read_is_exit_3(tmp_path: Path, base: st
     assert [e.kind for e in report.errors] == ["changed"]
 
 
+def test_a_file_against_itself_while_it_is_written_is_exit_3(base: str) -> None:
+    def disturb(_done: int, _total: int) -> None:
+        Path(base).touch()
+
+    for keep_going in (False, True):
+        report = gradscope.analyze_drift(base, base, progress=disturb, keep_going=keep_going)
+        assert report.gate.exit_code == 3
+        assert {e.kind for e in report.errors} == {"changed"}
+
+
 def test_keep_going_compares_the_shards_that_did_not_change(tmp_path: Path, base: str) -> None:
     folder = sharded(tmp_path)
     second = folder / "model-00002-of-00002.safetensors"
