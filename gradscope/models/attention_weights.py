@@ -6,6 +6,7 @@ they are recorded; outputs differ by rounding only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from gradscope.models.model import Model
 from gradscope.text import listed
 
 _SOFTMAX = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+_SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 #: How far a row's sum may be from one; dropout, masks and sigmoid attention are farther off.
 _ROW_ERROR = 1e-3
+_ADVICE = "use a CAM method, integrated-gradients or rise"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -48,9 +51,14 @@ class Attentions:
 
 
 class _Recorder(TorchDispatchMode):
+    """What softmax makes, what it weighs, and how many positions the sums of the model have."""
+
     def __init__(self) -> None:
         super().__init__()
         self.found: list[Tensor] = []
+        #: (T, N) of products of [T, T] and [T, N].
+        self.weighed: set[tuple[int, int]] = set()
+        self.positions: set[int] = set()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -58,7 +66,25 @@ class _Recorder(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         if function in _SOFTMAX and output.dim() in (3, 4) and output.shape[-1] > 1:
             self.found.append(output)
+        elif function is torch.ops.aten.bmm.default:
+            self.weighed.add((args[0].shape[-1], args[1].shape[-1]))
+        elif function in _SUMS and isinstance(output, Tensor):
+            self.positions.update(_positions(output.shape))
         return output
+
+
+def _positions(shape: torch.Size) -> Iterator[int]:
+    """How many positions a sum may have: tokens, or the places of maps."""
+    if len(shape) == 3:
+        yield from shape[:2]
+    if len(shape) == 4:
+        yield from (shape[1] * shape[2], shape[2] * shape[3])
+
+
+def _over_channels(count: int, recorder: _Recorder) -> bool:
+    """Whether [count, count] weighs channels, each with its values of all tokens (XCiT)."""
+    weighed = {n for t, n in recorder.weighed if t == count}
+    return count not in recorder.positions and not weighed.isdisjoint(recorder.positions)
 
 
 def is_attention(weights: Tensor) -> bool:
@@ -70,8 +96,8 @@ def is_attention(weights: Tensor) -> bool:
 def attentions(model: Model, image: Tensor) -> Attentions:
     """The self-attention weights over all tokens for an image [1, C, H, W]; the model is held.
 
-    Raises UsageError for a model without self-attention, with windowed attention or a changing
-    number of tokens, and where rows do not sum to one.
+    Raises UsageError for a model without self-attention, with windowed attention, one over channels
+    or a changing number of tokens, and where rows do not sum to one.
     """
     batch = model.batch or 1
     # A leaf that requires a gradient keeps nn.MultiheadAttention off its fused fast path.
@@ -80,24 +106,29 @@ def attentions(model: Model, image: Tensor) -> Attentions:
         answer = model.forward(leaf, {})
     square = tuple(w for w in recorder.found if is_attention(w) and w.requires_grad)
     _check(square, recorder.found, batch)
+    count = square[0].shape[-1]
+    if _over_channels(count, recorder):
+        raise NotApplicableError(
+            f"attention is over {count} channels, not over the image's tokens (as in XCiT): its "
+            f"weights have no place; {_ADVICE}"
+        )
     return Attentions(square, model.scores(answer).values[:1], batch)
 
 
 def _check(square: tuple[Tensor, ...], found: list[Tensor], batch: int) -> None:
-    advice = "use a CAM method, integrated-gradients or rise"
     if not square:
         seen = f" (its softmax over {list(found[0].shape)} is not one)" if found else ""
-        raise NotApplicableError(f"no self-attention found in the model{seen}; {advice}")
+        raise NotApplicableError(f"no self-attention found in the model{seen}; {_ADVICE}")
     shapes = {tuple(w.shape) for w in square}
     if len(shapes) > 1 or any(w.dim() == 4 and len(w) != batch for w in square):
         raise NotApplicableError(
             "attention does not cover all tokens in every block (it is windowed, or the number of "
             f"tokens changes: {listed(map(list, sorted(shapes)), len(shapes), 4)}), so blocks "
-            f"cannot be multiplied; {advice}"
+            f"cannot be multiplied; {_ADVICE}"
         )
     error = max(float((w.detach().sum(-1) - 1).abs().max()) for w in square)
     if not error <= _ROW_ERROR:
         raise NotApplicableError(
             f"rows of the attention weights miss one by up to {error:.2g} (a mask, dropout or "
-            f"another normalisation); {advice}"
+            f"another normalisation); {_ADVICE}"
         )

@@ -174,3 +174,38 @@ def test_windowed_attention_and_other_normalisations_are_refused() -> None:
         attribute(Masked(), x, "attention-rollout", target=0)
     with pytest.raises(UsageError, match="no block 3"):
         attribute(net("token").float(), image("token").float(), "attention", block=3)
+
+
+class Across(nn.Module):
+    """Blocks whose attention is over 12 channels of 3 heads, as XCiT's; or over 16 tokens."""
+
+    def __init__(self, channels: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.embed = nn.Conv2d(3, 36, 8, 8)
+        self.head = nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.embed(x).flatten(2).transpose(1, 2)
+        for _ in range(2):
+            heads = t.unflatten(2, (3, 12)).transpose(1, 2)  # [N, heads, tokens, 12]
+            values = heads.transpose(2, 3) if self.channels else heads
+            mixed = (values @ values.transpose(2, 3)).softmax(-1) @ values
+            mixed = mixed.transpose(2, 3) if self.channels else mixed
+            t = t + mixed.transpose(1, 2).flatten(2)
+        return self.head(t.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("method", ["attention", "attention-rollout", "gradient-rollout"])
+def test_attention_over_channels_has_no_place_and_is_refused(method: str, traced: bool) -> None:
+    x = torch.randn(1, 3, 32, 32)
+
+    def made(channels: bool) -> Any:
+        module = Across(channels).eval()
+        return torch.jit.trace(module, x) if traced else module
+
+    with pytest.raises(UsageError, match="over 12 channels, not over the image's tokens"):
+        attribute(made(True), x, method, target=0)
+    assert attribute(made(False), x, method, target=0).values.shape == (1, 4, 4)
