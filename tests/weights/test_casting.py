@@ -214,8 +214,8 @@ def test_the_columns_are_named_without_which_fewer_bits_would_do(
     columns: tuple[int, ...], kind: str, cast_: Callable[[Array], Array], dtype: str, tmp_path: Path
 ) -> None:
     tensors = with_outliers(columns)
-    x = torch.from_numpy(tensors[UP])
-    x = (x.bfloat16().float() if dtype == "BF16" else x).numpy()
+    drawn = torch.from_numpy(tensors[UP])
+    x = (drawn.bfloat16().float() if dtype == "BF16" else drawn).numpy()
     made = {n: bf16(t) for n, t in tensors.items()} if dtype == "BF16" else tensors
     path = write(tmp_path / "m.safetensors", made)
 
