@@ -68,6 +68,28 @@ def _extremes(bits, order):  # type: ignore[no-untyped-def]
     return low, high
 
 
+@kernel()
+def _extremes_bf16(codes):  # type: ignore[no-untyped-def]
+    """``_extremes`` of the floats whose upper halves these are: half as wide, and twice as fast."""
+    low = np.uint16(0xFFFF)
+    high = np.uint16(0)
+    for i in range(codes.shape[0]):
+        code = codes[i]
+        ordered = np.uint16(
+            code ^ (np.uint16(0xFFFF) if code >= np.uint16(0x8000) else np.uint16(0x8000))
+        )
+        low = min(low, ordered)
+        high = max(high, ordered)
+    return _widened(low), _widened(high)
+
+
+@kernel()
+def _widened(half):  # type: ignore[no-untyped-def]
+    """An ordered float by its upper half; the lower was zeros, which are flipped if negative."""
+    rest = np.uint32(0xFFFF) if half < np.uint16(0x8000) else np.uint32(0)
+    return np.uint32(np.uint32(half) << np.uint32(16)) | rest
+
+
 @kernel(fastmath={"reassoc", "contract"})
 def _sum(x):  # type: ignore[no-untyped-def]
     total = 0.0
@@ -260,12 +282,14 @@ def scan_codes(  # type: ignore[no-untyped-def]
         bits = x.view(np.uint32)
         if decoding == BFLOAT16:
             _decode_bf16(part, bits)
-        elif decoding == FLOAT16:
-            _decode_f16(part, bits)
-            _rebias_f16(x)
+            low, high = _extremes_bf16(part)
         else:
-            _decode_table(part, values, x)
-        low, high = _extremes(bits, ORDER32)
+            if decoding == FLOAT16:
+                _decode_f16(part, bits)
+                _rebias_f16(x)
+            else:
+                _decode_table(part, values, x)
+            low, high = _extremes(bits, ORDER32)
         if high >= ORDER32[3] or low <= ORDER32[2]:
             kept = _split_nonfinite(x, finite_all, x, counts)
             dirty[block] = True

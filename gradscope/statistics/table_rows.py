@@ -65,11 +65,12 @@ def centre_of_cluster(ref: TensorRef, hints: Iterable[int] = ()) -> Centre | Non
         return None
     sample = _sampled(ref, _sample_ids(rows, width, hints))
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.linalg.norm(sample, axis=1)
+        norms = np.sqrt(np.einsum("ij,ij->i", sample, sample))
     usable = norms < 1e15  # finite, and so are their squares
     if usable.sum() < LEAST_ROWS // 2:
         return None
-    sample = sample[usable & (norms > 0.05 * np.median(norms[usable]))]
+    usable &= norms > 0.05 * np.median(norms[usable])
+    sample = sample if usable.all() else sample[usable]
     if len(sample) < LEAST_ROWS // 2:
         return None
     return _cluster(sample)
@@ -116,12 +117,14 @@ def _sampled(ref: TensorRef, ids: Ids) -> Rows:
     """Some rows; neighbours are read together."""
     width = ref.shape[1]
     most = max(PIECE // width, 1)
-    read = [
-        read_range(ref, int(part[0]) * width, (int(part[-1]) + 1) * width)
-        for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-        for part in np.split(run, range(most, len(run), most))
-    ]
-    return _decoded(ref, np.concatenate(read)).reshape(-1, width)
+    rows = np.empty((len(ids), width), np.float32)
+    done = 0
+    for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):
+        for part in np.split(run, range(most, len(run), most)):
+            stored = read_range(ref, int(part[0]) * width, (int(part[-1]) + 1) * width)
+            rows[done : done + len(part)] = _decoded(ref, stored).reshape(-1, width)
+            done += len(part)
+    return rows
 
 
 def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> Rows:
@@ -180,7 +183,8 @@ def _square_distances(sample: Rows) -> Rows:
     signs = np.random.default_rng(0).choice(
         np.array([-1, 1], np.float32), (sample.shape[1], _PROJECTED)
     )
-    projected = (sample - sample.mean(axis=0)) @ signs / np.float32(np.sqrt(_PROJECTED))
+    projected = sample @ signs
+    projected = (projected - projected.mean(axis=0)) / np.float32(np.sqrt(_PROJECTED))
     squares = np.einsum("ij,ij->i", projected, projected)[:, None]
     ones = np.ones_like(squares)
     left, right = (
