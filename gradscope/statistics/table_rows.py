@@ -119,12 +119,21 @@ def _sampled(ref: TensorRef, ids: Ids) -> Rows:
     most = max(PIECE // width, 1)
     rows = np.empty((len(ids), width), np.float32)
     done = 0
-    for run in np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1):
-        for part in np.split(run, range(most, len(run), most)):
-            stored = read_range(ref, int(part[0]) * width, (int(part[-1]) + 1) * width)
-            rows[done : done + len(part)] = _decoded(ref, stored).reshape(-1, width)
-            done += len(part)
+    for start, stop in zip(*_runs(ids), strict=True):
+        for first in range(start, stop, most):
+            last = min(first + most, stop)
+            stored = read_range(ref, first * width, last * width)
+            rows[done : done + last - first] = _decoded(ref, stored).reshape(-1, width)
+            done += last - first
     return rows
+
+
+def _runs(ids: Ids) -> tuple[list[int], list[int]]:
+    """Where runs of consecutive ids begin, and where they have ended."""
+    breaks = np.flatnonzero(np.diff(ids) != 1)
+    starts = ids[np.concatenate([[0], breaks + 1])]
+    stops = ids[np.concatenate([breaks, [len(ids) - 1]])] + 1
+    return starts.tolist(), stops.tolist()
 
 
 def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> Rows:
