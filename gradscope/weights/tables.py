@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.tensors import TensorRef
@@ -43,7 +42,7 @@ def table_rows(
         return {}
     hints = reserved_beside(folder)
     with one_blas_thread():
-        centres = list(engine(partial(_centre, hints=hints), [ref for ref, _ in tables]))
+        centres = [_centre(ref, hints) for ref, _ in tables]
     found = {
         ref.name: _rows(ref, units, centre, engine)
         for (ref, units), centre in zip(tables, centres, strict=True)
