@@ -115,13 +115,17 @@ def _described(group: Sequence[TensorResult], wide: bool) -> list[str | Text]:
 def _identity(
     group: Sequence[TensorResult], first: TensorResult, wide: bool
 ) -> tuple[str, str, str]:
-    """Name, shape and dtype."""
+    """Name, shape, and dtype: of codes the scheme, which U8 or I32 would not tell."""
     many = f"  ×{len(group)}" if len(group) > 1 else ""
     name = shortened(pattern(first.name) if many else first.name)
     room = _NARROW_NAME - len(many)
     if not wide and len(name) > room:
         name = "…" + name[1 - room :]
-    return name + many, "×".join(map(str, first.shape)) or "scalar", first.dtype
+    return name + many, "×".join(map(str, first.shape)) or "scalar", _kind(first)
+
+
+def _kind(tensor: TensorResult) -> str:
+    return tensor.dequantized.scheme if tensor.dequantized else tensor.dtype
 
 
 def _row(
@@ -149,7 +153,7 @@ def _brief(tensors: Sequence[TensorResult]) -> list[list[TensorResult]]:
     for tensor in tensors:
         if tensor.role in MATRICES | {Role.QUANTIZED} or _score(tensor) < 100:
             band = tensor.health.status if tensor.health else ""
-            key = (pattern(tensor.name), tensor.shape, tensor.dtype, tensor.cast_plan, band)
+            key = (pattern(tensor.name), tensor.shape, _kind(tensor), tensor.cast_plan, band)
             groups.setdefault(key, []).append(tensor)
     return sorted(groups.values(), key=lambda g: (min(map(_score, g)), -sum(t.numel for t in g)))
 

@@ -121,6 +121,44 @@ def test_a_terminal_shows_what_multiplies_grouped_and_the_unhealthy_first() -> N
     )
 
 
+def test_of_headers_alone_names_shapes_dtypes_and_roles_are_shown() -> None:
+    result = report().result
+    assert result is not None
+    bare = [t.model_copy(update={"statistics": None}) for t in result.tensors[2:]]
+
+    shown = text_of(result=result.model_copy(update={"tensors": tuple(bare)}))
+
+    assert (
+        block(shown, "tensor ", "Not analysed")
+        == dedent("""\
+        tensor       shape   dtype  role
+        head.weight  8×100   BF16   linear
+        norm         100     F32    norm-gain
+        step         scalar  F32    counter
+        """).strip()
+    )
+
+
+@pytest.mark.parametrize("width", [None, 130])
+def test_codes_are_shown_by_their_scheme_and_grouped_by_it(width: int | None) -> None:
+    result = report().result
+    assert result is not None
+    mixed = tuple(
+        tensor(
+            name=f"blk.{i}.attn_v.weight",
+            dtype="U8",
+            dequantized={"scheme": f"gguf {kind}", "stored_shape": (40, 50), "scales": 4},
+        )
+        for i, kind in enumerate(("Q4_K", "Q4_K", "Q6_K"))
+    )
+
+    shown = text_of(width, result=result.model_copy(update={"tensors": mixed}))
+
+    rows = [line.split() for line in shown.splitlines() if line.startswith("blk.")]
+    kinds = ["Q4_K", "Q6_K"] if width else ["Q4_K", "Q4_K", "Q6_K"]
+    assert [row[row.index("gguf") + 1] for row in rows] == kinds
+
+
 def test_a_narrow_terminal_keeps_the_end_of_a_name_and_leaves_the_mean_out() -> None:
     shown = block(text_of(110), "tensor ", "… 2 more").splitlines()
 
