@@ -542,7 +542,7 @@ class Need(StrEnum):
     """The kinds of facts that a rule about a history can need."""
 
     NORMS = "norms"
-    RECORDS = "8 records"
+    RECORDS = "8 records of gradients"
     COMPARABLE = "comparable layers"
     DIRECTIONS = "directions"
     UPDATES = "update norms"

@@ -537,7 +537,7 @@ def test_what_was_measured_is_listed() -> None:
 
     assert set(result.measured) == {
         "norms",
-        "8 records",
+        "8 records of gradients",
         "comparable layers",
         "directions",
         "update norms",
