@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 from architectures import mobilenet_v2, resnet50
 
 from gradscope import attribute, explain
-from gradscope.attribution.perturbation import _mask
+from gradscope.attribution.formulas.perturbation import _mask
 from gradscope.models.forms import as_model
 from gradscope.models.images import open_image
 from gradscope.models.preprocessing import IMAGENET

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gradscope.attribution.attribute import attribute
     from gradscope.attribution.explain import explain
     from gradscope.attribution.internal import attribute_layer, attribute_neuron
-    from gradscope.attribution.visualize import visualize
+    from gradscope.attribution.synthesis.visualize import visualize
     from gradscope.drift.analysis import analyze_drift
     from gradscope.fingerprints.analysis import manifest, verify
     from gradscope.flow.analysis import analyze_flow
@@ -47,7 +47,7 @@ _HOMES = {
     "verify": "gradscope.fingerprints.analysis",
     "explain": "gradscope.attribution.explain",
     "read_report": "gradscope.saved",
-    "visualize": "gradscope.attribution.visualize",
+    "visualize": "gradscope.attribution.synthesis.visualize",
 }
 
 

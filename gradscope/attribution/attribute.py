@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradscope.attribution.applicable import check_applicable
 from gradscope.attribution.methods import Method, completed, method_named
-from gradscope.attribution.readings import called
 from gradscope.attribution.subject import Subject, Tick
+from gradscope.attribution.targets.readings import called
 from gradscope.errors import InputError, NotApplicableError, UsageError
 from gradscope.models.forms import as_model
 from gradscope.models.model import Model
@@ -49,7 +49,7 @@ class Attribution:
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from gradscope.attribution.notebook import attribution_html
+        from gradscope.attribution.drawing.notebook import attribution_html
 
         return attribution_html(self)
 

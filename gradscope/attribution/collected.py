@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from gradscope.attribution.evaluation.summary import summarised
 from gradscope.attribution.request import Asked, Request
 from gradscope.attribution.result import (
     Environment,
@@ -17,7 +18,6 @@ from gradscope.attribution.result import (
     ModelFacts,
     Preprocessed,
 )
-from gradscope.attribution.summary import summarised
 from gradscope.errors import NotApplicableError
 from gradscope.models.scores import Answering, Head, Scores
 from gradscope.report.model import Input

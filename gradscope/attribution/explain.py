@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradscope.attribution.boxes import read_boxes
-from gradscope.attribution.budget import Budget
 from gradscope.attribution.collected import Collected, result_of
 from gradscope.attribution.drawing.colour import COLORMAPS
 from gradscope.attribution.drawing.figure import check_figures
-from gradscope.attribution.folder import Folder
+from gradscope.attribution.drawing.folder import Folder
+from gradscope.attribution.drawing.writing import output_folder
+from gradscope.attribution.evaluation.boxes import read_boxes
+from gradscope.attribution.evaluation.budget import Budget
 from gradscope.attribution.picture import Progress, explain_picture
-from gradscope.attribution.readings import Wanted
 from gradscope.attribution.request import asked, request
 from gradscope.attribution.result import ExplainReport, ExplainResult
 from gradscope.attribution.subject import Tick
-from gradscope.attribution.writing import output_folder
+from gradscope.attribution.targets.readings import Wanted
 from gradscope.errors import InputError, UsageError
 from gradscope.models.images import find_images
 from gradscope.models.labels import Labels

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradscope.attribution.attribute import prepared
-from gradscope.attribution.gradients import added_up
-from gradscope.attribution.references import references
+from gradscope.attribution.formulas.gradients import added_up
+from gradscope.attribution.formulas.references import references
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 from gradscope.models.forms import as_model

@@ -85,7 +85,7 @@ _RELU = {"relu": Option(False, "cut off negative values, as in the paper's last 
 
 def _home(module: str, name: str) -> str:
     function = name.replace("++", "_plus_plus").replace("-", "_")
-    return f"gradscope.attribution.{module}:{function}"
+    return f"gradscope.attribution.formulas.{module}:{function}"
 
 
 def _input(name: str, summary: str, reference: str, module: str, **more: Any) -> Method:

@@ -14,11 +14,10 @@ from torch import Tensor
 from gradscope.attribution.applicable import check_applicable
 from gradscope.attribution.attribute import attributed
 from gradscope.attribution.collected import Collected
-from gradscope.attribution.evaluation import evaluate
-from gradscope.attribution.localisation import located, region_in
+from gradscope.attribution.evaluation.localisation import located, region_in
+from gradscope.attribution.evaluation.measured import evaluate
 from gradscope.attribution.maps import Map
 from gradscope.attribution.methods import Method
-from gradscope.attribution.readings import Read, read_for
 from gradscope.attribution.request import Asked, Request
 from gradscope.attribution.result import (
     Diagnostics,
@@ -29,7 +28,8 @@ from gradscope.attribution.result import (
     Target,
 )
 from gradscope.attribution.subject import Subject, Tick
-from gradscope.attribution.targets import predictions, targets
+from gradscope.attribution.targets.classes import predictions, targets
+from gradscope.attribution.targets.readings import Read, read_for
 from gradscope.errors import InputError, NotApplicableError, UsageError
 from gradscope.models.images import Picture, open_image
 from gradscope.models.labels import Labels

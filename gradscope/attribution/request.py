@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradscope.attribution.aim import parse_aim
-from gradscope.attribution.boxes import Boxes
-from gradscope.attribution.budget import Budget
-from gradscope.attribution.folder import Folder
+from gradscope.attribution.drawing.folder import Folder
+from gradscope.attribution.evaluation.boxes import Boxes
+from gradscope.attribution.evaluation.budget import Budget
+from gradscope.attribution.formulas.references import NAMES
 from gradscope.attribution.methods import Method, completed, method_named
-from gradscope.attribution.readings import Wanted
-from gradscope.attribution.references import NAMES
+from gradscope.attribution.targets.aim import parse_aim
+from gradscope.attribution.targets.readings import Wanted
 from gradscope.errors import UsageError
 from gradscope.models.images import open_image
 from gradscope.models.labels import RANKED

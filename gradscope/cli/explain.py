@@ -111,7 +111,7 @@ class Target:
     @property
     def wanted(self) -> dict[str, Any]:
         """As the Python API takes it. Raises UsageError before anything heavy is imported."""
-        from gradscope.attribution.aim import parse_aim
+        from gradscope.attribution.targets.aim import parse_aim
 
         parse_aim(self.target)
         return vars(self)

@@ -79,7 +79,7 @@ def visualize(
     use_threads(jobs)
     bar = progress_bar("synthesising", wanted=output.progress, of="share")
     with without_prints(), bar as tick:
-        from gradscope.attribution.visualize import visualize as synthesised
+        from gradscope.attribution.synthesis.visualize import visualize as synthesised
 
         report = synthesised(
             model.model,

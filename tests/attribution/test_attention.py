@@ -11,7 +11,7 @@ from architectures import vit_registers, vit_small
 from torch import Tensor, nn
 
 from gradscope import attribute
-from gradscope.attribution.attention import rollout, without_least
+from gradscope.attribution.formulas.attention import rollout, without_least
 from gradscope.errors import UsageError
 from gradscope.models.attention_weights import attentions
 from gradscope.models.forms import as_model

@@ -11,8 +11,8 @@ from architectures import vit_small
 from torch import Tensor, nn
 
 from gradscope import attribute
+from gradscope.attribution.formulas.perturbation import _mask
 from gradscope.attribution.methods import methods
-from gradscope.attribution.perturbation import _mask
 from gradscope.errors import InputError, UsageError
 
 from .oracles import oracle

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from gradscope.attribution.blur import gaussian_blur
+from gradscope.attribution.formulas.blur import gaussian_blur
 
 
 @pytest.mark.parametrize("sigma", [1.0, 2.0])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradscope.attribution.boxes import Boxes, read_boxes
+from gradscope.attribution.evaluation.boxes import Boxes, read_boxes
 from gradscope.errors import InputError
 
 VOC = """<annotation><filename>cat.jpg</filename><size><width>{w}</width><height>8</height></size>

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 
-from gradscope.attribution.curves import (
+from gradscope.attribution.evaluation.curves import (
     Canvas,
     _settled,
     areas,

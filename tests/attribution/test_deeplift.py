@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from gradscope import attribute
-from gradscope.attribution.gradients import _placed
+from gradscope.attribution.formulas.gradients import _placed
 from gradscope.errors import UsageError
 
 from .forms import FORMS, Rectifiers, images, model, saved

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradscope.attribution.diversity import Diverse, cosine, gram
+from gradscope.attribution.synthesis.diversity import Diverse, cosine, gram
 
 
 def maps(seed: int) -> Tensor:

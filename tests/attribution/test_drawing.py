@@ -17,6 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 from gradscope.attribution.drawing.colour import COLORMAPS, coloured
 from gradscope.attribution.drawing.figure import check_figures, figure
+from gradscope.attribution.drawing.folder import _smoothed
 from gradscope.attribution.drawing.overlay import (
     bounds,
     heatmap,
@@ -27,7 +28,6 @@ from gradscope.attribution.drawing.overlay import (
 )
 from gradscope.attribution.drawing.preview import preview
 from gradscope.attribution.drawing.sheet import Panel, sheet
-from gradscope.attribution.folder import _smoothed
 from gradscope.errors import UsageError
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import gradscope
-from gradscope.attribution.evaluation import JUDGED
+from gradscope.attribution.evaluation.measured import JUDGED
 from gradscope.errors import UsageError
 from gradscope.report.model import as_json
 
@@ -174,7 +174,9 @@ def test_repetitions_are_made_with_a_quarter_of_the_effort(photo: Path) -> None:
 
 def test_what_a_budget_leaves_out_is_said(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr("gradscope.attribution.budget.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(
+        "gradscope.attribution.evaluation.budget.time.monotonic", lambda: next(clock)
+    )
 
     report = explained(
         photo, method=["gradcam", "saliency"], evaluated=True, budget=3.5, fail_on="never"

@@ -116,7 +116,7 @@ def test_files_hold_the_raw_signed_values_in_input_geometry(photo: Path, tmp_pat
 def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradscope.attribution.folder._MOST_PIXELS", 1 << 14)
+    monkeypatch.setattr("gradscope.attribution.drawing.folder._MOST_PIXELS", 1 << 14)
     pixels = np.zeros((200, 240, 3), np.uint8)
     pixels[:100, :120] = 200
     Image.fromarray(pixels).save(tmp_path / "huge.png")
@@ -133,7 +133,7 @@ def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(
 def test_a_picture_just_small_enough_is_drawn_at_its_own_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradscope.attribution.folder._MOST_PIXELS", 40 * 50)
+    monkeypatch.setattr("gradscope.attribution.drawing.folder._MOST_PIXELS", 40 * 50)
     Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "small.png")
 
     report = explained(tmp_path / "small.png", method="occlusion", output=tmp_path / "out")

@@ -8,7 +8,7 @@ import torch
 from scipy import sparse
 from scipy.sparse.linalg import spsolve
 
-from gradscope.attribution.imputation import imputed
+from gradscope.attribution.evaluation.imputation import imputed
 
 WEIGHTS = {(0, 1): 1 / 6, (1, 0): 1 / 6, (1, 1): 1 / 12, (1, -1): 1 / 12}
 WEIGHTS |= {(-down, -across): weight for (down, across), weight in WEIGHTS.items()}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gradscope
-from gradscope.attribution.localisation import located
+from gradscope.attribution.evaluation.localisation import located
 
 from .networks import scenes, trained
 from .test_evaluation import PLAIN, saved

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradscope import attribute
-from gradscope.attribution import perturbation
+from gradscope.attribution.formulas import perturbation
 from gradscope.models.windows import Windowed
 
 from .forms import FORMS, images, model, saved

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from gradscope import attribute
-from gradscope.attribution import cams
+from gradscope.attribution.formulas import cams
 
 from .forms import Rectifiers, images, model
 from .oracles import oracle

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradscope.attribution.priors import PRIORS, Size, frequencies, natural, pixels
+from gradscope.attribution.synthesis.priors import PRIORS, Size, frequencies, natural, pixels
 
 FOURIER, MACO = PRIORS["fourier"], PRIORS["maco"]
 #: lucid/optvis/param/color.py: the root of the covariance, divided by a column's greatest norm.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import gradscope
-from gradscope.attribution.aim import parse_aim
 from gradscope.attribution.result import Explanation
+from gradscope.attribution.targets.aim import parse_aim
 from gradscope.errors import NotApplicableError, UsageError
 
 PREPROCESS = "image_mean=0.5/0.5/0.5,image_std=0.25/0.25/0.25,size=16x24"

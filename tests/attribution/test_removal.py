@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from gradscope.attribution.removal import faithfulness_correlation, infidelity, removals
+from gradscope.attribution.evaluation.removal import faithfulness_correlation, infidelity, removals
 from gradscope.attribution.subject import Subject
 from gradscope.models.forms import as_model
 

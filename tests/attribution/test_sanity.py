@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradscope.attribution.result import Randomised
-from gradscope.attribution.sanity import (
+from gradscope.attribution.evaluation.sanity import (
     Others,
     cascade,
     compared,
@@ -19,6 +18,7 @@ from gradscope.attribution.sanity import (
     other_pictures,
     similarity,
 )
+from gradscope.attribution.result import Randomised
 
 
 def trained() -> nn.Sequential:

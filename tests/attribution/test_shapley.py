@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope import attribute
-from gradscope.attribution.superpixels import superpixels
+from gradscope.attribution.formulas.superpixels import superpixels
 from gradscope.errors import UsageError
 
 from .forms import images, model

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from gradscope.attribution.similarity import (
+from gradscope.attribution.evaluation.similarity import (
     agreement,
     complexity,
     concentration,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from gradscope.attribution.summary import student, summarised
+from gradscope.attribution.evaluation.summary import student, summarised
 
 from .test_rules import result
 

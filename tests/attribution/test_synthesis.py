@@ -12,10 +12,10 @@ from make import digits_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gradscope.attribution.diversity import Diverse, cosine
-from gradscope.attribution.priors import PRIORS, Size
-from gradscope.attribution.synthesis import Objective, Synthesis, synthesise
-from gradscope.attribution.views import seen, stages
+from gradscope.attribution.synthesis.ascent import Objective, Synthesis, synthesise
+from gradscope.attribution.synthesis.diversity import Diverse, cosine
+from gradscope.attribution.synthesis.priors import PRIORS, Size
+from gradscope.attribution.synthesis.views import seen, stages
 from gradscope.errors import UsageError
 
 DIGITS = Path(__file__).parents[2] / "fixtures" / "digits.safetensors"

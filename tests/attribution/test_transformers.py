@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from gradscope import attribute
-from gradscope.attribution import sharing
-from gradscope.attribution.transformers import _balanced
+from gradscope.attribution.formulas import sharing
+from gradscope.attribution.formulas.transformers import _balanced
 from gradscope.errors import UsageError
 from gradscope.models.forms import as_model
 from gradscope.models.tape import record

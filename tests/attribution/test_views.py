@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradscope.attribution.views import Area, Stage, seen, smaller, stages, view
+from gradscope.attribution.synthesis.views import Area, Stage, seen, smaller, stages, view
 
 SHARP = Stage(1.0, (512, 512), (224, 224), (0.35, 0.57))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gradscope.attribution.writing import output_folder, save_png
+from gradscope.attribution.drawing.writing import output_folder, save_png
 from gradscope.errors import OutputError, UsageError
 
 

@@ -244,7 +244,7 @@ WORK = {
     "rules": "gradscope.report.rules.load_rules",
     "methods": "gradscope.attribution.methods.methods",
     "layers good.jit": "gradscope.models.vision.open_vision",
-    "visualize good.jit --target 0": "gradscope.attribution.visualize.visualize",
+    "visualize good.jit --target 0": "gradscope.attribution.synthesis.visualize.visualize",
 }
 
 

@@ -28,9 +28,9 @@ from forms import images, model  # noqa: E402
 
 import gradscope  # noqa: E402
 from gradscope.attribution.methods import methods  # noqa: E402
-from gradscope.attribution.priors import PRIORS  # noqa: E402
-from gradscope.attribution.synthesis import Objective, synthesise  # noqa: E402
-from gradscope.attribution.views import stages  # noqa: E402
+from gradscope.attribution.synthesis.ascent import Objective, synthesise  # noqa: E402
+from gradscope.attribution.synthesis.priors import PRIORS  # noqa: E402
+from gradscope.attribution.synthesis.views import stages  # noqa: E402
 
 FEW: dict[str, dict[str, Any]] = {
     "rise": {"masks": 6},

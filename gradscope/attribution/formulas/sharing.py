@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradscope.attribution.operators import Kind
-from gradscope.attribution.relevance import stabilised
+from gradscope.attribution.formulas.operators import Kind
+from gradscope.attribution.formulas.relevance import stabilised
 from gradscope.models.tape import Step
 
 #: The relevance of each tensor taken, and that of constants.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradscope.attribution.gradients import Result
-from gradscope.attribution.operators import Kind, is_layer, kind, moves
-from gradscope.attribution.relevance import Rule, foldable, layer_of
-from gradscope.attribution.sharing import SHARING, Shares, Sharing, arriving
+from gradscope.attribution.formulas.gradients import Result
+from gradscope.attribution.formulas.operators import Kind, is_layer, kind, moves
+from gradscope.attribution.formulas.relevance import Rule, foldable, layer_of
+from gradscope.attribution.formulas.sharing import SHARING, Shares, Sharing, arriving
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError
 from gradscope.models.tape import Step, Tape, record

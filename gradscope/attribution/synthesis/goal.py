@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gradscope.attribution.result import Prediction
-from gradscope.attribution.targets import predictions
-from gradscope.attribution.views import Area
+from gradscope.attribution.synthesis.views import Area
+from gradscope.attribution.targets.classes import predictions
 from gradscope.errors import UsageError
 from gradscope.models.labels import Ranked, parse_target
 from gradscope.models.layout import Layout, layout_of

@@ -13,7 +13,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gradscope.attribution.gradients import Result
+from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError, UsageError
 from gradscope.models.attention_weights import attentions

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gradscope.attribution.guided import Rectifiers
-from gradscope.attribution.priors import PRIORS, Prior, Size, pixels
+from gradscope.attribution.formulas.guided import Rectifiers
 from gradscope.attribution.subject import Tick
-from gradscope.attribution.views import Stage, seen, view
+from gradscope.attribution.synthesis.priors import PRIORS, Prior, Size, pixels
+from gradscope.attribution.synthesis.views import Stage, seen, view
 from gradscope.errors import UsageError
 
 #: First steps, in which gradients may pass rectifiers that are off.

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gradscope.attribution.diversity import Diverse, cosine
 from gradscope.attribution.drawing.colour import Pixels
-from gradscope.attribution.goal import Goal
-from gradscope.attribution.priors import PRIORS, Prior
+from gradscope.attribution.drawing.writing import output_folder, save_png
 from gradscope.attribution.result import (
     Environment,
     Prediction,
@@ -26,9 +24,11 @@ from gradscope.attribution.result import (
     VisualizeResult,
 )
 from gradscope.attribution.subject import Tick
-from gradscope.attribution.synthesis import Synthesis, synthesise
-from gradscope.attribution.views import Area, smaller, stages
-from gradscope.attribution.writing import output_folder, save_png
+from gradscope.attribution.synthesis.ascent import Synthesis, synthesise
+from gradscope.attribution.synthesis.diversity import Diverse, cosine
+from gradscope.attribution.synthesis.goal import Goal
+from gradscope.attribution.synthesis.priors import PRIORS, Prior
+from gradscope.attribution.synthesis.views import Area, smaller, stages
 from gradscope.errors import InputError, UsageError
 from gradscope.files import write_whole
 from gradscope.models.labels import Labels

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gradscope.attribution.cams import rectified, weighted
-from gradscope.attribution.gradients import Result
+from gradscope.attribution.formulas.cams import rectified, weighted
+from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Answer, Points, Subject
 from gradscope.errors import UsageError
 from gradscope.models.model import Tap

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from gradscope.attribution.gradients import Result
+from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Points, Subject
 from gradscope.errors import UsageError
 from gradscope.models.quick import same_answers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradscope.attribution.blur import gaussian_blur
+from gradscope.attribution.formulas.blur import gaussian_blur
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.attribution.similarity import Doubles, flattened, pearson
+from gradscope.attribution.evaluation.similarity import Doubles, flattened, pearson
 from gradscope.attribution.subject import Subject
 
 _REMOVALS = 24

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.attribution.boxes import Annotated, Boxes, Object, Region, region_of
+from gradscope.attribution.evaluation.boxes import Annotated, Boxes, Object, Region, region_of
+from gradscope.attribution.evaluation.similarity import flattened
 from gradscope.attribution.result import Localisation, Target
-from gradscope.attribution.similarity import flattened
 from gradscope.models.geometry import Geometry
 from gradscope.models.images import Picture
 from gradscope.models.labels import Labels

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.attribution import curves, sanity
-from gradscope.attribution.maps import Map
-from gradscope.attribution.removal import (
+from gradscope.attribution.evaluation import curves, sanity
+from gradscope.attribution.evaluation.removal import (
     Removals,
     faithfulness_correlation,
     infidelity,
     removals,
 )
+from gradscope.attribution.evaluation.similarity import Doubles, agreement, sparseness
+from gradscope.attribution.maps import Map
 from gradscope.attribution.result import Randomised
-from gradscope.attribution.similarity import Doubles, agreement, sparseness
 from gradscope.attribution.subject import Tick
 
 #: What a measurement found of each map, in their order.

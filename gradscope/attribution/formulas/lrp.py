@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gradscope.attribution.gradients import Result
-from gradscope.attribution.operators import Kind
-from gradscope.attribution.propagation import Composite, propagated
-from gradscope.attribution.references import pixel_range
-from gradscope.attribution.relevance import (
+from gradscope.attribution.formulas.gradients import Result
+from gradscope.attribution.formulas.operators import Kind
+from gradscope.attribution.formulas.propagation import Composite, propagated
+from gradscope.attribution.formulas.references import pixel_range
+from gradscope.attribution.formulas.relevance import (
     Rule,
     alpha_beta_rule,
     box_rule,
@@ -21,7 +21,7 @@ from gradscope.attribution.relevance import (
     flat_rule,
     gamma_rule,
 )
-from gradscope.attribution.sharing import Shares
+from gradscope.attribution.formulas.sharing import Shares
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError, UsageError
 

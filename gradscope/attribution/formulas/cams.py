@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradscope.attribution.gradients import Result
+from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 from gradscope.models.probe import run

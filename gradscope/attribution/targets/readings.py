@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradscope.attribution.aim import Aim, parse_aim
-from gradscope.attribution.detections import box_reading
-from gradscope.attribution.texts import read_texts
+from gradscope.attribution.targets.aim import Aim, parse_aim
+from gradscope.attribution.targets.detections import box_reading
+from gradscope.attribution.targets.texts import read_texts
 from gradscope.errors import UsageError
 from gradscope.models.geometry import Geometry
 from gradscope.models.images import open_image

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gradscope.attribution.gradients import Result
-from gradscope.attribution.references import references
+from gradscope.attribution.formulas.gradients import Result
+from gradscope.attribution.formulas.references import references
+from gradscope.attribution.formulas.superpixels import superpixels
 from gradscope.attribution.subject import Subject
-from gradscope.attribution.superpixels import superpixels
 from gradscope.errors import UsageError
 
 

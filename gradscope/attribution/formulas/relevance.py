@@ -14,7 +14,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gradscope.attribution.operators import BATCH_NORMS, CONVOLUTIONS, is_layer
+from gradscope.attribution.formulas.operators import BATCH_NORMS, CONVOLUTIONS, is_layer
 from gradscope.models.tape import Step
 
 _aten = torch.ops.aten

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.attribution.blur import gaussian_blur
-from gradscope.attribution.imputation import imputed
+from gradscope.attribution.evaluation.imputation import imputed
+from gradscope.attribution.evaluation.similarity import Doubles, flattened
+from gradscope.attribution.evaluation.summary import student
+from gradscope.attribution.formulas.blur import gaussian_blur
 from gradscope.attribution.result import Control
-from gradscope.attribution.similarity import Doubles, flattened
 from gradscope.attribution.subject import Points, Subject
-from gradscope.attribution.summary import student
 
 _STEPS = 5
 #: Random orders of equal pixels.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradscope.attribution.cams import gradcam_parts
-from gradscope.attribution.gradients import Result
+from gradscope.attribution.formulas.cams import gradcam_parts
+from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradscope.attribution.gradients import Result, added_up
-from gradscope.attribution.operators import Kind, kind
-from gradscope.attribution.propagation import beginning, slopes
-from gradscope.attribution.references import references
-from gradscope.attribution.sharing import arriving, normed
+from gradscope.attribution.formulas.gradients import Result, added_up
+from gradscope.attribution.formulas.operators import Kind, kind
+from gradscope.attribution.formulas.propagation import beginning, slopes
+from gradscope.attribution.formulas.references import references
+from gradscope.attribution.formulas.sharing import arriving, normed
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError
 from gradscope.models.tape import Step, Tape, record

@@ -8,13 +8,19 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gradscope.attribution.attention import one_map, stacked
-from gradscope.attribution.gradients import Result
-from gradscope.attribution.lrp import SMALL
-from gradscope.attribution.operators import Kind
-from gradscope.attribution.propagation import Composite, Relevance, beginning, propagated, slopes
-from gradscope.attribution.relevance import Rule, alpha_beta_rule, epsilon_rule, gamma_rule
-from gradscope.attribution.sharing import Shares, arriving, contributed, passed
+from gradscope.attribution.formulas.attention import one_map, stacked
+from gradscope.attribution.formulas.gradients import Result
+from gradscope.attribution.formulas.lrp import SMALL
+from gradscope.attribution.formulas.operators import Kind
+from gradscope.attribution.formulas.propagation import (
+    Composite,
+    Relevance,
+    beginning,
+    propagated,
+    slopes,
+)
+from gradscope.attribution.formulas.relevance import Rule, alpha_beta_rule, epsilon_rule, gamma_rule
+from gradscope.attribution.formulas.sharing import Shares, arriving, contributed, passed
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError, UsageError
 from gradscope.models.attention_weights import is_attention

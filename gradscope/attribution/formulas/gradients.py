@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradscope.attribution.adaptive import mean_gradient
-from gradscope.attribution.references import references
+from gradscope.attribution.formulas.adaptive import mean_gradient
+from gradscope.attribution.formulas.references import references
 from gradscope.attribution.subject import Subject
 from gradscope.errors import UsageError
 

@@ -1,0 +1,1 @@
+"""What maps are worth: a module for each measure, and ``measured``, which asks for them all."""

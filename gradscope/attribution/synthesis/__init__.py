@@ -1,0 +1,1 @@
+"""``visualize``: pictures that are made to maximise a score."""
