@@ -21,6 +21,8 @@ _BESIDE = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*|evaluations)"
     r"(_\d+)?\.(bin|pt|pth|npz)"
 )
+#: What says where the tensors of a distributed checkpoint lie, and the files they lie in.
+DCP_METADATA, _DCP_FILE = ".metadata", ".distcp"
 _OPTIMIZER = re.compile(r"optimizer(_\d+)?\.(bin|pt|pth)")
 
 
@@ -43,6 +45,12 @@ class Choice:
     failures: tuple[Failure, ...] = ()
     #: Whether every name gets its part's prefix, or only where parts share names.
     prefixed: bool = False
+
+
+def is_dcp(names: Iterable[str]) -> bool:
+    """Whether a folder that holds these names is a distributed checkpoint."""
+    held = list(names)
+    return DCP_METADATA in held and any(name.endswith(_DCP_FILE) for name in held)
 
 
 def names_in(folder: str, folders: bool = False) -> list[str]:

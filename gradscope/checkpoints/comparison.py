@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gradscope.checkpoints.index import Index, placed
+from gradscope.checkpoints.prefixes import shared_prefix
 from gradscope.checkpoints.shards import Shard
-from gradscope.checkpoints.statedict import shared_prefix
 from gradscope.checkpoints.tensors import Problem, Skipped
 from gradscope.text import listed, plural, quoted
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from gradscope.checkpoints.choice import DCP_METADATA
 from gradscope.checkpoints.statedict import Aside, choose_tensors
 from gradscope.checkpoints.tensors import Checkpoint, Failure, Skipped, TensorRef
 from gradscope.checkpoints.tensors import Part as PartOf
@@ -32,16 +33,9 @@ from gradscope.containers.zip import read_archive
 from gradscope.errors import InputError, UsageError
 from gradscope.text import plural, quoted
 
-METADATA = ".metadata"
-SUFFIX = ".distcp"
 _MOST_PAIRS = 1 << 16
 
 Offsets = tuple[int, ...]
-
-
-def is_dcp(names: list[str]) -> bool:
-    """Whether a folder that holds these names is a distributed checkpoint."""
-    return METADATA in names and any(name.endswith(SUFFIX) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +94,11 @@ def read_dcp(folder: str, key: str | None = None) -> Checkpoint:
 
     Raises InputError when ``.metadata`` cannot be read, UsageError when there is no such ``key``.
     """
-    path = os.path.join(folder, METADATA)
+    path = os.path.join(folder, DCP_METADATA)
     found = _Found(folder, Contents(folder, "dcp"), {path: stamp(path)})
     try:
         with open(path, "rb") as file:
-            pickled = read_torch_pickle(file, path, METADATA, end=found.stamps[path][0])
+            pickled = read_torch_pickle(file, path, DCP_METADATA, end=found.stamps[path][0])
         _read(found, pickled, key)
     except (InputError, UsageError):
         raise

@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 
 from gradscope.checkpoints.bundles import zero_to_fp32
-from gradscope.checkpoints.choice import candidates, is_index_name, names_in
-from gradscope.checkpoints.dcp import is_dcp
+from gradscope.checkpoints.choice import candidates, is_dcp, is_index_name, names_in
 from gradscope.checkpoints.foreign import is_stable_baselines, refuse_folder, unzip_policy
 from gradscope.containers.beginning import Beginning
 from gradscope.errors import InputError

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: Where a checkpoint's metadata have the block type of each tensor by name.
+BLOCKS_KEY = "gguf.blocks"
 #: By number: those whose elements lie one after the other, in our spelling.
 PLAIN = {
     0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
-from gradscope.checkpoints.ggml_types import BLOCKS, PLAIN, BlockType
+from gradscope.checkpoints.ggml_types import BLOCKS, BLOCKS_KEY, PLAIN, BlockType
 from gradscope.checkpoints.safetensors import FETCH_AGAIN
 from gradscope.checkpoints.tensors import (
     DTYPE_BITS,
@@ -33,8 +33,8 @@ from gradscope.text import quoted
 from gradscope.text import size as size_of
 
 MAGIC = b"GGUF"
-#: Where a checkpoint's metadata have the block type of each tensor by name, and the architecture.
-BLOCKS_KEY, ARCHITECTURE_KEY = "gguf.blocks", "general.architecture"
+#: Where a checkpoint's metadata have the architecture.
+ARCHITECTURE_KEY = "general.architecture"
 _VERSIONS = (2, 3)
 #: Scalars by the number of their type; 8 is a string, 9 an array.
 _SCALARS = {

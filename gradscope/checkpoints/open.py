@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 
-from gradscope.checkpoints.dcp import read_dcp
 from gradscope.checkpoints.documents import with_documents
 from gradscope.checkpoints.sharded import read_folder
 from gradscope.checkpoints.sniff import DCP, FOLDER, sniff
@@ -32,6 +31,8 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
     if found == FOLDER:
         return read_folder(path, lambda file: _read_one(file, key))
     if found == DCP:
+        from gradscope.checkpoints.dcp import read_dcp
+
         return with_documents(read_dcp(path, key), path)
     row = find(found)
     if row.kind == "set":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gradscope.checkpoints.choice import holds_checkpoints, names_in
-from gradscope.checkpoints.dcp import is_dcp
+from gradscope.checkpoints.choice import holds_checkpoints, is_dcp, names_in
 from gradscope.checkpoints.foreign import refusal, refuse_empty, refuse_folder, refuse_part
 from gradscope.checkpoints.foreign_folders import refuse_parts
 from gradscope.containers.beginning import Beginning

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from gradscope.checkpoints.prefixes import shared_prefix
 from gradscope.checkpoints.tensors import Part, Skipped
 from gradscope.checkpoints.torch_pickle import TensorRecord
 from gradscope.checkpoints.training import (
@@ -37,7 +38,6 @@ KNOWN_NAMES = (
     *WRAPPERS, "params", "net", "network", "generator", "weights", "model_weights",
     "params_ema", "ema", "ema_state_dict", "model_ema", "state_dict_ema", "g_ema",
 )  # fmt: skip
-SHARED_PREFIXES = ("module.", "_orig_mod.")
 _MAX_DEPTH = 64
 _MAX_SCALARS = 100
 _MAX_LISTED = 12
@@ -368,15 +368,3 @@ def below(prefix: str, versions: Mapping[str, int]) -> dict[str, int]:
         for name, version in versions.items()
         if f"{name}.".startswith(prefix)
     }
-
-
-def shared_prefix(names: Sequence[str]) -> str:
-    """What wrappers put before all of some names (DDP, torch.compile), perhaps several of them."""
-    found = ""
-    while prefix := next((p for p in SHARED_PREFIXES if _all_start(names, found + p)), None):
-        found += prefix
-    return found
-
-
-def _all_start(names: Sequence[str], prefix: str) -> bool:
-    return bool(names) and all(n.startswith(prefix) and len(n) > len(prefix) for n in names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +82,7 @@ def _facts(book: TensorRef, first: int) -> tuple[Values, Values, npt.NDArray[np.
     codes, width = book.shape
     stop = min(first + max(PIECE // width, 1), codes)
     stored = read_range(book, first * width, stop * width)
-    values = _decoded(book, stored).reshape(-1, width)
+    values = codings.decoded(book.dtype, stored).reshape(-1, width)
     norms = np.sqrt(np.einsum("ij,ij->i", values, values))
     return norms, np.abs(values).max(axis=1), hashes_of(stored.reshape(-1, width))
 
@@ -100,10 +99,4 @@ def _untouched(norms: Values, peaks: Values, width: int) -> npt.NDArray[np.bool_
 
 
 def _read(ref: TensorRef, start: int, stop: int) -> Values:
-    return _decoded(ref, read_range(ref, start, stop))
-
-
-def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> Values:
-    if ref.dtype in codings.CODED:
-        return np.asarray(codings.code_values(ref.dtype)[stored])
-    return np.asarray(stored, np.float64)
+    return codings.decoded(ref.dtype, read_range(ref, start, stop))

@@ -47,6 +47,16 @@ def greatest_finite(dtype: str) -> float:
     return float(values[np.isfinite(values)].max())
 
 
+def decoded(dtype: str, stored: npt.NDArray[Any]) -> Values:
+    """The float64 value of each stored element; of complex ones the magnitude."""
+    if dtype in COMPLEX:
+        stored = magnitude(stored)
+    if dtype in CODED:
+        return np.asarray(code_values(dtype)[stored])
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return np.asarray(stored, np.float64)
+
+
 def magnitude(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The magnitudes of complex elements, in the type of their parts."""
     with np.errstate(over="ignore", invalid="ignore"):  # beyond the type's range, signalling NaNs

@@ -79,7 +79,7 @@ def _distribution(whole: Tally) -> Distribution | None:
         return found
     if found.mad >= abs(found.median) / 16 and not extremes.among_subnormals(whole, found):
         return found
-    values = _decoded(whole.ref, read_range(whole.ref, 0, whole.ref.numel))
+    values = codings.decoded(whole.ref.dtype, read_range(whole.ref, 0, whole.ref.numel))
     return Distribution(*np.unique(values[np.isfinite(values)], return_counts=True))
 
 
@@ -135,7 +135,7 @@ def _numerics(whole: Tally, statistics: Statistics) -> Numerics:
     headroom = math.log2(greatest) - math.log2(peak) if peak else None
     if whole.kind not in codings.CODED or whole.table is None:
         return Numerics(headroom, None, whole.payload(), None)
-    at_limit = whole.table.total(np.abs(codings.code_values(whole.kind)) == greatest)
+    at_limit = whole.counted(np.abs(whole.code_values) == greatest)
     return Numerics(headroom, at_limit / statistics.count, None, len(whole.table.codes))
 
 
@@ -159,29 +159,38 @@ def _farthest(whole: Tally, median: float, scale: float) -> tuple[Element, ...]:
     limit = np.partition(reach, -LISTED)[-LISTED] if len(reach) > LISTED else -1.0
     blocks = np.flatnonzero(reach > limit)
     ties = np.flatnonzero(reach == limit)[: LISTED - len(blocks)]
-    flat, values = _read_blocks(whole.ref, np.sort(np.concatenate([blocks, ties])))
-    finite = np.isfinite(values)
-    distance = np.where(finite, np.abs(np.where(finite, values, median) - median), -1.0)
-    if limit < 0 and len(distance) > LISTED:
-        limit = np.partition(distance, -LISTED)[-LISTED]
     # Each of the blocks has an element at its reach, so none of the farthest is nearer than limit.
-    candidates = np.flatnonzero(finite & (distance >= limit))
+    found = [
+        _beyond(whole.ref, int(block), median, max(limit, 0.0))
+        for block in np.sort(np.concatenate([blocks, ties]))
+    ]
+    flat, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    distance = np.abs(values - median)
+    nearest = np.partition(distance, -LISTED)[-LISTED] if len(distance) > LISTED else 0.0
+    candidates = np.flatnonzero(distance >= nearest)
     order = candidates[np.argsort(-distance[candidates], kind="stable")[:LISTED]]
     return tuple(
-        Element(
-            _index(whole.ref, flat[i]), float(values[i]), float(abs(values[i] - median) / scale)
-        )
+        Element(_index(whole.ref, flat[i]), float(values[i]), float(distance[i] / scale))
         for i in order
     )
+
+
+def _beyond(ref: TensorRef, block: int, median: float, limit: float) -> tuple[Any, Any]:
+    """Flat indices and values of a block's finite elements at least so far from the median."""
+    values = _block(ref, block)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        far = np.abs(values - median) >= limit
+    at = np.flatnonzero(far & np.isfinite(values))
+    return at + block * BLOCK, values[at]
 
 
 def _nonfinite(whole: Tally) -> tuple[Element, ...]:
     """The first elements that are NaN or infinite."""
     found: list[Element] = []
     for block in whole.dirty_blocks():
-        flat, values = _read_blocks(whole.ref, np.array([block]))
+        values = _block(whole.ref, int(block))
         bad = np.flatnonzero(~np.isfinite(values))[: LISTED - len(found)]
-        found += [Element(_index(whole.ref, flat[i]), float(values[i])) for i in bad]
+        found += [Element(_index(whole.ref, block * BLOCK + i), float(values[i])) for i in bad]
         if len(found) == LISTED:
             break
     return tuple(found)
@@ -192,25 +201,14 @@ def _infinity(whole: Tally, statistics: Statistics) -> Design | None:
     ref = whole.ref
     if statistics.nan_count or not statistics.posinf_count + statistics.neginf_count:
         return None
-    read = lambda start, stop: _decoded(ref, read_range(ref, start, stop))  # noqa: E731
+    read = lambda start, stop: codings.decoded(ref.dtype, read_range(ref, start, stop))  # noqa: E731
     return design_of_infinity(ref.shape, read, PIECE)
 
 
-def _read_blocks(ref: TensorRef, blocks: npt.NDArray[Any]) -> tuple[Any, Any]:
-    """Flat indices and float64 values of some blocks, in order."""
-    starts = [int(b) * BLOCK for b in blocks]
-    flat = [np.arange(s, min(s + BLOCK, ref.numel)) for s in starts]
-    values = [_decoded(ref, read_range(ref, s, min(s + BLOCK, ref.numel))) for s in starts]
-    return np.concatenate(flat), np.concatenate(values)
-
-
-def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    if ref.dtype in codings.COMPLEX:
-        stored = codings.magnitude(stored)
-    if ref.dtype in codings.CODED:
-        return np.asarray(codings.code_values(ref.dtype)[stored])
-    with np.errstate(invalid="ignore"):  # signalling NaNs
-        return np.asarray(stored, np.float64)
+def _block(ref: TensorRef, block: int) -> npt.NDArray[np.float64]:
+    """The values of one block."""
+    start = block * BLOCK
+    return codings.decoded(ref.dtype, read_range(ref, start, min(start + BLOCK, ref.numel)))
 
 
 def _index(ref: TensorRef, flat: int) -> tuple[int, ...]:

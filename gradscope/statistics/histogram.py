@@ -49,10 +49,6 @@ class Histogram:
         table[other.codes] += other.counts
         return Histogram.of(table)
 
-    def total(self, where: npt.NDArray[np.bool_]) -> int:
-        """Elements whose code fulfils a test, given for every code."""
-        return int(self.counts[where[self.codes]].sum())
-
     def ordered(self, rank: npt.NDArray[np.intp]) -> Histogram:
         """By ascending ``rank`` of each code, without the codes whose rank is negative."""
         ranks = rank[self.codes]

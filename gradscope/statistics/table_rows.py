@@ -35,7 +35,7 @@ _NEAR, _EQUAL = 0.4, 0.7
 _MARGIN, _AROUND = 1.6, 0.5
 #: Rows that a cluster has at least, in the sample and in the table.
 _LEAST_SAMPLED, _LEAST = 5, 16
-_PROJECTED, _SEEDS, _ROUNDS = 64, 8, 3
+_PROJECTED, _SEEDS, _ROUNDS, _AT_ONCE = 64, 8, 3, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +117,12 @@ def _sampled(ref: TensorRef, ids: Ids) -> Rows:
     """Some rows; neighbours are read together."""
     width = ref.shape[1]
     most = max(PIECE // width, 1)
-    rows = np.empty((len(ids), width), np.float32)
-    done = 0
-    for start, stop in zip(*_runs(ids), strict=True):
-        for first in range(start, stop, most):
-            last = min(first + most, stop)
-            stored = read_range(ref, first * width, last * width)
-            rows[done : done + last - first] = _decoded(ref, stored).reshape(-1, width)
-            done += last - first
-    return rows
+    stored = [
+        read_range(ref, first * width, min(first + most, stop) * width)
+        for start, stop in zip(*_runs(ids), strict=True)
+        for first in range(start, stop, most)
+    ]
+    return _decoded(ref, np.concatenate(stored)).reshape(-1, width)
 
 
 def _runs(ids: Ids) -> tuple[list[int], list[int]]:
@@ -139,7 +136,7 @@ def _runs(ids: Ids) -> tuple[list[int], list[int]]:
 def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> Rows:
     with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, signalling NaNs
         if ref.dtype == "BF16":
-            return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return np.left_shift(stored, np.uint32(16), dtype=np.uint32).view(np.float32)
         if ref.dtype in codings.CODED:
             return np.asarray(codings.code_values(ref.dtype).astype(np.float32)[stored])
         return stored.astype(np.float32)
@@ -156,18 +153,15 @@ def _cluster(sample: Rows) -> Centre | None:
     """
     some = sample[:: max(len(sample) // 512, 1)]
     unit = float(np.median(np.linalg.norm(_without_common_part(some), axis=1)))
-    squares = _square_distances(sample)
     own = np.einsum("ij,ij->i", sample, sample)
     limit = 3 * np.minimum((_NEAR * unit) ** 2, _EQUAL**2 * own)
-    crowded = np.count_nonzero(squares < limit[:, None], axis=1) > _LEAST_SAMPLED
-    seeds = np.full(len(sample), np.inf, np.float32)
-    ranked = np.partition(squares[crowded], _LEAST_SAMPLED, axis=1)
-    seeds[crowded] = ranked[:, _LEAST_SAMPLED]
+    left, right = _factors(sample)
+    seeds = _crowding(left, right, limit)
     for _ in range(_SEEDS):
         seed = int(np.argmin(seeds))
         if seeds[seed] == np.inf:
             return None
-        members = squares[seed] < limit[seed]
+        members = left[seed] @ right < limit[seed]
         if found := _settled(sample, members, unit):
             return found
         seeds[members] = np.inf
@@ -187,8 +181,10 @@ def _without_common_part(sample: Rows) -> Rows:
     return np.asarray(centred - np.outer(centred @ axis, axis))
 
 
-def _square_distances(sample: Rows) -> Rows:
-    """Of each pair of rows, roughly."""
+def _factors(sample: Rows) -> tuple[Rows, Rows]:
+    """Two matrices [n, k] and [k, n] whose product is, roughly, the square distance of each pair
+    of rows.
+    """
     signs = np.random.default_rng(0).choice(
         np.array([-1, 1], np.float32), (sample.shape[1], _PROJECTED)
     )
@@ -200,7 +196,21 @@ def _square_distances(sample: Rows) -> Rows:
         np.hstack([-2 * projected, squares, ones]),
         np.hstack([projected, ones, squares]),
     )
-    return np.asarray(left @ right.T)
+    return left, np.ascontiguousarray(right.T)
+
+
+def _crowding(left: Rows, right: Rows, limit: Rows) -> Rows:
+    """The square distance to its sixth-nearest row [n] of each row that has so many within its
+    limit; of others infinity. Some rows at a time: all pairs would take a hundred megabytes.
+    """
+    found = np.full(len(left), np.inf, np.float32)
+    for first in range(0, len(left), _AT_ONCE):
+        block = slice(first, first + _AT_ONCE)
+        squares = left[block] @ right
+        crowded = np.count_nonzero(squares < limit[block, None], axis=1) > _LEAST_SAMPLED
+        ranked = np.partition(squares[crowded], _LEAST_SAMPLED, axis=1)
+        found[block][crowded] = ranked[:, _LEAST_SAMPLED]
+    return found
 
 
 def _settled(sample: Rows, members: npt.NDArray[np.bool_], unit: float) -> Centre | None:

@@ -100,13 +100,23 @@ class Tally:
 
     # -- what the whole tensor's tally gives ---------------------------------------------------
 
+    @cached_property
+    def code_values(self) -> npt.NDArray[np.float64]:
+        """The values of the codes that occur; of types that are counted code by code."""
+        assert self.table is not None
+        return codings.code_values(self.kind)[self.table.codes]
+
+    def counted(self, where: npt.NDArray[np.bool_]) -> int:
+        """How many elements have one of the codes that occur, given by a flag for each."""
+        assert self.table is not None
+        return int(self.table.counts[where].sum())
+
     def counts(self) -> tuple[int, int, int, int]:
         """How many elements are zero, NaN, +Inf, -Inf."""
         if self.kind in codings.CODED:
-            values = codings.code_values(self.kind)
-            assert self.table is not None
+            values = self.code_values
             tests = (values == 0, np.isnan(values), values == np.inf, values == -np.inf)
-            zero, nan, posinf, neginf = map(self.table.total, tests)
+            zero, nan, posinf, neginf = map(self.counted, tests)
         else:
             zero, nan, posinf, neginf = (
                 sum(c) for c in zip(*(p.counts for p in self.pieces), strict=True)
@@ -170,8 +180,8 @@ class Tally:
         if not codings.FORMATS[self.kind].signed:
             return 0  # E8M0 is normal throughout
         if self.kind in codings.CODED:
-            values = np.abs(codings.code_values(self.kind))
-            return self.table.total(
+            values = np.abs(self.code_values)
+            return self.counted(
                 (values > 0) & (values < codings.FORMATS[self.kind].smallest_normal)
             )
         half = (table_size(self.kind) or 0) // 2

@@ -42,7 +42,7 @@ def table_rows(
         return {}
     hints = reserved_beside(folder)
     with one_blas_thread():
-        centres = [_centre(ref, hints) for ref, _ in tables]
+        centres = list(engine(lambda table: _centre(table[0], hints), tables))
     found = {
         ref.name: _rows(ref, units, centre, engine)
         for (ref, units), centre in zip(tables, centres, strict=True)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradscope.checkpoints.ggml_types import BY_NAME, BlockType
-from gradscope.checkpoints.gguf import BLOCKS_KEY
+from gradscope.checkpoints.ggml_types import BLOCKS_KEY, BY_NAME, BlockType
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import read_range
 from gradscope.errors import InputError, UsageError
