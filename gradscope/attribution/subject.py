@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gradscope.attribution.chunks import Chunks, fitting
 from gradscope.errors import UsageError
 from gradscope.models.layers import AutoLayer, auto_layer
 from gradscope.models.layout import Layout, layout_of
@@ -27,28 +28,8 @@ Found = TypeVar("Found")
 #: Work done, and all work.
 Tick = Callable[[int, int], None]
 
-_CPU_BUDGET = 3 << 29
-#: More at a time is slower on a CPU: what the backward pass needs leaves its caches.
-_CPU_MOST = 8
-_MOST = 64
 #: From so many images on, channels come last in memory.
 _MANY = 4
-
-
-@dataclass(slots=True)
-class Chunks:
-    """How many inputs the model sees at a time, with a backward pass and without."""
-
-    gradient: int
-    forward: int
-    #: Whether the model takes inputs with the channels last in memory.
-    channels_last: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    def halve(self) -> None:
-        """Continue with half as many, and note it."""
-        self.gradient, self.forward = max(1, self.gradient // 2), max(1, self.forward // 2)
-        self.notes.append(f"out of memory: continued with chunks of {self.forward}")
 
 
 @dataclass(eq=False)
@@ -271,7 +252,7 @@ class Subject:
 
 
 def _measured(subject: Subject) -> Chunks:
-    """Chunks by the memory that one input's backward pass holds."""
+    """Chunks by what one input's backward pass keeps."""
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -284,14 +265,11 @@ def _measured(subject: Subject) -> Chunks:
     leaf = subject.inputs[:1].detach().clone().requires_grad_()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         subject.score(leaf, subject.images[:1])
-    each = sum(size for pointer, size in held.items() if pointer not in owned) or 1
-    fits = _budget(subject.inputs.device) // (2 * each)
-    gradient = max(1, min(fits, _CPU_MOST if subject.inputs.device.type == "cpu" else _MOST))
-    if subject.model.batch is not None:
-        gradient = subject.model.batch * math.ceil(gradient / subject.model.batch)
+    kept = [size for pointer, size in held.items() if pointer not in owned]
+    chunks = fitting(kept, subject.inputs.device, subject.model.batch)
     # A private copy of the model has inputs in the order that suits it.
     copied = subject.model.quick and subject.model.copied is not None
-    return Chunks(gradient, 2 * gradient, not copied and _takes_channels_last(subject))
+    return replace(chunks, channels_last=not copied and _takes_channels_last(subject))
 
 
 def _takes_channels_last(subject: Subject) -> bool:
@@ -309,13 +287,6 @@ def _takes_channels_last(subject: Subject) -> bool:
     if not math.isfinite(scale):
         return False
     return torch.allclose(found[:1], wanted, rtol=1e-3, atol=1e-4 * scale)
-
-
-def _budget(device: torch.device) -> int:
-    """Bytes to use: a fixed part of main memory, most of an accelerator's free memory."""
-    if device.type == "cuda":
-        return int(0.8 * torch.cuda.mem_get_info(device)[0])
-    return _CPU_BUDGET if device.type == "cpu" else 2 * _CPU_BUDGET
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

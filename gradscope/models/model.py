@@ -27,8 +27,6 @@ class Copy:
 
     forward: Forward
     changed: frozenset[str] = frozenset()
-    #: The same for inputs that need no gradient, sooner; None where there is no such pass.
-    fused: Forward | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

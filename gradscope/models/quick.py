@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from gradscope.models.fused import fused
 from gradscope.models.model import Copy, Forward, Model, Tap
 from gradscope.models.unchanged import Looks, looks
 
@@ -91,8 +90,7 @@ class _Answering:
         copy = None if watched else self._copied(inputs)
         if copy is None or not copy.changed.isdisjoint(taps):
             return self.model.forward(inputs, taps)
-        forward = copy.forward if inputs.requires_grad else copy.fused or copy.forward
-        return forward(inputs, taps)
+        return copy.forward(inputs, taps)
 
     def _copied(self, inputs: Tensor) -> Copy | None:
         state = self.state
@@ -112,14 +110,10 @@ def _proved(model: Model, inputs: Tensor) -> Copy | None:
     try:
         wanted = _answers(model.forward, image)
         copies = (copy for copy in model.copied(image) if _agrees(copy.forward, image, wanted))
-        copy = next(copies, None)
+        return next(copies, None)
     # Modules that cannot be copied raise anything; then the model answers itself.
     except Exception:
         return None
-    sooner = None if copy is None else fused(copy.forward)
-    if copy is None or sooner is None or not _agrees(sooner, image, wanted):
-        return copy
-    return replace(copy, fused=sooner)
 
 
 def _agrees(forward: Forward, image: Tensor, wanted: list[Tensor]) -> bool:

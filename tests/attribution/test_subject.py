@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradscope.attribution.subject import Chunks, Subject
+from gradscope.attribution.subject import Subject
 from gradscope.models.forms import as_model
 
 #: Bytes of one image [3, 5, 7] in float32; its score needs a few more.
@@ -32,17 +32,21 @@ def subject(batch: int | None = None) -> Subject:
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "gradient"), [(5, None, 5), (0.5, None, 1), (99, None, 8), (12, 3, 6)]
-)
-def test_chunks_hold_as_many_images_as_fit_in_half_of_the_memory(
-    monkeypatch: pytest.MonkeyPatch, images: float, batch: int | None, gradient: int
+    ("memory", "cache", "batch", "gradient"),
+    [(5, 99, None, 5), (0.5, 99, None, 1), (99, 9, None, 8), (99, 0.5, None, 1), (12, 99, 3, 12),
+     (99, 7, 3, 6), (99, 2, 3, 3),     (999, 999, None, 64)],
+)  # fmt: skip
+def test_chunks_hold_as_many_images_as_fit_in_half_of_the_memory_and_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, memory: float, cache: float, batch: int | None, gradient: int
 ) -> None:
-    monkeypatch.setattr("gradscope.attribution.subject._CPU_BUDGET", int(2.2 * images * IMAGE))
+    monkeypatch.setattr("gradscope.attribution.chunks._CPU_BUDGET", int(2.2 * memory * IMAGE))
+    monkeypatch.setattr("gradscope.attribution.chunks.last_cache", lambda: int(cache * IMAGE))
     made = subject(batch)
 
     chunks = [len(which) for which, _, _ in made.gradients(made.own, items=20)]
 
-    assert chunks == [gradient] * (40 // gradient) + [40 % gradient] * (40 % gradient > 0)
+    first, last = [gradient] * (40 // gradient), [40 % gradient] * (40 % gradient > 0)
+    assert chunks == first + last
     assert made.chunks.forward == 2 * gradient
 
 
@@ -73,14 +77,6 @@ def test_a_chunk_is_halved_down_to_one_and_then_the_error_is_told() -> None:
     ]
     with pytest.raises(RuntimeError, match="another"):
         list(made.answers(lambda *_: (_ for _ in ()).throw(RuntimeError("another")), 9))
-
-
-def test_chunks_are_halved_with_and_without_a_backward_pass() -> None:
-    chunks = Chunks(8, 16)
-
-    chunks.halve()
-
-    assert (chunks.gradient, chunks.forward) == (4, 8)
 
 
 def test_an_objective_is_a_logit_or_the_difference_of_two() -> None:

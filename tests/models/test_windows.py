@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from gradscope.models.fused import fused
 from gradscope.models.windows import Windowed
 
 #: The upper left corners of windows of 3 x 4: three corners of the image, and inside.
@@ -187,17 +186,3 @@ def test_channels_last_stay_last() -> None:
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert layer(last).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(layer(last) * 1.0 + torch.zeros(1).double(), layer(whole()))
-
-
-def test_windows_are_seen_by_fused_passes() -> None:
-    net = Net(stem, a=nn.Conv2d(3, 8, 5, 2, 2), b=nn.BatchNorm2d(8),
-              c=nn.Conv2d(8, 8, 3, padding=1), d=nn.Conv2d(8, 8, 2, 2)).float()  # fmt: skip
-    sooner = fused(lambda x, _: net(x))
-    assert sooner is not None
-    x = Windowed(image().float(), parts().float(), CORNERS)
-    last = torch.channels_last
-    for given in (x, x.contiguous(memory_format=last)):
-        first, second = sooner(given, {})
-        wanted = net(whole().float())
-        torch.testing.assert_close(first + torch.zeros_like(wanted[0]), wanted[0])
-        torch.testing.assert_close(second + torch.zeros_like(wanted[1]), wanted[1])
