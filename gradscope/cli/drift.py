@@ -52,8 +52,11 @@ def drift(
         Expect | None, typer.Option(help="What the new one should be as a whole.")
     ] = None,
     adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="The adapter that was merged (--expect merge)."),
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="The adapter that was merged (--expect merge); repeated, several in turn.",
+        ),
     ] = None,
     expect_frozen: Annotated[
         list[str] | None,
@@ -92,7 +95,7 @@ def drift(
             *new[1:],
             parents=parent or (),
             expect=expect.value if expect is not None else None,
-            adapter=adapter,
+            adapter=adapter or (),
             expect_frozen=expect_frozen or (),
             expect_changed=expect_changed or (),
             max_drift=parse_limits(max_drift or ()),

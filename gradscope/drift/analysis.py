@@ -31,7 +31,7 @@ def analyze_drift(
     headers_only: bool = False,
     parents: Sequence[str | Path] = (),
     expect: str | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] = (),
     expect_frozen: Sequence[str] = (),
     expect_changed: Sequence[str] = (),
     max_drift: Mapping[str, float] | None = None,
@@ -53,10 +53,10 @@ def analyze_drift(
     nested dict that is the state dict of either, ``select`` and ``ignore`` rule codes, prefixes or
     names, ``config`` a configuration or its file, ``baseline`` the file of accepted findings.
     ``parents`` are checkpoints that the new one may be mixed from, beside the base: the weight of
-    each is fitted. ``expect`` is ``identical``, ``merge`` (of the ``adapter`` at a path, or of the
-    parents), ``quantised`` or ``converted``; ``expect_frozen`` and ``expect_changed`` are patterns
-    of tensors whose bits must be the same, or must not; ``max_drift`` is the greatest relative
-    drift by role (``*`` for all).
+    each is fitted. ``expect`` is ``identical``, ``merge`` (of the ``adapter`` at a path, of several
+    in turn, or of the parents), ``quantised`` or ``converted``; ``expect_frozen`` and
+    ``expect_changed`` are patterns of tensors whose bits must be the same, or must not;
+    ``max_drift`` is the greatest relative drift by role (``*`` for all).
     ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
     entry of ``errors``, never an exception; with ``keep_going`` a file that fails while it is read
     costs its tensors alone.
@@ -64,8 +64,9 @@ def analyze_drift(
     Raises UsageError for an unknown rule, key, severity or role, for a pattern of what to expect
     that matches no tensor, and for expectations of values where only headers are read.
     """
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     asked = expectations(
-        expect, expect_frozen, expect_changed, max_drift or {}, adapter, bool(parents)
+        expect, expect_frozen, expect_changed, max_drift or {}, bool(adapters), bool(parents)
     )
     if headers_only and (asked or parents or later):
         what = "series" if later else "mix" if parents else "expectation"
@@ -109,7 +110,7 @@ def analyze_drift(
             )
         if between:
             found = _with_series(found, series, failures, jobs)
-    drifted = _drifted(paths[0], paths[-1], found, asked, failures, adapter)
+    drifted = _drifted(paths[0], paths[-1], found, asked, failures, adapters)
     errors = [
         *failures,
         *(e for c in found.checkpoints for e in part_failures(c.path, unread(c, bool(failures)))),
@@ -166,18 +167,18 @@ def _drifted(
     found: Found,
     asked: Expectations,
     failures: Failures,
-    adapter: str | Path | None,
+    adapters: Sequence[str | Path],
 ) -> Drifted | None:
-    """What the rules see: with what was expected, and how the adapter was merged."""
+    """What the rules see: with what was expected, and how adapters were merged."""
     if found.result is None:
         return None
     check_patterns(asked, found.result.tensors)
     result = found.result
-    if adapter is not None:
+    if adapters:
         from gradscope.drift.merging import merges
 
         with failures.caught():
-            done = tuple(merges(found.seen, str(adapter)))
+            done = tuple(merges(found.seen, list(map(str, adapters))))
             asked, result = replace(asked, merges=done), result.model_copy(update={"merges": done})
     return Drifted(base, new, result, found.measured, asked)
 

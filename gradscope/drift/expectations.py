@@ -35,16 +35,19 @@ def expectations(
     frozen: Sequence[str],
     changed: Sequence[str],
     max_drift: Mapping[str, float],
-    adapter: object,
+    adapted: bool = False,
     mixed: bool = False,
 ) -> Expectations:
-    """The request, checked; ``mixed`` where parents were given. Raises UsageError."""
+    """The request, checked; ``adapted`` where adapters were given, ``mixed`` where parents were.
+
+    Raises UsageError.
+    """
     known = get_args(Expected)
     if expect is not None and expect not in known:
         raise UsageError(f"--expect {expect}: it is one of {', '.join(known)}")
-    if adapter is not None and expect != "merge":
+    if adapted and expect != "merge":
         raise UsageError("--adapter is only used by --expect merge")
-    if expect == "merge" and (adapter is None) != mixed:
+    if expect == "merge" and adapted == mixed:
         raise UsageError(
             "--expect merge needs --adapter DIR, the adapter that was merged, or --parent FILE, "
             "what the base was mixed with: one of them"

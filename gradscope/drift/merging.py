@@ -1,220 +1,144 @@
-"""Whether an adapter was merged: each weight against W + s B A, computed anew in float64."""
+"""Whether adapters were merged: each weight against W + s B A, computed anew in float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from gradscope.checkpoints.integrity import check_unchanged, verified
-from gradscope.checkpoints.open import open_checkpoint
-from gradscope.checkpoints.tensors import Checkpoint, TensorRef
-from gradscope.checkpoints.tiles import PIECE
+from gradscope.checkpoints.tensors import TensorRef
+from gradscope.drift.adapter_files import Change, File, Targets
 from gradscope.drift.describing import Seen
 from gradscope.drift.low_rank import step_of
 from gradscope.drift.matching import canonical
 from gradscope.drift.result import Merge
 from gradscope.drift.second_look import compare_all
 from gradscope.drift.sums import rounding_between
-from gradscope.errors import InputError
-from gradscope.statistics.dtypes import FORMATS
-from gradscope.weights.adapter_config import AdapterConfig, adapter_configs
-from gradscope.weights.adapters import Adapter, adapters, part
-from gradscope.weights.products import values
+from gradscope.drift.updates import Update, Values, row_values
 
-Values = npt.NDArray[np.float64]
-
-_MAGNITUDE = "lora_magnitude_vector"
+#: Of weights in codes: how far the share of the product may be off, and how well it must be known.
+_SHARE, _UNTOLD = 0.05, 0.3
 
 
-def merges(seen: Sequence[Seen], path: str) -> Iterator[Merge]:
-    """What became of every module that the adapter at a path changes, in its order.
+def merges(seen: Sequence[Seen], paths: Sequence[str]) -> Iterator[Merge]:
+    """What became of every weight that adapters change, in their order.
 
-    Raises InputError for an adapter that cannot be read, or that is none.
+    Several adapters of one weight are merged in turn. Raises InputError for an adapter that cannot
+    be read, or that is none.
     """
-    checkpoint = verified(open_checkpoint(path))
-    refs = {ref.name: ref for ref in checkpoint.tensors}
-    found = adapters(refs.values())
-    if not found:
-        message = "holds no adapter: --adapter takes the folder with adapter_model.safetensors"
-        raise InputError(path, "unsupported", message)
-    where = _Targets.of(seen)
-    for adapter in found:
-        yield _merge(adapter, checkpoint, refs, where)
-    for ref in refs.values():
-        if part(ref.name) is None and _MAGNITUDE not in ref.name and not _is_alpha(ref.name):
-            yield _replaced(ref, where)
-    for file in {ref.file for ref in checkpoint.tensors}:
-        check_unchanged(file, checkpoint.stamps[file])
+    where = Targets.of(seen)
+    files = [File.of(path) for path in paths]
+    of_weight: dict[str, list[Change]] = {}
+    for file in files:
+        for change in file.changes(where):
+            name = change.target.new.name if change.target is not None else change.module
+            of_weight.setdefault(name, []).append(change)
+    for changes in of_weight.values():
+        yield _merge(changes)
+    for file in files:
+        yield from (_replaced(ref, where) for ref in file.replaced())
+        file.check()
+
+
+def _merge(changes: Sequence[Change]) -> Merge:
+    first = changes[0]
+    target, unknown = first.target, next((c.reason for c in changes if c.reason is not None), None)
+    plain = Merge(
+        module=first.module, name=target.new.name if target is not None else None, scale=None
+    )
+    updates = [c.update for c in changes if c.update is not None]
+    if target is None or unknown is not None:
+        return plain.model_copy(update={"reason": unknown})
+    base = next((c.base for c in changes if c.base is not None), target.base)
+    found = _compared(base, target.new, updates)
+    scale = updates[0].scale if len(updates) == 1 else None
+    plain = plain.model_copy(update={"scale": scale, **found.described(scale)})
+    if target.new.decoding is not None:
+        return _in_codes(plain, target.new, found)
+    m, why = target.measures, target.explanation
+    as_base = m is not None and (m.identical or (why is not None and why.kind == "rounded"))
+    return plain.model_copy(
+        update={
+            "residual_ulps": math.sqrt(found.ulps / target.new.numel),
+            "max_ulps": found.most,
+            "unchanged": as_base and found.most > 1,
+            "reason": next((c.doubt for c in changes if c.doubt is not None), None),
+        }
+    )
+
+
+def _in_codes(plain: Merge, new: TensorRef, found: _Distance) -> Merge:
+    """Of a weight that was put into codes after the merge: how much of the product it has.
+
+    Rounding is independent of the product, which tells how well the share is known.
+    """
+    if not found.meant:
+        return plain
+    error = 5 * math.sqrt(found.left / new.numel / found.meant)
+    if error > _UNTOLD:
+        return plain.model_copy(update={"reason": "its product is below the noise of the codes"})
+    allowed = max(error, _SHARE)
+    unchanged = abs(found.both / found.meant) <= allowed
+    return plain.model_copy(update={"share_error": allowed, "unchanged": unchanged})
 
 
 @dataclass(frozen=True, slots=True)
-class _Targets:
-    """The weights of the base by their names without wrappers, and with dots as kohya's tools."""
+class _Distance:
+    """Sums of squares of the change, of what was meant, of their product and of what is left;
+    of this also in units in the last place, and the greatest.
+    """
 
-    by_name: Mapping[str, Seen]
-    flat: Mapping[str, Seen]
+    changed: float
+    both: float
+    meant: float
+    left: float
+    ulps: float
+    most: float
 
-    @classmethod
-    def of(cls, seen: Sequence[Seen]) -> _Targets:
-        by_name = {canonical(name): s for s in seen for name in (s.base.name, s.new.name)}
-        return cls(by_name, {name.replace(".", "_"): s for name, s in by_name.items()})
-
-    def weight(self, module: str) -> Seen | None:
-        """The weight of a module, or the parameter of that name."""
-        for name in (f"{module}.weight", module):
-            if (found := self.by_name.get(canonical(name))) is not None:
-                return found
-        bare = module.removeprefix("lora_unet_").removeprefix("lora_transformer_")
-        return self.flat.get(f"{bare}_weight")
-
-
-def _is_alpha(name: str) -> bool:
-    return name.rpartition(".")[2] == "alpha"
-
-
-def _merge(
-    adapter: Adapter, checkpoint: Checkpoint, refs: Mapping[str, TensorRef], where: _Targets
-) -> Merge:
-    target = where.weight(adapter.module)
-    plain = Merge(module=adapter.module, name=None, scale=None)
-    if target is None:
-        return plain.model_copy(update={"reason": "the base has no weight of that name"})
-    plain = plain.model_copy(update={"name": target.new.name})
-    config = next((c for c in adapter_configs(checkpoint) if c.about(adapter)), None)
-    scale = _scale(adapter, refs, config)
-    reason = _unfit(adapter, target, scale)
-    if reason is not None or scale is None:
-        return plain.model_copy(update={"reason": reason, "scale": scale})
-    product = _Product.of(adapter, refs, config, target.base, scale)
-    if product is None:
-        return plain.model_copy(update={"reason": "its shape is not that of the weight"})
-    return _compared(plain, target, product)
+    def described(self, scale: float | None) -> dict[str, float | None]:
+        """Of the result what is a ratio of sums."""
+        changed = self.changed * self.meant
+        share = self.both / self.meant if self.meant else None
+        return {
+            "share": share,
+            "fitted_scale": None if scale is None or share is None else scale * share,
+            "cosine": self.both / math.sqrt(changed) if changed else None,
+            "residual": math.sqrt(self.left / self.meant) if self.meant else None,
+        }
 
 
-def _unfit(adapter: Adapter, target: Seen, scale: float | None) -> str | None:
-    layout = adapter.layout
-    if adapter.method != "lora" or layout is None or layout.grouped or adapter.tucker:
-        return f"merges of {adapter.method} are not computed in this form"
-    if target.base.shape != target.new.shape:
-        return "the weight has another shape in the new checkpoint"
-    if target.new.dtype not in FORMATS or target.base.dtype not in FORMATS:
-        return "the weight is not a float"
-    return "adapter_config.json does not say its alpha" if scale is None else None
-
-
-def _scale(
-    adapter: Adapter, refs: Mapping[str, TensorRef], config: AdapterConfig | None
-) -> float | None:
-    """The alpha beside the factors (kohya), else the configuration's."""
-    beside, layout = refs.get(f"{adapter.module}.alpha"), adapter.layout
-    if beside is not None and beside.numel == 1 and layout is not None and layout.rank:
-        return float(values(beside)[0]) / layout.rank
-    return None if config is None else config.scale(adapter)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """s B A as a matrix of the weight's rows, and DoRA's magnitudes of these."""
-
-    left: Values
-    right: Values
-    scale: float
-    magnitude: Values | None = None
-
-    @classmethod
-    def of(
-        cls,
-        adapter: Adapter,
-        refs: Mapping[str, TensorRef],
-        config: AdapterConfig | None,
-        weight: TensorRef,
-        scale: float,
-    ) -> _Product | None:
-        """None where the shapes do not fit."""
-        a, b = (_matrix(refs[adapter.names[f]]) for f in ("A", "B"))
-        assert adapter.layout is not None
-        if adapter.layout.flipped:
-            a, b = a.T, b.T
-        rows = weight.shape[0]
-        shape = rows, weight.numel // rows
-        turned = bool(config is not None and config.fields.get("fan_in_fan_out"))
-        fits, other = (len(b), a.shape[1]) == shape, (a.shape[1], len(b)) == shape
-        if not fits and not other:
-            return None
-        left, right = (a.T, b.T) if other and (turned or not fits) else (b, a)
-        return cls(left, right, scale, _magnitude(adapter, refs))
-
-    def expected(self, first: int, last: int, weight: Values) -> Values:
-        """What rows of the weight become."""
-        merged = weight + self.scale * (self.left[first:last] @ self.right)
-        if self.magnitude is None:
-            return np.asarray(merged)
-        norms = np.linalg.norm(merged, axis=1, keepdims=True)
-        return np.asarray(self.magnitude[first:last, None] / norms * merged)
-
-
-def _matrix(ref: TensorRef) -> Values:
-    found = np.concatenate([values(ref, i, min(i + PIECE, ref.numel)) for i in _starts(ref)])
-    return np.asarray(found.reshape(ref.shape[0], -1))
-
-
-def _starts(ref: TensorRef) -> range:
-    return range(0, ref.numel, PIECE)
-
-
-def _magnitude(adapter: Adapter, refs: Mapping[str, TensorRef]) -> Values | None:
-    """DoRA's norms of the rows (Liu et al. 2024, arXiv 2402.09353)."""
-    start = f"{adapter.module}.{_MAGNITUDE}"
-    ref = next((r for name, r in refs.items() if name.startswith(start)), None)
-    return None if ref is None else values(ref).reshape(-1)
-
-
-def _compared(plain: Merge, target: Seen, product: _Product) -> Merge:
-    rows = target.base.shape[0]
-    width = target.base.numel // rows
-    step = max(1, PIECE // width)
+def _compared(base: TensorRef, new: TensorRef, updates: Sequence[Update]) -> _Distance:
     sums = np.zeros(5)
     most = 0.0
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        base, new = (
-            values(ref, first * width, last * width).reshape(-1, width)
-            for ref in (target.base, target.new)
-        )
-        wanted = product.expected(first, last, base)
-        change, meant = new - base, wanted - base
-        # Where base and change cancel, what was rounded are these, not the small sum.
-        rounded = np.maximum(np.abs(new), np.maximum(np.abs(base), np.abs(meant)))
-        left = (new - wanted) / step_of(rounded, target.new.dtype)
-        sums += [np.vdot(x, y) for x, y in (
-            (change, change), (change, meant), (meant, meant), (new - wanted, new - wanted),
-            (left, left))]  # fmt: skip
-        most = max(most, float(np.abs(left).max()))
-    return plain.model_copy(update=_described(target, product, sums, most))
+    for (first, old), (_, stored) in zip(row_values(base), row_values(new), strict=True):
+        wanted = old
+        for update in updates:
+            wanted = update.merged(first, wanted)
+        change, meant, left = stored - old, wanted - old, stored - wanted
+        units = left / _unit(first, old, stored, meant, updates, new.dtype)
+        pairs = (change, change), (change, meant), (meant, meant), (left, left), (units, units)
+        sums += [np.vdot(x, y) for x, y in pairs]
+        most = max(most, float(np.abs(units).max()))
+    return _Distance(*(float(found) for found in (*sums, most)))
 
 
-def _described(
-    target: Seen, product: _Product, sums: Values, most: float
-) -> dict[str, float | bool | None]:
-    changed, both, meant, left, ulps = map(float, sums)
-    m, why = target.measures, target.explanation
-    as_base = m is not None and (m.identical or (why is not None and why.kind == "rounded"))
-    return {
-        "scale": product.scale,
-        "fitted_scale": product.scale * both / meant if meant else None,
-        "cosine": both / math.sqrt(changed * meant) if changed and meant else None,
-        "residual_ulps": math.sqrt(ulps / target.new.numel),
-        "max_ulps": most,
-        "residual": math.sqrt(left / meant) if meant else None,
-        "unchanged": as_base and most > 1,
-    }
+def _unit(
+    first: int, old: Values, stored: Values, meant: Values, updates: Sequence[Update], dtype: str
+) -> Values:
+    """What rounding may leave of each element: a step of the type at the greatest of base, change
+    and sum, which cancel; or one of float32 at the terms of the product, which is summed in that.
+    """
+    rounded = np.maximum(np.abs(stored), np.maximum(np.abs(old), np.abs(meant)))
+    unit = step_of(rounded, dtype)
+    for update in updates:
+        terms = np.asarray(update.terms(first, first + len(old)))
+        unit = np.maximum(unit, step_of(terms, "F32"))
+    return unit
 
 
-def _replaced(ref: TensorRef, where: _Targets) -> Merge:
+def _replaced(ref: TensorRef, where: Targets) -> Merge:
     """A module that was trained whole and saved with the adapter: the new weight must be it."""
     name = ref.name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
     target = where.by_name.get(canonical(name))

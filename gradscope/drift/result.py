@@ -139,6 +139,10 @@ class Merge(Record):
     max_ulps: Number | None = None
     #: ‖new − expected‖ / ‖s B A‖.
     residual: float | None = None
+    #: ⟨change, s B A⟩ / ‖s B A‖²; and of weights in codes, whose rounding hides all else, how far
+    #: it may be from 1.
+    share: float | None = None
+    share_error: float | None = None
     unchanged: bool = False
     #: Why it could not be compared.
     reason: str | None = None

@@ -67,6 +67,21 @@ class AdapterConfig:
         return _strings(self.fields.get("modules_to_save"))
 
     @property
+    def changes_base(self) -> str | None:
+        """The initialisation, where it takes what the adapter begins with off the base."""
+        named = self.fields.get("init_lora_weights")
+        start = named.partition("_")[0] if isinstance(named, str) else None
+        return start if start in ("pissa", "olora", "corda", "loftq", "lora") else None
+
+    def trained_tokens(self, module: str) -> tuple[int, ...]:
+        """The rows of a table that were trained themselves, as PEFT lists them."""
+        given = self.fields.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            given = next((rows for name, rows in given.items() if ends(module, name)), None)
+        rows: Sequence[object] = given if isinstance(given, list) else ()
+        return tuple(n for n in rows if isinstance(n, int) and n >= 0)
+
+    @property
     def excluded(self) -> bool:
         """Whether some modules were left out by name."""
         return bool(self.fields.get("exclude_modules"))
