@@ -315,7 +315,9 @@ def _coverage(history: History, result: FlowResult) -> Coverage:
         skipped.append(Skip(subject=f"{result.rows_omitted:,} rows of the series", reason=reason))
     if not result.layers and result.loss is not None:
         # Of such a run the loss is all there is, and it was judged.
-        return Coverage(analyzed=1, total=1, unit="layers", bytes=history.nbytes)
+        assert history.loss is not None
+        known = int((~np.isnan(history.loss)).sum())
+        return Coverage(analyzed=known, total=result.steps, unit="losses", bytes=history.nbytes)
     if few := _too_few(result):
         skipped.append(few)
     recorded = few is None and any(layer.records for layer in result.layers)

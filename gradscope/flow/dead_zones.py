@@ -12,6 +12,7 @@ from gradscope.flow.limits import BRIDGE, SHORTEST_ZONE, ZERO_SHARE
 from gradscope.flow.regions import Stretch, extent, joined, named, rows_of, stretches
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.underflow import underflow
+from gradscope.flow.weights import weights_of
 from gradscope.histories.history import Status
 
 
@@ -71,6 +72,7 @@ def _facts(series: Series, flags: Mask, part: Sequence[Stretch], rows: Sequence[
         everything=bool(still) and len(rows) == len(series.layers),
         underflowed=_underflowed(series, first, rows),
         only_biases=all(series.group(row) == "bias" for row in rows),
+        weights=weights_of(series, part),
     )
 
 

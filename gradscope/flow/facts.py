@@ -7,10 +7,13 @@ layer reaches at three records or more of the region (at all of them when it is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     from gradscope.flow.result import Extent, Peak
+
+#: What became of a layer's weights: zero since the first record, shrunk to next to nothing, or not.
+Weights = Literal["zero", "shrunk", "kept"]
 
 F = TypeVar("F")
 
@@ -37,6 +40,7 @@ class VanishingFacts:
     #: Epsilon of an Adam-like optimizer.
     epsilon: float | None
     only_biases: bool
+    weights: Weights = "kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ class DeadFacts:
     #: Half-precision gradients that had come near the smallest numbers of their type.
     underflowed: bool
     only_biases: bool
+    #: The worst of its layers.
+    weights: Weights = "kept"
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,7 @@ class _Joined:
             edges=self._edges(),
             sketches=self._sketches(norm),
             exact=self._exact(norm),
+            parts=tuple(map(tuple, self.groups)),
         )
 
     @property

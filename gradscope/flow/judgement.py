@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
-from gradscope.flow.facts import Candidate, DeadFacts, ExplodingFacts, VanishingFacts
+from gradscope.flow.facts import Candidate, DeadFacts, ExplodingFacts, VanishingFacts, Weights
 from gradscope.flow.limits import CLIMBING, LEAVE_DECADES
 from gradscope.flow.result import (
     LEVELS,
@@ -130,8 +130,27 @@ def still_learns(facts: VanishingFacts, learning: float, attenuated: float) -> b
     return facts.attenuation is not None and facts.attenuation > attenuated
 
 
+#: Why weights that are nothing pass nothing on, and what to do.
+WEIGHTLESS: Mapping[Weights, tuple[str, str]] = {
+    "zero": (
+        "their weights are zero since the first record",
+        "initialise these weights at random: through zeros no gradient passes, and units that "
+        "begin alike stay alike (only biases, heads and the last layer of a branch may begin at "
+        "zero)",
+    ),
+    "shrunk": (
+        "their weights have shrunk to less than a thousandth",
+        "lower the weight decay, which outweighs the gradient, or whatever else pulls these "
+        "weights to zero",
+    ),
+}
+
+
 def _vanishing_cause(facts: VanishingFacts) -> tuple[Words, Words]:
     """What the evidence points at, and what to do about that; never clipping."""
+    if facts.weights != "kept":
+        cause, remedy = WEIGHTLESS[facts.weights]
+        return (cause,), (remedy,)
     causes, advice = [], []
     if facts.systemic and facts.nats_per_layer is not None:
         causes.append(
@@ -418,14 +437,14 @@ def divergence(
     """
     if found is None or (found.ends == "higher" and 0 < found.after < level * found.before):
         return Course("none", ())
-    evidence = tuple(_overshooting(found, steered, wild))
+    evidence = () if found.at_once else tuple(_overshooting(found, steered, wild))
     if found.ends == "non-finite":
         return Course("critical", evidence)
     if not found.fell and not evidence:
         height = found.peak if found.ends == "returned" else found.after
         far = found.before > 0 and height >= adversarial * found.before
         return Course("moderate" if far else "none", evidence)
-    mended = found.ends == "returned" and found.progressed
+    mended = (found.ends == "returned" or found.recovers) and found.progressed
     return Course("moderate" if mended else "severe", evidence)
 
 
@@ -518,4 +537,6 @@ def adds_up(
 
 def captured_unfinished(counted: Captures | None, unfinished: float) -> bool:
     """Whether records are of gradients that still added up over micro-batches."""
-    return counted is not None and counted.calls > unfinished * max(counted.steps, 1)
+    if counted is None:
+        return False
+    return counted.calls * (1 - counted.skipped) > unfinished * max(counted.steps, 1)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gradscope.flow.at_once import at_once
 from gradscope.flow.limits import (
     LOSS_LEVEL,
     LOSS_LOST,
@@ -18,7 +19,7 @@ from gradscope.flow.limits import (
 )
 from gradscope.flow.precursors import precursors
 from gradscope.flow.result import Divergence, LossLevel
-from gradscope.flow.robust import GAUSSIAN, Array, nanmedian
+from gradscope.flow.robust import GAUSSIAN, Array, mann_kendall, nanmedian, theil_sen
 from gradscope.flow.series import Series
 
 _LONGEST_WINDOW = 32
@@ -26,6 +27,12 @@ _LONGEST_WINDOW = 32
 _SPREAD_FLOOR = 1e-3
 #: Records on either side of the onset that are compared.
 _AROUND = 8
+#: Share of a rise that is left of it where a loss recovers, and robust deviations that a loss which
+#: fell to a third had fallen by.
+_LEFT = 0.1
+_FEW_SPREADS = 3.0
+#: No trend is as likely at least where none is seen.
+_P = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,8 @@ def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) ->
         return None
     first = _onset(found, best, after if risen else peak)
     record, top = int(found.records[first]), first + int(np.argmax(found.loss[first:]))
+    company = _company(series, record)
+    steered = (company["learning_rate_factor"] or 0) >= LOSS_LEVEL
     ends: Literal["higher", "returned", "non-finite"] = "higher" if risen else "returned"
     return Divergence(
         onset=(int(series.steps[found.records[first - 1]]), int(series.steps[record])),
@@ -129,11 +138,28 @@ def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) ->
         peak=float(found.loss[top]),
         peak_step=int(series.steps[found.records[top]]),
         ends="non-finite" if nonfinite else ends,
-        fell=bool(found.loss[0] - before > LOSS_SPREADS * found.spread(best)),
+        fell=_fell(found, best),
         progressed=bool(after < found.loss[0] - LOSS_LOST * abs(found.loss[0])),
+        recovers=risen and _recovers(found, top, float(before), after),
+        at_once=not steered and at_once(series, loss, record, float(before)),
         precursors=precursors(series, loss, int(found.records[best]), int(found.records[top])),
-        **_company(series, record),
+        **company,
     )
+
+
+def _fell(found: _Levels, best: int) -> bool:
+    """Whether the loss had fallen to its best level: far beyond noise, or to a third."""
+    low, fall = found.rolling[best], found.loss[0] - found.rolling[best]
+    least = _FEW_SPREADS if found.loss[0] >= LOSS_LEVEL * low > 0 else LOSS_SPREADS
+    return bool(fall > least * found.spread(best))
+
+
+def _recovers(found: _Levels, top: int, before: float, after: float) -> bool:
+    """Whether little is left of a rise, and the second half of the losses since still falls."""
+    late = found.loss[top + (len(found.loss) - top) // 2 :]
+    line, p = theil_sen(np.arange(len(late), dtype=np.float64), late), mann_kendall(late)
+    falls = line is not None and line[0] < 0 and p is not None and p < _P
+    return falls and after - before <= _LEFT * (float(found.loss[top]) - before)
 
 
 def _before_peak(found: _Levels) -> int:

@@ -80,6 +80,7 @@ def clipping(series: Series) -> Clipping | None:
             share=len(cut) / len(known),
             median=float(np.median(cut)) if len(cut) else None,
             limit=None,
+            proportional=series.proportional,
         )
     total = _total(series)
     known = total[np.isfinite(total) & (total > 0)]
@@ -94,7 +95,8 @@ def captures(series: Series) -> Captures | None:
     calls, steps = (series.history.meta.get(key) for key in ("captures", "optimizer_steps"))
     if not isinstance(calls, int) or not isinstance(steps, int):
         return None
-    return Captures(calls=calls, steps=steps)
+    skipped = series.skipped
+    return Captures(calls=calls, steps=steps, skipped=float(skipped.mean()) if len(skipped) else 0)
 
 
 def accumulation(

@@ -399,6 +399,11 @@ class Divergence(Record):
     #: It had fallen before it rose; it ends below where it began.
     fell: bool
     progressed: bool
+    #: Nine tenths of the rise are undone, and it still falls at the end.
+    recovers: bool = False
+    #: It rose at one record, before which steps were no larger and weights moved no further than
+    #: usual: what the weights are asked is another thing.
+    at_once: bool = False
     #: By which factor learning rate and total gradient norm changed there.
     learning_rate_factor: float | None
     gradient_factor: float | None
@@ -440,6 +445,8 @@ class Clipping(Record):
     median: float | None
     #: The norm that the total is pinned at, where it is told by that.
     limit: float | None
+    #: Steps are as long as gradients, so shorter gradients are shorter steps: SGD.
+    proportional: bool = False
 
 
 class Accumulation(Record):
@@ -460,6 +467,8 @@ class Captures(Record):
 
     calls: int
     steps: int
+    #: Share of the records whose step mixed precision skipped.
+    skipped: float = 0.0
 
 
 class Curves(Record):

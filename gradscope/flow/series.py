@@ -51,6 +51,8 @@ class Series:
     edges: NDArray[np.int64] | None
     sketches: Sketches | None
     exact: Exact | None
+    #: The history's rows that each layer is joined from.
+    parts: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def log_rms(self) -> Array:
@@ -144,8 +146,13 @@ class Series:
 
     @property
     def plain_descent(self) -> bool:
-        """Whether steps are proportional to gradients: SGD without momentum."""
+        """Whether steps are gradients times a rate: SGD without momentum."""
+        return self.proportional and not self.history.meta["optimizer"].get("momentum")
+
+    @property
+    def proportional(self) -> bool:
+        """Whether steps are as long as the gradients: SGD, also with momentum."""
         optimizer = self.history.meta.get("optimizer")
         if not isinstance(optimizer, Mapping):
             return False
-        return str(optimizer.get("class", "")).upper() == "SGD" and not optimizer.get("momentum")
+        return str(optimizer.get("class", "")).upper() == "SGD"

@@ -54,6 +54,7 @@ from gradscope.flow.result import Depth, Peak
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.underflow import underflow
+from gradscope.flow.weights import weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +109,16 @@ def _apart(series: Series, below_own: Array, fallen: Mask) -> Mask:
 
 
 def _network_fall(series: Series, fall: Array) -> Array:
-    """Decades that the median layer is below its own level, [T]; layers at zero do not count."""
+    """Decades that the median layer is below its own level, [T]: layers at zero do not count.
+
+    Infinite where all are: a batch whose loss is zero has no gradient anywhere.
+    """
     if not len(series.layers):
         return np.zeros(len(series.steps))
     zero = np.isinf(series.log_rms)
     known: Array = nanmedian(np.where(zero, np.nan, fall) if zero.any() else fall, axis=1)
-    return np.nan_to_num(known)
+    known[zero.all(axis=1)] = np.inf
+    return np.nan_to_num(known, posinf=np.inf)
 
 
 def _stalled(series: Series, levels: Levels) -> Mask:
@@ -206,6 +211,7 @@ def _facts(
         update_ratio=median_update(series, part),
         epsilon=series.adaptive_epsilon,
         only_biases=all(series.group(run.row) == "bias" for run in part),
+        weights=weights_of(series, part),
     )
 
 

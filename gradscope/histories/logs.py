@@ -1,16 +1,21 @@
 """What training loops print: the lines of a log that say step, loss, gradient norm, learning rate.
 
 Known are the dictionaries of Hugging Face's Trainer and of JSON, fairseq's and torchtitan's
-``key=value`` and ``key: value``, Megatron's ``key: value |``, plain ``step 10 loss 2.3``, and
-loops that count within epochs (PyTorch's examples, timm, OpenMMLab) or draw a progress bar, with
-anything before, between and behind. Only the run as a whole is logged so, never a layer.
+``key=value`` and ``key: value``, Megatron's ``key: value |``, plain ``step 10 loss 2.3``, loops
+that count within epochs (PyTorch's examples, timm, OpenMMLab, Keras) or draw a progress bar, and
+those that print one line an epoch, with anything before, between and behind. Only the run as a
+whole is logged so, never a layer.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import islice
 from typing import Any
 
 from gradscope.containers.beginning import Beginning, is_plain_text
@@ -18,11 +23,14 @@ from gradscope.errors import InputError
 from gradscope.histories.columns import Row, Table
 from gradscope.histories.history import History
 from gradscope.histories.names import Role, is_known, role_of, step_column
+from gradscope.histories.places import Clock, Place, epoch_of, heading, place_below, place_of
 
 #: How much of a file may come before the first line that says something.
 _SEARCHED = 1 << 22
 #: Longer lines (a dumped configuration, a progress bar redrawn) are cut.
 _LONGEST = 1 << 14
+#: How many lines tell of which kind those of a log are, and how many make a log of epochs.
+_TELLING, _EPOCHS = 2000, 3
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
@@ -40,16 +48,6 @@ _PLAIN = re.compile(
     rf"(?P<value>\d{{1,3}}(?:,\d{{3}})+|{_NUMBER})(?!\w|\.\d|:\d|\s?%)",
     re.IGNORECASE,
 )
-#: The place within an epoch: ``Epoch: [0][ 10/5005]``, ``Train: 0 [ 50/1251 (4%)]``, ``Epoch [1/5],
-#: Step [100/600]``, ``Epoch 0: 10%|# | 10/100 [``.
-_WITHIN_EPOCH = re.compile(
-    r"(?:epoch|train)\b\D{0,12}?(?P<epoch>\d+)(?!\d)(?:\s*/\s*\d+)?\]?[\s,:|-]*"
-    r"(?:\d{1,3}%\|[^|]{0,400}\|\s*|(?P<word>(?:step|batch|iter(?:ation)?)\W{0,3})?\[?\s*)"
-    r"(?<!\d)(?P<at>\d+)\s*/\s*(?P<all>\d+)",
-    re.IGNORECASE,
-)
-#: The place of a progress bar of the whole run.
-_BAR = re.compile(r"%\|[^|]{0,400}\|\s*(?P<at>\d+)/\d+ \[")
 #: Lines about other data than that of training.
 _OTHER_DATA = re.compile(r"\b(?:val(?:id\w*)?|eval\w*|test(?:ing)?)\b(?![/.\\])", re.IGNORECASE)
 _RANK = re.compile(r"\[(?:rank|default) ?(\d+)\]")
@@ -67,10 +65,11 @@ _COLUMNS = ("step", *_ROLES.values())
 
 def recognises(file: Beginning) -> bool:
     """Text that is not JSON or a table, with a line that a training loop printed."""
-    if not is_plain_text(file.start) or _is_json(file.start) or _is_table(file.start):
+    # Keras goes back to the beginning of its bar by as many backspaces.
+    start = file.start.replace(b"\b", b"")
+    if not is_plain_text(start) or _is_json(start) or _is_table(start):
         return False
-    with open(file.path, encoding="utf-8", errors="replace") as lines:
-        return next(_said(_lines(lines, _SEARCHED)), None) is not None
+    return _kind_of(file.path) is not None
 
 
 def _is_json(start: bytes) -> bool:
@@ -98,10 +97,14 @@ def _is_table(start: bytes) -> bool:
 
 def read_log(path: str) -> History:
     """The losses, gradient norms and rates in a training log. Raises InputError."""
-    table = Table(path)
+    table, kind = Table(path), _kind_of(path)
+    if kind is None:
+        raise InputError(path, "malformed", "has no line with a loss or a gradient norm")
+    if kind is Kind.EPOCH:
+        table.notes.append("the log has a line for each epoch, so steps are epochs")
     with open(path, encoding="utf-8", errors="replace") as lines:
-        rows = _of_one_rank(_said(_lines(lines)))
-        return table.history("log", _numbered(path, rows))
+        said = (row for row in _said(_lines(lines)) if row[2].kind == kind)
+        return table.history("log", _rows(_counted(_of_one_rank(said))))
 
 
 def _lines(lines: Iterable[str], most: int | None = None) -> Iterator[tuple[int, str]]:
@@ -113,48 +116,83 @@ def _lines(lines: Iterable[str], most: int | None = None) -> Iterator[tuple[int,
         yield number, _ANSI.sub("", line[:_LONGEST])
 
 
-_Said = tuple[int, str | None, dict[str, float]]
+class Kind(IntEnum):
+    """Lines that tell of a training step, the surest first."""
+
+    STEP = 0
+    #: The loss of training beside that of validation.
+    BOTH = 1
+    #: That of a whole epoch.
+    EPOCH = 2
 
 
-def _said(lines: Iterable[tuple[int, str]]) -> Iterator[_Said]:
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What one line says of a training step: values by column, and its place unless among them."""
+
+    kind: Kind
+    values: dict[str, float]
+    place: Place | None = None
+
+
+def _said(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str | None, Said]]:
     """The number, the rank and the values of every line that tells of a training step."""
+    epoch = None
     for number, line in lines:
         # The commonest lines have neither; regular expressions are for the rest.
         lowered = line.lower()
         if "loss" not in lowered and "norm" not in lowered:
+            if "epoch" in lowered and (begun := heading(line)) is not None:
+                epoch = begun
             continue
-        found = values_of(line)
-        if "loss" in found or "grad_norm" in found:
+        found = said_by(line, epoch)
+        if found is not None and ("loss" in found.values or "grad_norm" in found.values):
             rank = _RANK.search(line)
             yield number, rank[1] if rank else None, found
 
 
-def values_of(line: str) -> dict[str, float]:
-    """What one line says of a training step, by column; nothing for any other line."""
+def said_by(line: str, epoch: int | None = None) -> Said | None:
+    """What one line says, below the heading of an ``epoch`` if there is one."""
     quoted = list(_QUOTED.finditer(line)) if "{" in line else []
     # Openmmlab's loops say which data a count is of.
     found = quoted or _PLAIN.finditer(line.replace("(train)", ""))
     pairs = [(m["key"].strip(), float(m["value"].replace(",", ""))) for m in found]
     keys = {key.lower() for key, _ in pairs}
+    other = not quoted and _OTHER_DATA.search(line) is not None
     # The Trainer's last words are of the whole run.
-    if "train_runtime" in keys or (not quoted and _OTHER_DATA.search(line)):
-        return {}
+    if "train_runtime" in keys or (other and not any(map(_of_training, keys))):
+        return None
     step = step_column(key for key, _ in pairs)
-    place = None if quoted else _place(line, step is None)
-    if step is None and place is None and not quoted:
-        return {}
-    return _by_column(pairs, step) | ({} if place is None else {"step": float(place)})
+    values, kind = _by_column(pairs, step), Kind.BOTH if other else Kind.STEP
+    if quoted:
+        return Said(kind, values)
+    place = place_of(line, step is None)
+    if place is None and step is None and epoch is not None:
+        place = place_below(line, epoch)
+    if isinstance(place, Place):
+        return Said(kind, values, place)
+    if place is not None or step is not None:
+        return Said(kind, values if place is None else values | {"step": float(place)})
+    named = epoch_of(line)
+    whole = epoch if named is None else named
+    return None if whole is None else Said(Kind.EPOCH, values | {"step": float(whole)})
 
 
-def _place(line: str, alone: bool) -> int | None:
-    """The step of a line that counts within epochs, or of a progress bar.
+def _of_training(key: str) -> bool:
+    return "train" in key and role_of(key) == "loss"
 
-    Where the line has a step besides (not ``alone``), only if it is that of the epoch.
+
+def _kind_of(path: str) -> Kind | None:
+    """Of which kind most lines are that tell of a step, the surest of as many; None of none.
+
+    Others say the same at another pace: the loss of an epoch is no record among those of steps.
     """
-    if (found := _WITHIN_EPOCH.search(line)) and (alone or found["word"]):
-        return int(found["epoch"]) * int(found["all"]) + int(found["at"])
-    bar = _BAR.search(line) if alone else None
-    return int(bar["at"]) if bar else None
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        said = islice(_said(_lines(lines, _SEARCHED)), _TELLING)
+        counts = Counter(found.kind for _, _, found in said)
+    if counts[Kind.EPOCH] < _EPOCHS:
+        del counts[Kind.EPOCH]
+    return max(sorted(counts), key=counts.__getitem__, default=None)
 
 
 def _by_column(pairs: list[tuple[str, float]], step: str | None) -> dict[str, float]:
@@ -176,25 +214,34 @@ def _by_column(pairs: list[tuple[str, float]], step: str | None) -> dict[str, fl
     return found
 
 
-def _of_one_rank(rows: Iterable[_Said]) -> Iterator[_Said]:
+_Line = tuple[int, str | None, Said]
+
+
+def _of_one_rank(rows: Iterable[_Line]) -> Iterator[_Line]:
     """Where several ranks print into one file: the first that does."""
     first: str | None = None
-    for number, rank, found in rows:
-        first = first or rank
-        if rank == first or rank is None:
-            yield number, rank, found
+    for row in rows:
+        first = first or row[1]
+        if row[1] == first or row[1] is None:
+            yield row
 
 
-def _numbered(path: str, rows: Iterable[_Said]) -> Iterator[Row]:
+def _counted(rows: Iterable[_Line]) -> Iterator[tuple[int, dict[str, float]]]:
+    """The values of lines, with steps from their places."""
+    clock = Clock()
+    for number, _, said in rows:
+        place = said.place
+        yield number, said.values if place is None else said.values | {"step": clock.step(place)}
+
+
+def _rows(rows: Iterable[tuple[int, dict[str, float]]]) -> Iterator[Row]:
     """The rows of a table; without steps if the first has none."""
     columns: tuple[str, ...] | None = None
-    for number, _, found in rows:
+    for number, found in rows:
         if columns is None:
             columns = _COLUMNS if "step" in found else _COLUMNS[1:]
         if columns[0] != "step" or "step" in found:
             yield number, columns, _cells(columns, found)
-    if columns is None:
-        raise InputError(path, "malformed", "has no line with a loss or a gradient norm")
 
 
 def _cells(columns: tuple[str, ...], found: dict[str, float]) -> tuple[Any, ...]:

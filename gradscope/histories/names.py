@@ -23,6 +23,8 @@ STEP = (
     "update", "updates", "n_updates", "batch", "episode", "episodes", "timestep", "timesteps",
     "total_timesteps",
 )  # fmt: skip
+#: What comes before a slash in the time of a step: ``ms/batch``.
+_UNITS = frozenset(("ms", "s", "sec", "secs", "seconds", "min"))
 _OTHER_STEP = re.compile(
     r"(?!(?:.*_)?(?:max|total|warmup|per|time|log|save|eval|val|decay)_)\w+_"
     r"(?:steps?|num_updates|iterations?|iter|updates?|episodes?)"
@@ -61,7 +63,7 @@ _TOTAL = re.compile(
 _LOSS = re.compile(
     r"(?:(?:train|training|trainer|batch|metrics?|logs?|loss_metrics)[/_. ])*"
     r"(?:(?:batch|reduced_train|global_avg|avg|mean|total|running|lm|mlm|ce|step)[_ ])*"
-    r"loss(?:_step|/train|_train|/total|/avg)?",
+    r"loss(?:_step|[/_ ]train|/total|/avg)?",
     re.IGNORECASE,
 )
 #: What Ultralytics' trainers, and YOLOv5's, write instead of their sum, which they minimise.
@@ -173,6 +175,8 @@ def step_column(names: Iterable[str]) -> str | None:
 def _step_rank(name: str) -> tuple[int, int] | None:
     """Likelier names are lower; one that stands alone before one in a path."""
     path = name.lower().strip().replace(" ", "_").split("/")
+    if path[0] in _UNITS:
+        return None
     if path[-1] in STEP:
         return STEP.index(path[-1]), len(path)
     other = _OTHER_STEP.fullmatch(path[-1]) and not is_known(name)

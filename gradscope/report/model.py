@@ -71,7 +71,8 @@ class Coverage(Record):
 
     analyzed: int
     total: int
-    unit: Literal["tensors", "layers", "images"]
+    #: Losses are those of a run that logged no gradients.
+    unit: Literal["tensors", "layers", "images", "losses"]
     bytes: int
     #: Names of the rules that were asked, those not evaluated included.
     rules: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from gradscope.flow.dead_zones import dead
 from gradscope.flow.joining import series
 from gradscope.flow.result import DeadZone
 from gradscope.histories.history import History, Status
+from gradscope.report.model import Finding
 
 from .made import made, noise
 
@@ -178,3 +179,92 @@ def test_a_zone_under_a_loss_of_zero_is_told_by_the_loss() -> None:
     assert found.severity == "high"
     assert "the loss is 0" in found.message
     assert "labels" in found.recommendation
+
+
+# --- one cause, one finding -----------------------------------------------------------------------
+
+
+def dead_findings(history: History) -> list[Finding]:
+    return [f for f in analyze_flow(history).findings if f.name == "dead-zone"]
+
+
+@pytest.mark.parametrize("layers", [3, 6, 12])
+def test_zones_that_pass_are_one_finding(layers: int) -> None:
+    """Stochastic depth: any block is left out now and then."""
+    norms = noise(200, layers)
+    for row in range(1, layers - 1):
+        norms[10 * row : 10 * row + 6, row] = norms[120 + row : 128 + row, row] = 0
+
+    (found,) = dead_findings(made(norms))
+
+    assert found.severity == "low"
+    assert f"layers.{layers - 2}" in f"{found.subject} {found.message}"
+    assert "now and then" in found.message
+
+
+def weighed(weights: np.ndarray, kinds: list[str] | None = None, since: int = 60) -> History:
+    """Three layers of which two get nothing from some record on, and the norms of their weights."""
+    norms = noise(160, 3, 0.1)
+    norms[since:, :2] = 0
+    return made(norms, kinds=kinds, param_l2=weights, update_l2=1e-3 * np.ones((160, 3)))
+
+
+@pytest.mark.parametrize(
+    ("weights", "since", "said", "advice"),
+    [
+        (0.0, 0, "zero since the first record", "initialise these weights at random"),
+        (0.95, 60, "shrunk to less than a thousandth", "lower the weight decay"),
+        (1.0, 60, None, "units that died"),
+        (0.99, 60, None, "units that died"),
+    ],
+)
+def test_layers_whose_weights_are_nothing_are_told_by_that(
+    weights: float, since: int, said: str | None, advice: str
+) -> None:
+    left = np.ones((160, 3)) * [[1.0, 1.0, 1.0]]
+    left[:, :2] = 0.0 if weights == 0 else weights ** np.arange(160)[:, None]
+
+    (found,) = dead_findings(weighed(left, since=since))
+
+    assert found.severity == "high"
+    assert advice in found.recommendation
+    assert "their weights" not in found.message if said is None else said in found.message
+
+
+def test_gains_and_biases_may_be_zero() -> None:
+    left = np.ones((160, 3)) * [[0.0, 1.0, 1.0]]
+
+    (found,) = dead_findings(weighed(left, kinds=["bias", "matrix", "matrix"]))
+
+    assert "their weights" not in found.message
+
+
+def test_layers_that_die_after_a_loss_diverged_are_told_with_it() -> None:
+    loss = 2.0 * noise(160, 1, 0.05)[:, 0]
+    norms = noise(160, 3, 0.1)
+    norms[80:, :2] = 0
+    after, before = loss.copy(), loss.copy()
+    after[79:] *= 50
+    before[120:] *= 50
+    updates = {"param_l2": np.ones((160, 3)), "update_l2": np.full((160, 3), 1e-3)}
+    updates["update_l2"][76:] *= 300
+
+    one = analyze_flow(made(norms, loss=after, **updates)).findings
+    two = analyze_flow(made(norms, loss=before, **updates)).findings
+
+    assert "dead-zone" not in {f.name for f in one}
+    (told,) = (f for f in one if f.name == "diverged")
+    assert "no gradient is left in layers.0, layers.1" in told.message
+    assert "dead-zone" in {f.name for f in two}
+
+
+def test_a_layer_that_was_detached_midway_is_one_finding() -> None:
+    norms = noise(120, 4)
+    status = np.full(norms.shape, Status.RECORDED, np.uint8)
+    status[50:, :2] = Status.NONE
+    status[::7, 3] = Status.NONE
+
+    found = {f.name: f for f in analyze_flow(made(norms, status=status)).findings}
+
+    assert set(found) == {"dead-zone", "missing-gradient"}
+    assert found["missing-gradient"].subject == "layers.3"

@@ -217,7 +217,7 @@ def test_what_left_its_range_first_is_told(at: tuple[int, int, int], said: str) 
     (found,) = diverged(**in_turn(*at))
 
     assert said in found.message
-    assert found.recommendation.startswith(f"go back to a checkpoint of step {min(at) - 1} or")
+    assert f"go back to a checkpoint of step {min(at) - 1} or" in found.recommendation
 
 
 def test_no_order_is_told_of_what_rose_between_the_same_two_records() -> None:
@@ -229,3 +229,110 @@ def test_no_order_is_told_of_what_rose_between_the_same_two_records() -> None:
     assert "out of range first" not in together.message
     assert "out of range first" not in unknown.message
     assert unknown.evidence["precursors"] == "gradients 104, updates 110, loss 110"
+
+
+# --- other data -----------------------------------------------------------------------------------
+
+
+def stage(kind: str, records: int = 300, gap: int = 1, seed: int = 0) -> dict[str, Any]:
+    """A run whose loss jumps halfway: by other data, or by steps that were too large before."""
+    rng, at = np.random.default_rng(seed), records // 2
+    harder = falling(records - at, 6.0, 0.05, seed + 1)
+    then = harder if kind == "stage" else 2.3 * noise(records - at, 1, 0.05, seed + 2)[:, 0]
+    loss = np.concatenate([falling(at, 2.3, 0.05, seed), then])
+    loss[at] = 9.0
+    updates = 1e-3 * np.exp(rng.normal(0, 0.2, (records, 2)))
+    weights = 10 * np.exp(np.cumsum(rng.normal(0, 1e-4, (records, 2)), axis=0))
+    if kind == "steps":
+        updates[at - 1] *= 300
+        weights[at:] *= 1.3
+    if kind == "weights":  # loaded anew, or decayed: no step tells
+        weights[at:] *= 0.2
+    return {
+        "loss": loss, "norms": noise(records, 2, 0.1, seed), "steps": np.arange(records) * gap,
+        "update_l2": updates * weights, "param_l2": weights,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("gap", [1, 10, 50])
+def test_a_loss_that_jumps_under_weights_that_did_not_is_that_of_other_data(
+    gap: int, seed: int
+) -> None:
+    (found,) = diverged(**stage("labels", gap=gap, seed=seed))
+
+    assert found.severity == "high"
+    assert "steps and weights were as usual before" in found.message
+    assert found.recommendation.startswith(f"look at what begins at step {150 * gap}: other data")
+    assert "learning rate" not in found.recommendation
+
+
+@pytest.mark.parametrize("kind", ["steps", "weights"])
+def test_weights_that_moved_before_the_loss_did_are_not_the_datas(kind: str) -> None:
+    (found,) = diverged(**stage(kind))
+
+    assert found.severity == "high"
+    assert "as usual" not in found.message
+    assert "learning rate" in found.recommendation
+
+
+def test_where_steps_are_recorded_now_and_then_the_weights_tell() -> None:
+    """A recorder with ``every=10`` leaves out the steps between two pairs of records."""
+    for kind, told in (("labels", True), ("steps", False)):
+        run = stage(kind)
+        kept = np.flatnonzero((run["steps"] % 10 == 0) | (run["steps"] % 10 == 1))
+        run = {name: np.array(values[kept]) for name, values in run.items()}
+        run["update_l2"][run["steps"] % 10 == 1] = np.nan
+
+        (found,) = diverged(**run)
+
+        assert ("as usual" in found.message) is told
+
+
+def test_a_rate_that_was_raised_at_that_step_is_the_cause() -> None:
+    run = stage("labels")
+    rate = np.where(np.arange(300) < 149, 1e-3, 1e-1)[:, None]
+
+    (found,) = diverged(**run, lr=rate)
+
+    assert "the learning rate had just been raised" in found.message
+    assert "as usual" not in found.message
+
+
+def test_a_loss_that_swings_before_does_not_jump_at_once() -> None:
+    run = stage("labels")
+    run["loss"][110:150] *= 1 + 30 * np.random.default_rng(3).random(40)
+
+    (found,) = diverged(**run)
+
+    assert "as usual" not in found.message
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_harder_stage_that_is_being_learnt_is_medium(seed: int) -> None:
+    """A curriculum: the loss jumps and nearly all of it is undone, still falling at the end."""
+    run = {name: values[:225] for name, values in stage("stage", seed=seed).items()}
+
+    (found,) = diverged(**run)
+
+    assert found.severity == "medium"
+    assert "and falls" in found.message
+
+
+def test_a_loss_that_stays_where_it_came_back_to_does_not_recover() -> None:
+    run = stage("labels")
+    run["loss"][150:] = np.maximum(9.0 * np.exp(-np.arange(150) / 5), 0.6)
+
+    (found,) = diverged(**run)
+
+    assert found.severity == "high"
+
+
+def test_a_loss_that_fell_to_a_third_had_fallen_however_noisy_it_was() -> None:
+    """Momentum of 0.999: swings that grow, with no step or gradient out of range."""
+    wild = noise(300, 1, 0.45, 1)[:, 0]
+    loss = np.concatenate([np.full(40, 2.3), np.full(160, 0.4) * wild[:160], np.full(100, 2.5)])
+
+    (found,) = diverged(loss)
+
+    assert found.severity == "high"

@@ -136,6 +136,31 @@ def test_norms_after_clipping_stay_at_the_limit() -> None:
     assert clipping(series(made(norms[:10]))) is None
 
 
+@pytest.mark.parametrize(
+    ("coefficient", "optimizer", "falls", "severity"),
+    [
+        (0.01, {"class": "SGD", "momentum": 0.9}, False, "medium"),
+        (0.01, {"class": "SGD", "momentum": 0.9}, True, "low"),
+        (0.5, {"class": "SGD"}, False, "low"),
+        (0.01, {"class": "AdamW", "eps": 1e-30}, False, "low"),
+        (0.01, {"class": "Lion"}, False, "low"),
+        (0.01, None, False, "low"),
+    ],
+)
+def test_clipping_that_freezes_a_run_is_medium(
+    coefficient: float, optimizer: Any, falls: bool, severity: str
+) -> None:
+    """Steps of SGD are as long as its gradients; an adaptive optimizer divides by their length."""
+    loss = np.geomspace(2.3, 0.5 if falls else 2.28, 100) * noise(100, 1, 0.02)[:, 0]
+    fields = {"clip_coefficient": np.full(100, coefficient), "loss": loss}
+
+    report = analyze_flow(made(noise(100, 2), meta={"optimizer": optimizer}, **fields))
+
+    (found,) = (f for f in report.findings if f.name == "always-clipped")
+    assert found.severity == severity
+    assert ("the loss does not fall" in found.message) is (severity == "medium")
+
+
 # --- adding up ------------------------------------------------------------------------------------
 
 
@@ -182,3 +207,20 @@ def test_captures_of_micro_batches_are_told_from_steps_that_mixed_precision_skip
     found = [f for f in report.findings if f.name == "carried-over"]
     assert [f.severity for f in found] == ["medium"] * told
     assert all("micro-batch" in f.recommendation for f in found)
+
+
+@pytest.mark.parametrize("skipped", [40, 39, 20])
+def test_steps_that_mixed_precision_skipped_are_no_micro_batches(skipped: int) -> None:
+    """A loss scale that never comes down: no step was made for any of the calls."""
+    norms = noise(40, 3)
+    norms[:skipped, 0] = np.inf
+    flags = (np.arange(40) < skipped).astype(np.uint8)
+    meta = {"captures": 400, "optimizer_steps": 10 * (40 - skipped)}
+
+    report = analyze_flow(made(norms, skipped=flags, meta=meta))
+
+    assert "carried-over" not in {f.name for f in report.findings}
+    (found,) = (f for f in report.findings if f.name == "non-finite-gradient")
+    assert found.severity == "info"
+    assert ("no step was ever made" in found.recommendation) is (skipped == 40)
+    assert report.gate.exit_code == (4 if skipped > 37 else 0)

@@ -53,6 +53,17 @@ def test_depth_enters_at_three_decades_and_leaves_half_a_decade_inside() -> None
     assert not found[:, [0, 2, 3]].any()
 
 
+@pytest.mark.parametrize("layers", [2, 3, 7])
+def test_a_batch_whose_loss_is_zero_is_no_fall_of_single_layers(layers: int) -> None:
+    """Triplets that are all told apart: the whole network is at zero for a few records."""
+    norms = flat(100, layers)
+    norms[[60, 62, 63, 64, 70, 71]] = 0
+
+    assert not vanish(made(norms), "time").any()
+    norms[60:65, :-1], norms[60:65, -1] = 0, 1.0
+    assert vanish(made(norms), "time")[60:65, :-1].all()
+
+
 def test_time_is_a_fall_below_the_own_level_that_the_network_does_not_share() -> None:
     norms = flat(100, 5)
     norms[60:70, 4] *= 10**-3.2

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gradscope.flow import judgement
 from gradscope.flow.limits import CLIMBING, LOSS_LEVEL
 from gradscope.flow.result import Divergence, FlowResult, Need
-from gradscope.flow.rules.say import SEVERITY, begins_after, several, since
+from gradscope.flow.rules.say import SEVERITY, begins_after, follows, several, since
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
@@ -26,14 +26,16 @@ def diverged(
 
     Levels are medians of windows of a tenth of the run: eight robust deviations, a tenth of what
     had been gained, and (where it is positive) ``level`` times the best one. High where it stays
-    there or ends no better than it began, medium where it came back, critical where it ends
-    non-finite, from a higher level or while the gradients are finite. What vanishes or spikes from
-    then on, and what explodes mildly, follows from it and is told here alone.
+    there or ends no better than it began, medium where it came back or has undone nine tenths of
+    the rise and still falls, critical where it ends non-finite, from a higher level or while the
+    gradients are finite. What vanishes, dies or spikes from then on, and what explodes mildly,
+    follows from it and is told here alone.
 
     A loss that never fell and rises may belong to one of two networks that compete: it takes
     evidence of overshooting (learning rate or gradient norm ``steered`` times as large, steps of
     more than a ``wild`` share of the weights, steps up the gradient); without it only a loss
-    ``adversarial`` times as high is reported, as medium.
+    ``adversarial`` times as high is reported, as medium. A loss that rises at one record, after
+    steps and weights as usual, is that of other data or labels, and told so.
     """
     found = result.loss.divergence if result.loss else None
     limits = {"level": level, "adversarial": adversarial, "steered": steered, "wild": wild}
@@ -44,7 +46,12 @@ def diverged(
         return
     layers = [n for r in result.regions if begins_after(r, found) for n in r.affected_layers]
     went = f"; gradients went with it in {several(list(dict.fromkeys(layers)))}" if layers else ""
-    why = f": {', '.join(course.evidence)}" if course.evidence else ""
+    dead = [z for z in result.dead_zones if z.intervention_required and follows(result, z)]
+    if dead:
+        gone = dict.fromkeys(name for zone in dead for name in zone.affected_layers)
+        went += f"; no gradient is left in {several(list(gone))}"
+    evidence = ("steps and weights were as usual before",) if found.at_once else course.evidence
+    why = f": {', '.join(evidence)}" if evidence else ""
     yield Observation(
         "loss",
         f"the loss {_course(found)}, {since(found.onset)}{why}{_order(found)}{went}",
@@ -81,6 +88,8 @@ def _course(found: Divergence) -> str:
         return f"{rise} and came back to {found.after:.3g}" + (
             "" if found.progressed else ", no better than it began"
         )
+    if found.recovers:
+        return f"{rise}, is {found.after:.3g} and falls"
     return f"{rise} and is still {found.after:.3g}"
 
 
@@ -98,6 +107,12 @@ def _advice(found: Divergence, steered: float) -> str:
         return "check the sign of the loss and the optimizer's maximize"
     sound = min([found.onset[0] or 0, *(p.onset[0] for p in found.precursors)])
     back = f"go back to a checkpoint of step {sound} or before; " if sound else ""
+    if found.at_once and found.ends != "non-finite":
+        before = f"; unless it is meant, {back.removesuffix('; ')}" if back else ""
+        return (
+            f"look at what begins at step {found.onset[1]}: other data, labels, preprocessing, or "
+            f"another term of the loss{before}"
+        )
     if (found.learning_rate_factor or 0) >= steered:
         return f"{back}check the schedule: raise the learning rate slowly, or not so far"
     first = "warm the learning rate up, or " if (found.onset[0] or 0) < 10 else ""

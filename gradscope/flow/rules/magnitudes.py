@@ -46,7 +46,10 @@ def non_finite_gradient(result: FlowResult, *, diverged: float = 20.0) -> Iterat
         yield Observation(
             "network",
             f"mixed precision skipped {plural(result.skipped_steps, 'step')} of {result.steps:,}",
-            "nothing, unless it goes on: a loss scale that never settles hides a real overflow",
+            "nothing, unless it goes on: a loss scale that never settles hides a real overflow"
+            if result.skipped_steps < result.steps
+            else "no step was ever made: gradients are infinite at any loss scale it tried, so "
+            "look for an overflow in the forward pass, or begin at a lower scale",
             {"skipped_steps": result.skipped_steps, "records": result.steps},
             severity=Severity.INFO,
         )

@@ -39,12 +39,15 @@ def not_in_optimizer(result: FlowResult) -> Iterator[Observation | Unknown]:
 
 
 @rule("F114", "always-clipped", Severity.LOW, reads=FlowResult, needs=Need.RECORDS)
-def always_clipped(result: FlowResult, *, share: float = 0.99) -> Iterator[Observation | Unknown]:
+def always_clipped(
+    result: FlowResult, *, share: float = 0.99, short: float = 0.1, stuck: float = 0.9
+) -> Iterator[Observation | Unknown]:
     """Every step is clipped: the limit sets the length of the steps, not the gradients.
 
     Told by the recorded clip coefficients, or by a total norm that stays at its greatest value, in
     more than a ``share`` of the records. Common and often harmless with an adaptive optimizer;
-    with SGD the limit then acts as a learning rate.
+    with SGD the limit then acts as a learning rate: medium where it makes the median step
+    ``short`` and the loss ends above ``stuck`` times where it began.
     """
     found = result.clipping
     if found is None:
@@ -56,14 +59,23 @@ def always_clipped(result: FlowResult, *, share: float = 0.99) -> Iterator[Obser
     at = f": the total norm stays at {found.limit:.3g}" if found.limit is not None else ""
     facts: dict[str, Fact] = {"share": found.share}
     facts |= {k: v for k, v in (("median", found.median), ("limit", found.limit)) if v is not None}
+    frozen = found.proportional and (found.median or 1.0) < short and _stuck(result, stuck)
     yield Observation(
         "network",
-        f"{found.share:.0%} of the steps are clipped{by}{at}",
+        f"{found.share:.0%} of the steps are clipped{by}{at}"
+        + ("; the loss does not fall" if frozen else ""),
         "raise the limit to what the norms usually are, or lower it knowingly and tune the "
         "learning rate for it",
         facts,
         threshold=share,
+        severity=Severity.MEDIUM if frozen else None,
     )
+
+
+def _stuck(result: FlowResult, share: float) -> bool:
+    """Whether a positive loss ends as high as it began, or nearly."""
+    loss = result.loss
+    return loss is not None and loss.first > 0 and loss.last >= share * loss.first
 
 
 @rule("F115", "carried-over", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import BOTTLENECK_DECADES, BOTTLENECK_FROM, SHORTEST_ZONE
 from gradscope.flow.result import DeadZone, FlowResult, Missing, Need
-from gradscope.flow.rules.say import place, several, span
+from gradscope.flow.rules.say import follows, place, several, span
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 from gradscope.text import listed, plural
@@ -29,7 +30,8 @@ def dead_zone(
     Reported from a length of ``records``. High when it lasts and nothing in the run says that it
     will end: no earlier recovery that it has not ``outlived``, and not a unit alive. Medium when
     it lasts but such zones have ended before. Low when it is over, or when ``recoveries`` such
-    zones ended and a ``share`` of those that reached its age.
+    zones ended and a ``share`` of those that reached its age; such zones are one finding. What
+    dies after a loss that diverged for good is told with that.
     """
     zones = judgement.dead_zones(
         result.dead_zones,
@@ -40,26 +42,67 @@ def dead_zone(
     )
     idle = idle_layers(result)
     constant = result.loss.constant if result.loss else None
-    for zone in zones:
-        if idle.issuperset(zone.affected_layers) or (zone.facts and zone.facts.underflowed):
-            continue
-        yield Observation(
-            place(zone.affected_layers),
-            f"no gradient in {several(zone.affected_layers)} for "
-            f"{plural(zone.extent.records, 'record')}, "
-            f"{span(zone.extent)}; recovery potential {zone.recovery_potential}"
-            + ("" if constant is None else f"; the loss is {constant:g} to the bit, to the end"),
-            _revive(zone) if constant is None or not zone.extent.ongoing else _COMPUTE_LOSS,
-            {
-                "origin": zone.origin,
-                "dead_duration": zone.dead_duration,
-                "recovery_potential": zone.recovery_potential,
-                "past_recoveries": zone.past_recoveries,
-                "layers": zone.extent.layer_count,
-            },
-            threshold=records,
-            severity=_dead_severity(zone),
-        )
+    told = [zone for zone in zones if not _told_elsewhere(result, zone, idle)]
+    passing = [zone for zone in told if _dead_severity(zone) is Severity.LOW]
+    for zone in told:
+        if zone not in passing:
+            yield _zone(zone, constant, records)
+    if passing:
+        yield _passing(passing, constant, records)
+
+
+def _told_elsewhere(result: FlowResult, zone: DeadZone, idle: frozenset[str]) -> bool:
+    """Experts that idle, gradients that underflow and losses that diverge have their own rules."""
+    underflowed = zone.facts is not None and zone.facts.underflowed
+    return idle.issuperset(zone.affected_layers) or underflowed or follows(result, zone)
+
+
+def _zone(zone: DeadZone, constant: float | None, records: int) -> Observation:
+    cause, remedy = _cause(zone, constant)
+    return Observation(
+        place(zone.affected_layers),
+        f"no gradient in {several(zone.affected_layers)} for "
+        f"{plural(zone.extent.records, 'record')}, "
+        f"{span(zone.extent)}{cause}; recovery potential {zone.recovery_potential}",
+        remedy,
+        {
+            "origin": zone.origin,
+            "dead_duration": zone.dead_duration,
+            "recovery_potential": zone.recovery_potential,
+            "past_recoveries": zone.past_recoveries,
+            "layers": zone.extent.layer_count,
+        },
+        threshold=records,
+        severity=_dead_severity(zone),
+    )
+
+
+def _passing(zones: list[DeadZone], constant: float | None, records: int) -> Observation:
+    """Zones that ended, or will, as one: the longest is told, and how many there were."""
+    longest = max(zones, key=lambda zone: zone.extent.records)
+    found = _zone(longest, constant, records)
+    if len(zones) == 1:
+        return found
+    layers = list(dict.fromkeys(name for zone in zones for name in zone.affected_layers))
+    return replace(
+        found,
+        subject=place(layers),
+        message=f"no gradient now and then in {several(layers)}: {len(zones)} zones, the longest "
+        f"{plural(longest.extent.records, 'record')} in {several(longest.affected_layers)}, "
+        f"{span(longest.extent)}",
+        evidence={**found.evidence, "zones": len(zones)},
+    )
+
+
+def _cause(zone: DeadZone, constant: float | None) -> tuple[str, str]:
+    """Why layers are dead, where that is known, and what to do."""
+    if constant is not None:
+        said = f"; the loss is {constant:g} to the bit, to the end"
+        return said, _COMPUTE_LOSS if zone.extent.ongoing else _revive(zone)
+    if zone.facts is not None and zone.facts.weights != "kept" and zone.extent.ongoing:
+        cause, remedy = judgement.WEIGHTLESS[zone.facts.weights]
+        return f": {cause}", remedy
+    return "", _revive(zone)
 
 
 _COMPUTE_LOSS = (
@@ -194,7 +237,9 @@ def missing_gradient(result: FlowResult) -> Iterator[Observation]:
         )
     if frozen := [m for m in result.missing if m.state == "frozen"]:
         yield _frozen(result, frozen)
-    if partly := [m for m in result.missing if m.state == "partly" and m.layer_name not in idle]:
+    dead = {name for zone in result.dead_zones for name in zone.affected_layers}
+    told = idle | dead
+    if partly := [m for m in result.missing if m.state == "partly" and m.layer_name not in told]:
         yield _gaps(result, partly)
 
 

@@ -6,7 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gradscope.flow import judgement
-from gradscope.flow.result import Divergence, Extent, FlowResult, Level, Region, Spike
+from gradscope.flow.result import (
+    DeadZone,
+    Divergence,
+    Extent,
+    FlowResult,
+    Level,
+    Region,
+    Spike,
+)
 from gradscope.report.severity import Severity
 from gradscope.text import listed
 
@@ -59,6 +67,15 @@ def told(result: FlowResult) -> Divergence | None:
     found = result.loss.divergence if result.loss else None
     course = judgement.divergence(found, **judgement.limits(_rules()[0]))
     return None if course.level == "none" else found
+
+
+def follows(result: FlowResult, zone: DeadZone) -> bool:
+    """Whether layers died after a loss had diverged for good, which is told with that."""
+    left = told(result)
+    if left is None or left.at_once or zone.extent.onset[1] < left.onset[1]:
+        return False
+    limits = judgement.limits(_rules()[0])
+    return SEVERITY[judgement.divergence(left, **limits).level].rank >= Severity.HIGH.rank
 
 
 def begins_after(region: Region, found: Divergence) -> bool:
