@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradscope.flow.robust import Array, nanmedian
-from gradscope.flow.series import Mask, Series
+from gradscope.flow.series import Series
 
 #: Records after a jump within which its height is taken, and before it that it has to stand above.
 _JUST_AFTER = 8
@@ -54,8 +54,8 @@ def _usual_way(series: Series, record: int) -> bool | None:
         return None
     part = np.asarray(norms[max(0, record - _USUAL) : record + 1], dtype=np.float64)
     steps = series.steps[max(0, record - _USUAL) : record + 1]
-    known: Mask = np.isfinite(part).any(axis=1)
-    if known.sum() <= _LEAST or not known[-1]:
+    known = np.flatnonzero(np.isfinite(part).any(axis=1))
+    if len(known) <= _LEAST or known[-1] != len(part) - 1:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         way = np.abs(np.diff(np.log(part[known]), axis=0))

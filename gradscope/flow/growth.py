@@ -28,11 +28,26 @@ def growing(series: Series, logs: Array) -> Mask:
     """
     steps = series.steps.astype(np.float64)
     flags, size, warm_up = _growing(steps, logs, series.warm_up), 1, series.warm_up
+    finest = logs
     while len(logs) // _COARSER >= _WINDOWS[1]:
         steps, logs = _blocks(steps[:, None])[:, 0], _blocks(logs)
         size, warm_up = size * _COARSER, -(-warm_up // _COARSER)
-        coarse = _growing(steps, logs, warm_up).repeat(size, axis=0)
-        flags[len(flags) - len(coarse) :] |= coarse
+        coarse, covered = _growing(steps, logs, warm_up), size * len(logs)
+        flags[-covered:] |= _finer(coarse, logs, finest[-covered:])
+    return flags
+
+
+def _finer(coarse: Mask, medians: Array, logs: Array) -> Mask:
+    """Flags of blocks as those of their records; a first block begins within itself.
+
+    At its first record that lies nearer to the block after it than to the one before.
+    """
+    size = len(logs) // len(coarse)
+    flags = coarse.repeat(size, axis=0)
+    for block, row in np.argwhere(coarse[1:-1] & ~coarse[:-2]).tolist():
+        middle = (medians[block, row] + medians[block + 2, row]) / 2
+        first = slice((block + 1) * size, (block + 2) * size)
+        flags[first, row] = np.logical_or.accumulate(logs[first, row] > middle)
     return flags
 
 

@@ -428,7 +428,13 @@ class Course:
 
 
 def divergence(
-    found: Divergence | None, *, level: float, adversarial: float, steered: float, wild: float
+    found: Divergence | None,
+    *,
+    level: float,
+    adversarial: float,
+    steered: float,
+    wild: float,
+    undone: float,
 ) -> Course:
     """A loss that rose for good is severe, one that came back moderate, by the limits of F111.
 
@@ -444,7 +450,9 @@ def divergence(
         height = found.peak if found.ends == "returned" else found.after
         far = found.before > 0 and height >= adversarial * found.before
         return Course("moderate" if far else "none", evidence)
-    mended = (found.ends == "returned" or found.recovers) and found.progressed
+    left = (found.after - found.before) / (found.peak - found.before)
+    mended = found.ends == "returned" or found.recovers or (found.at_once and left <= 1 - undone)
+    mended &= found.progressed
     return Course("moderate" if mended else "severe", evidence)
 
 

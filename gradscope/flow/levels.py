@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.flow.graph import Graph
-from gradscope.flow.limits import LEVEL_RATIO, MIN_TREND
+from gradscope.flow.limits import LEVEL_RATIO, MIN_TREND, SEVERE_RATIO
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Series
 from gradscope.flow.trailing import leaps
@@ -21,6 +21,9 @@ _OWN_RECORDS = 64
 #: Nats that a layer rises by when it leaves a level for another, and within which it held it.
 _RISE = math.log(LEVEL_RATIO)
 _LEVEL_NATS = math.log(2)
+#: Fewest records of a level that it leaves by so many nats.
+_FEW = 4
+_SEVERE_RISE = math.log(SEVERE_RATIO)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +114,19 @@ def _early_rises(logs: Array, stop: int) -> Iterator[tuple[int, int, float]]:
     for record, row in np.argwhere(leapt).tolist():
         before = logs[max(0, record - 2 * MIN_TREND) : record, row]
         after = nanmedian(logs[record : record + MIN_TREND, row])
-        if row not in seen and _held(before) and after - nanmedian(before) > _RISE:
+        rise = after - nanmedian(before)
+        if row not in seen and _held(before, rise) and rise > _RISE:
             seen.add(row)
             yield row, record, float(nanmedian(before))
 
 
-def _held(logs: Array) -> bool:
+def _held(logs: Array, rise: float) -> bool:
     """Whether eight and more lie as high in their second half as in their first.
 
-    What leaves zero, or falls since the first step, has no level yet.
+    What leaves zero, or falls since the first step, has no level yet. Before a ``rise`` of fifty
+    times four are enough: as many as a coarse recording has of the first steps.
     """
     half = len(logs) // 2
     apart = abs(nanmedian(logs[half:]) - nanmedian(logs[:half]))
-    return len(logs) >= MIN_TREND and bool(apart < _LEVEL_NATS)
+    enough = len(logs) >= (_FEW if rise > _SEVERE_RISE else MIN_TREND)
+    return enough and bool(apart < _LEVEL_NATS)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gradscope import analyze_flow
 from gradscope.flow.excerpt import between
 from gradscope.flow.joining import TOTAL, module_of, series
 from gradscope.histories.history import Exact, History, Layer, Sketches, Status
@@ -114,6 +116,35 @@ def test_any_sign_of_nan_or_inf_counts_and_only_an_overflow_is_excused(
     overflowed = norm == np.inf and (top == 1.0 or n_inf == 0)
     bad = counted or top == np.inf or (not np.isfinite(norm) and not overflowed)
     assert bool(found.nonfinite[0, 0]) is bad
+
+
+@pytest.mark.parametrize("records", [1, 2, 40])
+@pytest.mark.parametrize("norm", [np.nan, np.inf, 1.0])
+@pytest.mark.parametrize("top", [ABSENT, np.nan, np.inf, 1.0])
+def test_whatever_the_sign_it_is_critical_and_fails_the_gate(
+    top: float | None, norm: float, records: int
+) -> None:
+    """Whether one of two layers or the only one, at the last of a few records or of many."""
+    for n_nan, n_inf in product([ABSENT, -1, 0, 17], repeat=2):
+        for layers in (1, 2):
+            norms = np.ones((records, layers))
+            fields = {"max_abs": (1.0, top), "n_nan": (0, n_nan), "n_inf": (0, n_inf)}
+            columns = {
+                name: np.full((records, layers), usual)
+                for name, (usual, last) in fields.items()
+                if last is not ABSENT
+            }
+            norms[-1, 0] = norm
+            for name, column in columns.items():
+                column[-1, 0] = fields[name][1]
+            history = made(norms, **columns)
+            bad = bool(series(history).nonfinite[-1, 0])
+
+            report = analyze_flow(history)
+
+            worst = [str(f.severity) for f in report.findings if f.name == "non-finite-gradient"]
+            assert worst == ["critical"] * bad, (norm, top, n_nan, n_inf, layers)
+            assert (report.gate.exit_code == 1) is bad
 
 
 def test_zero_fractions_are_weighted_by_elements_and_leave_out_the_unknown() -> None:

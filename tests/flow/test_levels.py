@@ -83,12 +83,18 @@ def test_an_own_level_takes_eight_records() -> None:
     assert np.isnan(found[2])
 
 
-@pytest.mark.parametrize(("record", "told"), [(7, False), (8, True), (30, True), (45, False)])
+@pytest.mark.parametrize(
+    ("record", "factor", "told"),
+    [
+        (7, 30, False), (8, 30, True), (30, 30, True), (45, 30, False),
+        (3, 100, False), (4, 100, True), (7, 100, True), (45, 100, False),
+    ],
+)  # fmt: skip
 def test_a_layer_that_leaves_its_level_early_for_good_is_compared_with_that_before(
-    record: int, told: bool
+    record: int, factor: float, told: bool
 ) -> None:
     norms = noise(100, 3, scale=0.05)
-    norms[record:, 1] *= 50
+    norms[record:, 1] *= factor
     s = series(made(norms, numel=1))
 
     level, since = own_level(s)

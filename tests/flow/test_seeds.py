@@ -443,3 +443,25 @@ def test_the_seeds_absolute_threshold_is_there_for_those_who_want_one() -> None:
     assert {layer.severity for layer in found.exploding_layers} == {"mild"}
     assert "60" in found.exploding_layers[0].recommended_action
     assert found.overall_severity == "mild"
+
+
+@pytest.mark.parametrize("size", [5, 40, 3000])
+def test_raw_gradients_come_with_their_directions(size: int, tmp_path: Path) -> None:
+    """A count-sketch: products of direction vectors are cosines, within their standard errors."""
+    rng = np.random.default_rng(size)
+    signal = rng.normal(size=size)
+    gradients = np.array([(signal + rng.normal(size=size)) * 10.0**t for t in range(-6, 6)])
+    np.savez(tmp_path / "grads.npz", w=gradients.astype(np.float64), steps=np.arange(12) * 5)
+
+    flow = analyze_flow(tmp_path / "grads.npz", as_="vectors").result.layers[0]
+
+    assert flow.gradient_directions is not None
+    assert [d.step for d in flow.gradient_directions] == list(range(0, 60, 5))
+    unit = gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
+    exact = unit @ unit.T
+    assert [d.consistency_score for d in flow.gradient_directions[1:]] == pytest.approx(
+        np.diagonal(exact, 1), abs=1e-6
+    )
+    vectors = np.array([d.direction_vector for d in flow.gradient_directions])
+    assert vectors.shape == (12, 128)
+    np.testing.assert_allclose(vectors @ vectors.T, exact, atol=4.5 * np.sqrt(2 / 128))

@@ -178,6 +178,28 @@ def test_an_early_spike_and_an_early_explosion_hide_neither_each_other(
     assert spike in spikes
 
 
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("where", [slice(None), slice(2, 4)], ids=["all-layers", "two-layers"])
+@pytest.mark.parametrize("at", [100, 150, 300])
+def test_a_jump_within_the_first_records_is_told(at: int, where: slice, every: int) -> None:
+    """A coarse recording has four of the first hundred steps."""
+    norms = noise(RECORDS, 6, 0.15)
+    norms[at:, where] *= 150
+
+    report = recorded(norms, every)
+
+    assert told_spikes(report)[0] == [("exploding-gradient", "critical")]
+    (region,) = report.result.exploding_regions
+    assert region.extent.onset[0] < at <= region.extent.onset[1]
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_the_first_steps_may_climb_as_far(every: int) -> None:
+    climb = np.minimum(np.exp(0.05 * STEPS), 150)[:, None]
+
+    assert recorded(noise(RECORDS, 6, 0.15) * climb, every).gate.exit_code == 0
+
+
 def leaving(until: int, power: int) -> np.ndarray:
     """Two layers behind a branch that starts from zero, under a learning rate that warms up."""
     norms = noise(RECORDS, 6, 0.15)

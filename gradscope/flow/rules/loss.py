@@ -21,6 +21,7 @@ def diverged(
     adversarial: float = 10.0,
     steered: float = 3.0,
     wild: float = 0.02,
+    undone: float = 0.85,
 ) -> Iterator[Observation]:
     """The loss left its best level upwards and did not come back.
 
@@ -35,10 +36,12 @@ def diverged(
     evidence of overshooting (learning rate or gradient norm ``steered`` times as large, steps of
     more than a ``wild`` share of the weights, steps up the gradient); without it only a loss
     ``adversarial`` times as high is reported, as medium. A loss that rises at one record, after
-    steps and weights as usual, is that of other data or labels, and told so.
+    steps and weights as usual, is that of other data or labels, and told so: medium where
+    ``undone`` of the rise is made good, as on a harder stage.
     """
     found = result.loss.divergence if result.loss else None
     limits = {"level": level, "adversarial": adversarial, "steered": steered, "wild": wild}
+    limits |= {"undone": undone}
     course = judgement.divergence(found, **limits)
     if course.level == "none" and result.loss and result.loss.lost and not result.nonfinite:
         yield _not_finite(result.loss.lost, bool(result.layers))
