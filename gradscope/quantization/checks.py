@@ -22,14 +22,15 @@ def wrong_values(
     ``lost`` is the share of the weight's codes that are not zero and have a scale of zero.
     """
     found = {
-        companion.name: _wrong(companion, statistics, lost.get(weight.codes.name, 0.0))
+        companion.name: wrong_value(companion, statistics, lost.get(weight.codes.name, 0.0))
         for companion in weight.companions
         if (statistics := measured.get(companion.name)) is not None
     }
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _wrong(companion: Companion, s: Statistics, lost: float) -> str:
+def wrong_value(companion: Companion, s: Statistics, lost: float = 0.0) -> str:
+    """What is wrong with the values of one companion; nothing where they are sound."""
     if companion.kind is Kind.ANY:
         return ""
     if companion.kind is Kind.INDEX:

@@ -29,6 +29,8 @@ class Config:
     excluded: tuple[str, ...] = ()
     #: Whether GPTQ's zero points are stored as they are, not less one.
     second_format: bool = False
+    #: Whether GPTQ took the inputs in an order of its own, which ``g_idx`` tells.
+    ordered: bool = False
     #: Whether it promises codes in the file, rather than a way of making them.
     promises: bool = True
 
@@ -78,6 +80,7 @@ def _account(source: str, said: Document, method: str = "") -> Config | None:
         block,
         _excluded(said),
         "v2" in str(said.get("checkpoint_format", "")),
+        said.get("desc_act") is True,
         method in _PROMISING and status == "compressed",
     )
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.quantization.config import Config, described
 from gradscope.quantization.layouts import LAYOUTS
 from gradscope.quantization.layouts.elements import is_codes
+from gradscope.quantization.peers import BESIDE, compared, unknown
 from gradscope.quantization.site import Site
-from gradscope.quantization.weights import Fault, Kind, Quantization, QuantizedWeight
+from gradscope.quantization.weights import (
+    Companion,
+    Fault,
+    Kind,
+    Quantization,
+    QuantizedWeight,
+)
 from gradscope.statistics.dtypes import is_narrow
 
-#: Names of what lies beside codes, in layouts that are not known too.
-_BESIDE = re.compile(r"scale|absmax|zero|scb|quant|g_idx|_shape$", re.IGNORECASE)
 _TABLE = re.compile(r"embed|wte|wpe|(^|\.)shared\.|lm_head", re.IGNORECASE)
 _ONE_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
@@ -26,17 +31,37 @@ def recognise(checkpoint: Checkpoint) -> Quantization:
     """
     tensors = {ref.name: ref for ref in (*checkpoint.tensors, *checkpoint.left_out)}
     config = described(checkpoint.metadata)
-    known = list(_known(checkpoint, tensors, config))
-    taken = {w.codes.name for w in known} | {c.name for w in known for c in w.companions}
-    loose = [ref for ref in checkpoint.tensors if ref.name not in taken and _may_be_codes(ref)]
+    ordered = config is not None and config.ordered
+    known = list(compared(list(_known(checkpoint, tensors, config)), tensors, ordered))
+    free = _not_among(known, checkpoint.tensors)
+    loose = [ref for ref in free if _may_be_codes(ref)]
     proven = {ref.name: _proven(ref, known, tensors, config) for ref in loose}
-    weights = [*known, *(w for w in proven.values() if w is not None)]
+    known += (w for w in proven.values() if w is not None)
+    judged = {ref.name for ref in loose if not ref.dtype.startswith("U")}
+    rest = (ref for ref in _not_among(known, free) if ref.name not in judged)
+    packed = list(unknown((r for r in rest if _may_lack(r, config)), known, tensors, ordered))
+    loose = _not_among(packed, loose)
+    weights = [*known, *packed]
     order = {ref.name: place for place, ref in enumerate(checkpoint.tensors)}
     return Quantization(
         tuple(sorted(weights, key=lambda w: order[w.codes.name])),
         tuple(ref for ref in loose if proven[ref.name] is None and not ref.dtype.startswith("U")),
         tuple(_disagreements(checkpoint, weights, loose, config)),
+        tuple(_caches(_not_among(weights, checkpoint.tensors)) if weights else ()),
     )
+
+
+def _caches(refs: Iterable[TensorRef]) -> Iterator[Companion]:
+    """Scales of the keys and values that a server keeps, which belong to no weight."""
+    for ref in refs:
+        if ref.name.rpartition(".")[2] in ("k_scale", "v_scale", "kv_scale") and ref.numel:
+            yield Companion(ref, Kind.GLOBAL)
+
+
+def _not_among(weights: Sequence[QuantizedWeight], refs: Sequence[TensorRef]) -> list[TensorRef]:
+    """The tensors that belong to none of some weights."""
+    taken = {w.codes.name for w in weights} | {c.name for w in weights for c in w.companions}
+    return [ref for ref in refs if ref.name not in taken]
 
 
 def _known(
@@ -52,11 +77,17 @@ def _known(
 def _may_be_codes(ref: TensorRef) -> bool:
     """Whether a tensor that no layout took could be the codes of a weight."""
     leaf = ref.name.rpartition(".")[2]
-    if len(ref.shape) < 2 or ref.numel == 0 or _BESIDE.search(leaf) or ref.dtype == "F8_E8M0":
+    if len(ref.shape) < 2 or ref.numel == 0 or BESIDE.search(leaf) or ref.dtype == "F8_E8M0":
         return False
     if ref.dtype in ("U8", "U32"):
         return leaf == "weight"
     return is_codes(ref) and (is_narrow(ref.dtype) or leaf in ("weight", "kernel", "w", "_data"))
+
+
+def _may_lack(ref: TensorRef, config: Config | None) -> bool:
+    """Whether the likes of a tensor prove what it needs: no table, and nothing left out."""
+    excluded = config is not None and config.excludes(ref.name.rpartition(".")[0])
+    return not excluded and _TABLE.search(ref.name) is None
 
 
 def _proven(

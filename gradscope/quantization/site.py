@@ -68,7 +68,10 @@ def companions(kind: Kind, *refs: TensorRef | None) -> tuple[Companion, ...]:
 
 
 #: Scales of activations and caches: beside the weight, no part of it.
-ACTIVATIONS = ("input_scale", "scale_input", "output_scale", "input_global_scale", "act_scale")
+ACTIVATIONS = (
+    "input_scale", "scale_input", "output_scale", "input_global_scale", "act_scale",
+    "k_scale", "v_scale", "q_scale", "kv_scale",
+)  # fmt: skip
 
 
 def activations(site: Site) -> tuple[Companion, ...]:

@@ -105,11 +105,13 @@ class Quantization:
     bare: tuple[TensorRef, ...] = ()
     #: Disagreements with a configuration that are about the checkpoint as a whole.
     faults: tuple[Fault, ...] = ()
+    #: Scales beside no weight: of cached keys and values.
+    caches: tuple[Companion, ...] = ()
 
     def companions(self) -> frozenset[str]:
-        """Names of the tensors whose values are judged as a part of some weight."""
-        judged = (c for w in self.weights for c in w.companions if c.kind is not Kind.ANY)
-        return frozenset(c.name for c in judged)
+        """Names of the tensors whose values are judged as what codes or caches need."""
+        beside = (c for w in self.weights for c in w.companions)
+        return frozenset(c.name for c in (*beside, *self.caches) if c.kind is not Kind.ANY)
 
     def codes(self) -> frozenset[str]:
         """Names of the tensors that hold codes."""

@@ -80,11 +80,14 @@ class Experts:
 
 
 def experts_of(examined: Examined) -> tuple[Experts, ...]:
-    """The experts of every layer, in file order. What is not finite is left out."""
+    """The experts of every layer, in file order. What has no finite values is left out."""
     found: dict[str, dict[str, dict[int, Matrix]]] = defaultdict(lambda: defaultdict(dict))
+    codes = examined.quantization.codes()
     for tensor in examined.tensors:
         where = place(tensor.name) if tensor.role in _WEIGHTS else None
         if where is None or tensor.statistics is None or tensor.numel == 0:
+            continue
+        if tensor.name in codes and tensor.dequantized is None:  # codes without values
             continue
         if tensor.statistics.finite_count < tensor.statistics.count:
             continue

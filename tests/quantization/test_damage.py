@@ -558,3 +558,206 @@ def test_a_flipped_bit_in_a_scale_is_an_extreme_value(tmp_path: Path) -> None:
 
     names = [(f.name, f.subject) for f in findings(write(tmp_path / "k.safetensors", tensors))]
     assert ("extreme-value", f"{HURT}.weight") in names
+
+
+# -- schemes that nobody knows ---------------------------------------------------------------------
+
+
+DRAWN = np.random.default_rng(11)
+
+
+def integers(kind: type, *shape: int) -> Array:
+    info = np.iinfo(kind)
+    return DRAWN.integers(info.min, info.max, shape, kind, endpoint=True)
+
+
+def positive(*shape: int) -> Array:
+    return (np.abs(DRAWN.normal(0, 1, shape)) + 0.5).astype(np.float16)
+
+
+#: Scheme -> the parts of one layer, and those that it cannot do without.
+UNKNOWN: dict[str, tuple[Callable[[], Tensors], tuple[str, ...]]] = {
+    "HQQ": (
+        lambda: {"W_q": integers(np.uint8, 32, 64), "scale": positive(1, 64), "zero": positive(64)},
+        ("scale", "zero"),
+    ),
+    "AQLM": (
+        lambda: {
+            "codes": integers(np.int8, 64, 8, 2),
+            "codebooks": positive(2, 256, 1, 8),
+            "scales": positive(64, 1, 1, 1),
+        },
+        ("scales", "codebooks"),
+    ),
+    "QuIP#": (
+        lambda: {
+            "Qidxs": integers(np.int16, 64, 8),
+            "SU": positive(64),
+            "SV": positive(64),
+            "Wscale": np.float32(0.7),
+        },
+        ("Wscale", "SU"),
+    ),
+    "EXL2": (
+        lambda: {
+            "q_weight": integers(np.int32, 10, 64),
+            "q_scale": integers(np.int32, 2, 8),
+            "q_scale_max": positive(2),
+            "q_groups": integers(np.int16, 4),
+        },
+        ("q_scale", "q_scale_max"),
+    ),
+    "EXL3": (
+        lambda: {
+            "trellis": integers(np.int16, 4, 4, 64),
+            "suh": positive(64),
+            "svh": positive(64),
+        },
+        ("suh",),
+    ),
+    "Marlin": (
+        lambda: {
+            "B": integers(np.int32, 4, 128),
+            "s": positive(1, 64),
+            "workspace": np.zeros(16, np.int32),
+        },
+        ("s",),
+    ),
+    "BitNet": (
+        lambda: {"weight": integers(np.uint8, 16, 64), "weight_scale": positive(1)},
+        ("weight_scale",),
+    ),
+    "VPTQ": (
+        lambda: {
+            "indices": integers(np.int32, 1, 8, 64),
+            "centroids.weight": positive(1, 2048),
+            "weight_scale": positive(64),
+        },
+        ("centroids.weight", "weight_scale"),
+    ),
+    "one's own, below the weight": (
+        lambda: {"weight.q": integers(np.int8, 64, 64), "weight.scale": positive(64)},
+        ("weight.scale",),
+    ),
+    "one's own, beside it": (
+        lambda: {"weight_int8": integers(np.int8, 64, 64), "weight_int8_scale": positive(64)},
+        ("weight_int8_scale",),
+    ),
+    "quanto, 4 bits": (
+        lambda: {
+            "weight._data._data": integers(np.uint8, 32, 128),
+            "weight._scale": positive(64, 1),
+            "weight._shift": positive(64, 1),
+        },
+        ("weight._scale", "weight._shift"),
+    ),
+}
+PARTS = [(scheme, part) for scheme, (_, parts) in UNKNOWN.items() for part in parts]
+
+
+def packed(scheme: str, count: int = 3) -> Tensors:
+    names = (f"model.layers.{i}.{m}" for i in range(count) for m in ("attn.o_proj", "mlp.up_proj"))
+    return {f"{n}.{part}": t for n in names for part, t in UNKNOWN[scheme][0]().items()}
+
+
+@pytest.mark.parametrize("scheme", UNKNOWN)
+def test_sound_layers_of_a_scheme_that_is_not_known_are_quiet(scheme: str, tmp_path: Path) -> None:
+    report = gradscope.analyze_weights(write(tmp_path / "model.safetensors", packed(scheme)))
+
+    assert report.gate.exit_code == 0
+    assert [f for f in report.findings if f.severity.rank > Severity.LOW.rank] == []
+
+
+@pytest.mark.parametrize(("scheme", "part"), PARTS)
+def test_what_codes_lack_that_their_likes_have_is_told_of_any_scheme(
+    scheme: str, part: str, tmp_path: Path
+) -> None:
+    tensors = packed(scheme)
+    without(part)(tensors)
+    (found,) = (
+        f
+        for f in findings(write(tmp_path / "model.safetensors", tensors))
+        if f.severity.rank > Severity.LOW.rank
+    )
+
+    assert (found.name, found.severity) == ("scale-missing", Severity.HIGH)
+    assert found.subject.startswith(HURT)
+    assert part.rpartition(".")[2] in found.message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_a_single_scale_of_an_unknown_scheme_must_be_positive(value: float, tmp_path: Path) -> None:
+    tensors = packed("BitNet")
+    tensors[f"{HURT}.weight_scale"] = np.array([value], np.float16)
+    (found,) = findings(write(tmp_path / "model.safetensors", tensors))
+
+    assert (found.name, found.subject) == ("scale-missing", f"{HURT}.weight_scale")
+
+
+def test_integers_of_a_layer_that_are_no_codes_need_nothing(tmp_path: Path) -> None:
+    places = np.subtract.outer(np.arange(49), np.arange(49)).astype(np.int32) + 48
+    windows = {f"layers.{i}.attn.relative_position_index": places for i in range(4)}
+    tables = {
+        f"layers.{i}.attn.relative_position_bias_table": gaussian(169, 4, seed=i) for i in range(3)
+    }
+    path = write(tmp_path / "model.safetensors", {**windows, **tables})
+
+    assert [f.name for f in findings(path)] == []
+
+
+def test_ragged_blocks_round_up(tmp_path: Path) -> None:
+    """DeepSeek's grids: 300 × 200 in blocks of 128 are 3 × 2 scales, never 2 × 1."""
+    tensors = {
+        f"{m}.{part}": tensor
+        for m in ("layers.0.up", "layers.1.up", "layers.2.up")
+        for part, tensor in {
+            "weight": fp8(DRAWN.normal(0, 1, (300, 200))),
+            "weight_scale_inv": positive(3, 2).astype(np.float32),
+        }.items()
+    }
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
+    assert findings(write(tmp_path / "model.safetensors", tensors)) == []
+
+    tensors["layers.1.up.weight_scale_inv"] = positive(2, 1).astype(np.float32)
+    (found,) = findings(write(tmp_path / "model.safetensors", tensors))
+    assert (found.name, found.subject) == ("scale-missing", "layers.1.up.weight_scale_inv")
+
+
+@pytest.mark.parametrize("value", [0.0, -0.03, np.nan])
+def test_scales_of_a_cache_are_positive(value: float, tmp_path: Path) -> None:
+    tensors, *_ = layers("fp8 a tensor")
+    for i in range(3):
+        tensors[f"model.layers.{i}.self_attn.attn.k_scale"] = np.full(4, 0.03, np.float32)
+    assert findings(write(tmp_path / "model.safetensors", tensors)) == []
+
+    tensors["model.layers.1.self_attn.attn.k_scale"][2] = value
+    (found,) = findings(write(tmp_path / "model.safetensors", tensors))
+    assert found.subject == "model.layers.1.self_attn.attn.k_scale"
+    assert found.name == "scale-missing"
+
+
+def test_an_order_of_inputs_that_was_never_set_is_the_usual_one(tmp_path: Path) -> None:
+    tensors, header, _ = layers("gptq, 4 bits", count=1)
+    usual = gradscope.analyze_weights(write(tmp_path / "a.safetensors", tensors, **header))
+    for name in tensors:
+        if name.endswith("g_idx"):
+            tensors[name] = np.zeros_like(tensors[name])
+    unset = gradscope.analyze_weights(write(tmp_path / "b.safetensors", tensors, **header))
+
+    assert usual.result is not None
+    assert unset.result is not None
+    assert [t.statistics for t in usual.result.tensors if t.name.endswith("qweight")] == [
+        t.statistics for t in unset.result.tensors if t.name.endswith("qweight")
+    ]
+
+
+def test_codes_without_values_make_no_expert_dead(tmp_path: Path) -> None:
+    tensors: Tensors = {"mlp.gate.weight": gaussian(4, 64)}
+    for e in range(4):
+        tensors[f"mlp.experts.{e}.up_proj.weight"] = fp8(gaussian(64, 64, seed=e) * 100)
+        tensors[f"mlp.experts.{e}.up_proj.weight_scale"] = np.float32(1e-5)
+    del tensors["mlp.experts.2.up_proj.weight_scale"]
+    (found,) = findings(write(tmp_path / "model.safetensors", tensors))
+
+    assert found.name == "scale-missing"

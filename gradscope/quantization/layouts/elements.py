@@ -121,7 +121,8 @@ def _blocks(site: Site, scale: TensorRef, powers: bool) -> Blocks | None:
         return blocks(shape, scale.shape, width=32)
     if site.ref.dtype == "F4":
         return blocks(shape, scale.shape, width=16)
-    if config is not None and config.block and scale.numel > 1 and scale.shape[-1:] != (1,):
+    a_row = scale.shape[-1:] == (1,) and scale.numel == shape[0] != 1
+    if config is not None and config.block and scale.numel > 1 and not a_row:
         return blocks(shape, scale.shape, block=config.block)
     return blocks(shape, scale.shape)
 

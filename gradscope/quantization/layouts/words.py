@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gradscope.checkpoints.tensors import TensorRef
-from gradscope.checkpoints.tiles import read_range
+from gradscope.checkpoints.tiles import PIECE, read_range
 from gradscope.quantization.decoding import (
     Dequantized,
     Factor,
@@ -117,7 +117,7 @@ def _grouped(
             width,
             (Factor(transposed(scales), Grid(1), groups),),
             zeros,
-            index=parts.index,
+            index=_order(parts.index),
         )
     return QuantizedWeight(
         f"{site.module}weight",
@@ -134,6 +134,13 @@ def _grouped(
         bits=bits,
         group=width if groups > 1 else None,
     )
+
+
+def _order(index: TensorRef | None) -> TensorRef | None:
+    """The group of each input; None where it was never set, which loaders take for the usual."""
+    if index is None or index.numel > PIECE or index.dtype not in ("I32", "I64"):
+        return index
+    return index if read_range(index, 0, index.numel).any() else None
 
 
 def _groups(site: Site, parts: _Parts, columns: int) -> int:

@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from gradscope.checkpoints.tensors import TensorRef
-from gradscope.quantization.checks import wrong_values
+from gradscope.quantization.checks import wrong_value, wrong_values
 from gradscope.quantization.weights import Fault, QuantizedWeight
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
 from gradscope.statistics.dtypes import is_narrow
+from gradscope.statistics.records import Statistics
 from gradscope.text import listed, plural
 from gradscope.weights.names import common_pattern, pattern
 from gradscope.weights.result import Examined, Need, TensorResult
@@ -121,6 +122,7 @@ def _invalid(examined: Examined) -> Iterator[Observation]:
     for weight in _judged(examined):
         for name, reason in wrong_values(weight, measured, examined.lost).items():
             found[pattern(name), reason.split(" ", 1)[0]].append((name, reason, weight))
+    yield from _caches(examined, measured)
     for entries in found.values():
         name, reason, weight = entries[0]
         names = [n for n, _, _ in entries]
@@ -131,6 +133,17 @@ def _invalid(examined: Examined) -> Iterator[Observation]:
             "quantise again, or restore it from the source",
             {"weight": weight.name, "tensors": len(names), "affected_fraction": 1.0},
         )
+
+
+def _caches(examined: Examined, measured: Mapping[str, Statistics]) -> Iterator[Observation]:
+    for cache in examined.quantization.caches:
+        if (s := measured.get(cache.name)) and (reason := wrong_value(cache, s)):
+            yield Observation(
+                cache.name,
+                f"the scale of cached keys or values {reason}",
+                "calibrate the cache again, or leave its scales out: servers then use 1",
+                {"affected_fraction": 1.0},
+            )
 
 
 def _part(name: str, weight: QuantizedWeight) -> str:
