@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 from gradscope.checkpoints.documents import with_documents
+from gradscope.checkpoints.folder import with_notes
+from gradscope.checkpoints.numbering import NUMBERED
 from gradscope.checkpoints.sharded import read_folder
 from gradscope.checkpoints.sniff import DCP, FOLDER, sniff
 from gradscope.checkpoints.tensors import Checkpoint
@@ -37,7 +40,15 @@ def open_checkpoint(path: str, key: str | None = None) -> Checkpoint:
     row = find(found)
     if row.kind == "set":
         return _read_set(row, path, key)
-    return with_documents(_read_file(row, path, key), os.path.dirname(path))
+    alone = with_notes(_read_file(row, path, key), _of_several(path))
+    return with_documents(alone, os.path.dirname(path))
+
+
+def _of_several(path: str) -> Iterator[str]:
+    """What to say of one numbered shard that is read by itself."""
+    match = NUMBERED.fullmatch(os.path.basename(path))
+    if match is not None and int(match["total"]) > 1:
+        yield f"one of {int(match['total']):,} numbered shards; give the folder to read all of them"
 
 
 def _of_a_hub(path: str) -> InputError | None:

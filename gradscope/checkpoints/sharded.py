@@ -131,7 +131,7 @@ def _format(shards: Sequence[Shard]) -> str:
     if not formats:
         by_name = all(shard.name.endswith(".safetensors") for shard in shards)
         return "safetensors-sharded" if by_name else "torch-sharded"
-    for family in ("safetensors", "np"):
+    for family in ("safetensors", "np", "gguf"):
         if all(name.startswith(family) for name in formats):
             return f"{'npz' if family == 'np' else family}-sharded"
     return "torch-sharded"

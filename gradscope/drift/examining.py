@@ -38,9 +38,12 @@ def headers_of(base: Checkpoint, new: Checkpoint) -> Found:
     """Names, shapes and types alone."""
     from gradscope.drift.assembling import assembled
     from gradscope.drift.describing import Seen
+    from gradscope.drift.experts import unstacked
+    from gradscope.drift.logical import by_headers
 
-    names = _roles(base.tensors, new.tensors)
-    matching = matched(base.tensors, new.tensors, ggml_names(base, new))
+    here, there, known = unstacked(by_headers(base), by_headers(new), ggml_names(base, new))
+    names = _roles(here.tensors, there.tensors)
+    matching = matched(here.tensors, there.tensors, known)
     seen = [Seen(m.base, m.new, names[m.new.name]) for m in matching.pairs]
     result = assembled(base, new, matching, seen, names)
     return Found((base, new), result, seen, frozenset({Need.HEADERS}))
@@ -88,12 +91,13 @@ def _compared(
 ) -> Found:
     """Raises InputError when a file changes or ends while it is read."""
     from gradscope.drift.assembling import assembled
+    from gradscope.drift.experts import unstacked
     from gradscope.drift.logical import logical
     from gradscope.drift.second_look import same
 
     base, new = verified(base, engine), verified(new, engine)
-    here, there = logical(base), logical(new)
-    matching = matched(here.tensors, there.tensors, ggml_names(base, new))
+    here, there, known = unstacked(logical(base), logical(new), ggml_names(base, new))
+    matching = matched(here.tensors, there.tensors, known)
     matching = renamed(matching, here.tensors, there.tensors, _Content(engine))
     matching = tied(matching, here.tensors, there.tensors, same)
     names = _roles(here.tensors, there.tensors)

@@ -16,7 +16,7 @@ def ggml_names(base: Checkpoint, new: Checkpoint) -> Callable[[str], str] | None
 
     Raises UsageError where the package with the table is not installed.
     """
-    files = [c for c in (base, new) if c.format == "gguf"]
+    files = [c for c in (base, new) if ARCHITECTURE_KEY in c.metadata]
     if len(files) != 1:
         return None
     said = files[0].metadata

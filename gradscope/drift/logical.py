@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
-from gradscope.quantization.recognise import recognise
+from gradscope.quantization.headers import told_by_headers
 from gradscope.quantization.weights import QuantizedWeight
 
 
@@ -24,11 +24,20 @@ def logical(checkpoint: Checkpoint) -> Logical:
     Weights whose values cannot be computed stay as they are stored. Raises InputError as a tile
     does.
     """
+    from gradscope.quantization.recognise import recognise
+
     known = [w for w in recognise(checkpoint).weights if w.values is not None]
     values = {w.codes.name: _named(w) for w in known}
     beside = {c.name for w in known for c in w.companions} - set(values)
     tensors = (values.get(ref.name, ref) for ref in checkpoint.tensors if ref.name not in beside)
     return Logical(tuple(tensors), {values[w.codes.name].name: w for w in known})
+
+
+def by_headers(checkpoint: Checkpoint) -> Logical:
+    """The same of what headers tell; nothing is read."""
+    known = told_by_headers(checkpoint)
+    tensors = (known[r.name].values or r if r.name in known else r for r in checkpoint.tensors)
+    return Logical(tuple(tensors), known)
 
 
 def _named(weight: QuantizedWeight) -> TensorRef:

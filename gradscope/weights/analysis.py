@@ -16,6 +16,7 @@ from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.checkpoints.tokenizer import tokens_beside
 from gradscope.errors import UsageError
+from gradscope.quantization.headers import told_by_headers
 from gradscope.quantization.weights import Quantization
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
@@ -159,9 +160,12 @@ class _Examination:
 
 
 def _headers(checkpoint: Checkpoint) -> _Examination:
-    names = roles(checkpoint.tensors)
+    weights = told_by_headers(checkpoint)
+    values = {name: weight.values for name, weight in weights.items()}
+    names = roles(values.get(ref.name) or ref for ref in checkpoint.tensors)
     tensors = tuple(
-        header_result(ref, names[ref.name], checkpoint.path) for ref in checkpoint.tensors
+        header_result(ref, names[ref.name], checkpoint.path, weights.get(ref.name))
+        for ref in checkpoint.tensors
     )
     examined = Examined(checkpoint, tensors, frozenset({Need.HEADERS}))
     examined = replace(examined, adapters=described(examined))

@@ -209,9 +209,7 @@ def _result(
         "dtype": ref.dtype,
         "statistics": replace(values.statistics, entropy_bits=entropy),
         "numerics": plain.numerics,
-        "dequantized": Dequantized(
-            scheme=weight.scheme, stored_shape=ref.shape, scales=weight.scales, bits=weight.bits
-        ),
+        "dequantized": Dequantized.of(weight),
     }
     return tensor_result(values, role, path).model_copy(update=described)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
-from gradscope.quantization.weights import Quantization
+from gradscope.quantization.weights import Quantization, QuantizedWeight
 from gradscope.report.model import Number, Record, Report, Skip
 from gradscope.statistics.records import (
     CodeUse,
@@ -63,6 +64,16 @@ class Dequantized(Record):
     scales: int
     #: Bits of a code, where they are known.
     bits: int | None = None
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> Dequantized:
+        """As its codes and their scales say."""
+        return cls(
+            scheme=weight.scheme,
+            stored_shape=weight.codes.shape,
+            scales=weight.scales,
+            bits=weight.bits,
+        )
 
 
 class AttentionResult(Record):
@@ -369,16 +380,19 @@ class Examined:
         return found if isinstance(found, Mapping) else {}
 
 
-def header_result(ref: TensorRef, role: Role, input_: str) -> TensorResult:
-    """A tensor of which only the header was read."""
+def header_result(
+    ref: TensorRef, role: Role, input_: str, weight: QuantizedWeight | None = None
+) -> TensorResult:
+    """A tensor of which only the header was read, and the quantised weight that it is."""
     return TensorResult(
         name=ref.name,
         input=input_,
         file=ref.file,
         dtype=ref.dtype,
-        shape=ref.shape,
-        numel=ref.numel,
+        shape=ref.shape if weight is None else weight.shape,
+        numel=ref.numel if weight is None else math.prod(weight.shape),
         role=role,
+        dequantized=None if weight is None else Dequantized.of(weight),
     )
 
 

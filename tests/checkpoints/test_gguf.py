@@ -188,6 +188,27 @@ def package() -> Any:
     return pytest.importorskip("gguf", reason="needs the extra `gguf`")
 
 
+def test_headers_tell_the_type_and_shape_of_blocks(tmp_path: Path) -> None:
+    """A row of 512 elements is two blocks of 256, of 144 bytes each."""
+    path = saved(tmp_path, made([("blk.0.ffn_up.weight", (3, 512), 12, bytes(3 * 2 * 144))]))
+
+    report = gradscope.analyze_weights(path, headers_only=True)
+
+    assert report.result is not None
+    (tensor,) = report.result.tensors
+    assert tensor.dequantized is not None
+    assert (tensor.dequantized.scheme, tensor.dequantized.stored_shape) == ("gguf Q4_K", (3, 288))
+    assert (tensor.shape, tensor.numel, str(tensor.role)) == ((3, 512), 3 * 512, "linear")
+
+
+def test_one_part_says_that_there_are_more(tmp_path: Path) -> None:
+    path = tmp_path / "m-00002-of-00003.gguf"
+    path.write_bytes(PLAIN_FILE)
+
+    assert any("one of 3 numbered shards" in note for note in open_checkpoint(str(path)).notes)
+    assert open_checkpoint(saved(tmp_path, PLAIN_FILE)).notes == ()
+
+
 def test_the_table_of_types_is_that_of_the_package() -> None:
     gguf = package()
     theirs = {kind.value: (kind.name, *gguf.GGML_QUANT_SIZES[kind])

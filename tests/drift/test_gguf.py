@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,49 @@ def hugging_face() -> State:
     return state
 
 
+EXPERTS = 3
+
+
+def experts() -> State:
+    """The same with experts in place of one multilayer perceptron, as Mixtral has them."""
+    state = {n: t for n, t in hugging_face().items() if "mlp" not in n}
+    for n in range(LAYERS):
+        at = f"model.layers.{n}.block_sparse_moe"
+        state[f"{at}.gate.weight"] = drawn(EXPERTS, WIDTH, seed=n)
+        for e in range(EXPERTS):
+            seed = 100 * n + 10 * e
+            state[f"{at}.experts.{e}.w1.weight"] = drawn(2 * WIDTH, WIDTH, seed=seed) / 16
+            state[f"{at}.experts.{e}.w2.weight"] = drawn(WIDTH, 2 * WIDTH, seed=seed + 1) / 16
+    return state
+
+
+def stacks(state: State) -> State:
+    """Experts as llama.cpp's converter stacks them."""
+    names = dict.fromkeys(re.sub(r"experts\.\d+", "experts", n) for n in state)
+    return {
+        name: torch.stack([state[name.replace("experts", f"experts.{e}")] for e in range(EXPERTS)])
+        if "experts" in name
+        else state[name]
+        for name in names
+    }
+
+
 def permuted(w: torch.Tensor) -> torch.Tensor:
     """Rows as llama.cpp's converter lays them (LlamaModel.permute)."""
     return w.reshape(HEADS, 2, len(w) // HEADS // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
 def converted(
-    path: Path, state: State, kind: str = "F16", *, permute: bool = True, gain: float = 0.0
+    path: Path,
+    state: State,
+    kind: str = "F16",
+    *,
+    permute: bool = True,
+    gain: float = 0.0,
+    split: int = 0,
 ) -> str:
-    """What convert_hf_to_gguf.py writes of a state."""
-    writer = gguf.GGUFWriter(path, "llama")
+    """What convert_hf_to_gguf.py writes of a state, in files of ``split`` tensors."""
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=split)
     writer.add_block_count(LAYERS)
     writer.add_head_count(HEADS)
     writer.add_token_list(["<s>", "a", "b"])
@@ -160,3 +194,49 @@ def test_names_are_matched_from_headers_alone(tmp_path: Path) -> None:
     assert report.result is not None
     assert not {"added", "removed"} & set(report.result.counts)
     assert any("by what llama.cpp calls them" in note for note in report.result.notes)
+
+
+@pytest.mark.parametrize(("kind", "expect"), [("F16", "converted"), ("Q8_0", "quantised")])
+def test_stacked_experts_are_those_of_the_checkpoint(
+    tmp_path: Path, kind: str, expect: str
+) -> None:
+    base = written(tmp_path / "model.safetensors", experts())
+    new = converted(tmp_path / "model.gguf", stacks(experts()), kind)
+
+    report = gradscope.analyze_drift(base, new, expect=expect)
+
+    assert found(report) == {}
+    told = only(report, "blk.1.ffn_down_exps.weight[2]")
+    assert told.base_name == "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+
+
+def test_the_expert_that_is_another_is_named(tmp_path: Path) -> None:
+    wrong = experts()
+    wrong["model.layers.0.block_sparse_moe.experts.1.w1.weight"] *= 2
+    base = written(tmp_path / "model.safetensors", experts())
+    new = converted(tmp_path / "model.gguf", stacks(wrong), "Q8_0")
+
+    report = gradscope.analyze_drift(base, new, expect="quantised")
+
+    (finding,) = [f for f in report.findings if f.name == "unexpected-change"]
+    assert finding.subject == "blk.0.ffn_gate_exps.weight[1]"
+
+
+def test_a_file_in_parts_is_one_model(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    base = written(tmp_path / "model.safetensors", hugging_face())
+    converted(tmp_path / "parts" / "model.gguf", hugging_face(), split=6)
+    assert len(list((tmp_path / "parts").iterdir())) > 2
+
+    report = gradscope.analyze_drift(base, tmp_path / "parts", expect="converted")
+
+    assert found(report) == {}
+    assert report.inputs[1].format == "gguf-sharded"
+    assert report.coverage.analyzed == len(hugging_face())
+
+
+def test_blocks_have_their_shapes_in_headers(tmp_path: Path) -> None:
+    report = compared(tmp_path, "Q4_0", headers_only=True)
+
+    assert found(report) == {}
+    assert only(report, "blk.0.ffn_up.weight").shape == (2 * WIDTH, WIDTH)
