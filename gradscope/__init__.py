@@ -18,6 +18,7 @@ __all__ = [
     "attribute_neuron",
     "explain",
     "manifest",
+    "merge",
     "read_report",
     "verify",
     "visualize",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gradscope.drift.analysis import analyze_drift
     from gradscope.fingerprints.analysis import manifest, verify
     from gradscope.flow.analysis import analyze_flow
+    from gradscope.merging import merge
     from gradscope.recording.recorder import GradientRecorder
     from gradscope.saved import read_report
     from gradscope.weights.analysis import analyze_weights
@@ -44,6 +46,7 @@ _HOMES = {
     "attribute_layer": "gradscope.attribution.internal",
     "attribute_neuron": "gradscope.attribution.internal",
     "manifest": "gradscope.fingerprints.analysis",
+    "merge": "gradscope.merging",
     "verify": "gradscope.fingerprints.analysis",
     "explain": "gradscope.attribution.explain",
     "read_report": "gradscope.saved",

@@ -38,6 +38,9 @@ class InputError(GradscopeError):
         self.kind: InputKind = kind
         self.message = message
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, InputKind, str]]:
+        return InputError, (self.path, self.kind, self.message)
+
 
 class OutputError(GradscopeError):
     """A file or a stream could not be written: the disk is full, the folder is read-only."""

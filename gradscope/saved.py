@@ -33,6 +33,13 @@ def kind(command: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def part_kind(command: str) -> Any:
+    """The type of the report of one of several jobs."""
+    from gradscope.report.partial import PartialReport
+
+    return PartialReport.__class_getitem__(kind(command).__pydantic_generic_metadata__["args"])
+
+
 def read_report(source: str | Path | IO[bytes]) -> AnyReport:
     """A report that ``--format json`` wrote: the same object, which every format shows the same.
 
@@ -48,7 +55,8 @@ def read_report(source: str | Path | IO[bytes]) -> AnyReport:
     from pydantic import ValidationError
 
     try:
-        report: AnyReport = kind(command).model_validate(header)
+        wanted = part_kind(command) if "partial" in header else kind(command)
+        report: AnyReport = wanted.model_validate(header)
     except ValidationError as error:
         raise InputError(path, "malformed", _wrong(error)) from error
     return report

@@ -13,6 +13,8 @@ import pytest
 
 from gradscope.cli import app
 from gradscope.formats import CHECKPOINT, families
+from gradscope.report.formats.json_ import render
+from gradscope.weights.analysis import analyze_weights
 from gradscope.weights.calibration import CALIBRATION
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,15 +40,26 @@ def _needs_fetching(command: str) -> bool:
     return any(not (ROOT / path).exists() for path in re.findall(r"fixtures/fetched/\S+", command))
 
 
+def _part(job: int, jobs: int, folder: Path) -> str:
+    """The report of one of several jobs about a fixture."""
+    path = folder / f"part-{job}.json"
+    report = analyze_weights(ROOT / "fixtures" / "digits.safetensors", shard=f"{job}/{jobs}")
+    path.write_text(render(report))
+    return str(path)
+
+
 @pytest.mark.parametrize(("command", "shown"), EXAMPLES, ids=[c[:40] for c, _ in EXAMPLES])
 def test_every_example_prints_what_is_shown(command: str, shown: str, tmp_path: Path) -> None:
     if _needs_fetching(command):
         pytest.skip("run `make fixtures`")
-    program = [sys.executable, "-m", *shlex.split(command)]
+    program = [sys.executable, "-m", *shlex.split(command, comments=True)]
     if "--method" in command or "--target" in command:
         program += ["--output", str(tmp_path)]
     if "accepted.json" in program:
         program[program.index("accepted.json")] = str(tmp_path / "accepted.json")
+    for place, word in enumerate(program):
+        if (found := re.fullmatch(r"part-(\d)\.json", word)) is not None:
+            program[place] = _part(int(found[1]), 2, tmp_path)
     plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")}
 
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=plain)

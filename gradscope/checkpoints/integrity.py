@@ -7,15 +7,16 @@ half a second for a gigabyte on one core. A larger file is read from the disk tw
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gradscope.checkpoints.tensors import Checkpoint, Checksum, Failure, Skipped
-from gradscope.containers.files import Stamp, read_at, stamp
+from gradscope.checkpoints.tensors import Checkpoint, Checksum, Failure, Skipped, TensorRef
+from gradscope.containers.files import Stamp, read_at, stamp, unreadable
 from gradscope.containers.zip import WRONG_CHECKSUM, DamagedMemberError, Member
 from gradscope.errors import InputError
 
@@ -38,9 +39,18 @@ def verified(checkpoint: Checkpoint, engine: Engine = map) -> Checkpoint:
     Only archives know (.npz, torch's zip files), and only where CRCs were recorded. A changed
     member is a Failure (``malformed``), and its tensors are Skipped. ``engine`` is like ``map``.
     """
-    checksums = list(dict.fromkeys(ref.checksum for ref in checkpoint.tensors if ref.checksum))
+    return without(checkpoint, damaged(checkpoint.tensors, engine))
+
+
+def damaged(refs: Iterable[TensorRef], engine: Engine = map) -> frozenset[Checksum]:
+    """The members that hold some tensors and whose bytes changed since they were written."""
+    checksums = list(dict.fromkeys(ref.checksum for ref in refs if ref.checksum))
     found = zip(checksums, engine(_matches, checksums), strict=True)
-    damaged = {checksum for checksum, matches in found if not matches}
+    return frozenset(checksum for checksum, matches in found if not matches)
+
+
+def without(checkpoint: Checkpoint, damaged: Collection[Checksum]) -> Checkpoint:
+    """A checkpoint without the tensors of damaged members, which are told of."""
     if not damaged:
         return checkpoint
     lost = [ref for ref in checkpoint.tensors if ref.checksum in damaged]
@@ -48,7 +58,7 @@ def verified(checkpoint: Checkpoint, engine: Engine = map) -> Checkpoint:
         checkpoint,
         tensors=tuple(ref for ref in checkpoint.tensors if ref.checksum not in damaged),
         skipped=(*checkpoint.skipped, *(Skipped(ref.name, DAMAGED) for ref in lost)),
-        failures=(*checkpoint.failures, *_failures(checkpoint, checksums, damaged)),
+        failures=(*checkpoint.failures, *_failures(checkpoint, damaged)),
     )
 
 
@@ -56,10 +66,8 @@ def verified(checkpoint: Checkpoint, engine: Engine = map) -> Checkpoint:
 DAMAGED = "damaged: its bytes do not have the checksum that was saved with them"
 
 
-def _failures(
-    checkpoint: Checkpoint, checksums: list[Checksum], damaged: set[Checksum]
-) -> Iterator[Failure]:
-    for checksum in checksums:
+def _failures(checkpoint: Checkpoint, damaged: Collection[Checksum]) -> Iterator[Failure]:
+    for checksum in dict.fromkeys(ref.checksum for ref in checkpoint.tensors if ref.checksum):
         if checksum in damaged:
             error = DamagedMemberError(checksum.file, checksum.member, WRONG_CHECKSUM)
             shard = os.path.basename(checksum.file)
@@ -92,3 +100,24 @@ def check_unchanged(path: str | Path, before: Stamp) -> None:
             "changed while it was being read; the statistics would mix two versions. "
             "Wait for the writer to finish and run again",
         )
+
+
+#: Places of a file that a sample is of, and bytes of each.
+_PLACES, _SAMPLE = 16, 4096
+
+
+def sample(path: str | Path, size: int) -> str:
+    """A digest of a file's size and of bytes from its start to its end.
+
+    Not of all: it tells one step of training from the next, which changes every weight.
+    """
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for place in range(_PLACES):
+                digest.update(
+                    read_at(file, max(0, size - _SAMPLE) * place // (_PLACES - 1), _SAMPLE)
+                )
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return digest.hexdigest()

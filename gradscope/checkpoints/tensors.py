@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from gradscope.errors import InputKind
 
@@ -33,6 +33,7 @@ class Checksum:
     crc: int
 
 
+@runtime_checkable  # for pydantic, which writes and reads addresses
 class Decoding(Protocol):
     """How the elements of a tensor that is stored in another form are computed when read."""
 

@@ -18,6 +18,7 @@ from gradscope.cli import (
     flow,
     layers,
     manifest,
+    merge,
     methods,
     render,
     rules,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 for run in (
     weights.weights,
+    merge.merge,
     drift.drift,
     manifest.manifest,
     manifest.verify,

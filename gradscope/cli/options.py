@@ -63,6 +63,28 @@ Jobs = Annotated[
         help="Threads; by default one per core. Results do not depend on it.",
     ),
 ]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Measure one share of N, I from 0 on, for a partial report that `gradscope merge` "
+        "joins with the others.",
+    ),
+]
+
+
+class EngineName(StrEnum):
+    """What spreads the work."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+Engine = Annotated[
+    EngineName,
+    typer.Option("--engine", help="Threads of this machine, or the Ray cluster it belongs to."),
+]
 KeepGoing = Annotated[
     bool,
     typer.Option(

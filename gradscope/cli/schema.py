@@ -33,8 +33,9 @@ def report_schema() -> dict[str, Any]:
     from pydantic import TypeAdapter
     from pydantic.json_schema import GenerateJsonSchema
 
+    from gradscope.merging import MERGERS
     from gradscope.report.model import NUMBER_SCHEMA, SCHEMA_VERSION
-    from gradscope.saved import KINDS, kind
+    from gradscope.saved import KINDS, kind, part_kind
 
     class AnyFloat(GenerateJsonSchema):
         """Any float may be beyond the numbers that JSON has: float64 weights have such norms."""
@@ -42,7 +43,7 @@ def report_schema() -> dict[str, Any]:
         def float_schema(self, schema: Any) -> dict[str, Any]:  # noqa: ARG002
             return dict(NUMBER_SCHEMA)
 
-    written: Any = Union[tuple(map(kind, KINDS))]  # noqa: UP007
+    written: Any = Union[*map(kind, KINDS), *map(part_kind, MERGERS)]
     reports: TypeAdapter[Any] = TypeAdapter(written)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -9,7 +9,18 @@ import typer
 
 from gradscope.cli import completion
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Device, Gate, Jobs, KeepGoing, Output, Tensors, split_commas
+from gradscope.cli.options import (
+    Device,
+    Engine,
+    EngineName,
+    Gate,
+    Jobs,
+    KeepGoing,
+    Output,
+    Shard,
+    Tensors,
+    split_commas,
+)
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -25,6 +36,7 @@ def weights(
     ],
     *,
     tensors: Tensors,
+    shard: Shard = None,
     keep_going: KeepGoing = False,
     cast: Annotated[
         list[str] | None,
@@ -67,6 +79,7 @@ def weights(
         typer.Option(metavar="TIME", help="Begin no further spectrum after so long: 60s, 5m."),
     ] = None,
     device: Device = "cpu",
+    engine: Engine = EngineName.LOCAL,
     jobs: Jobs = None,
     output: Output,
     gate: Gate,
@@ -74,8 +87,11 @@ def weights(
     """Statistics, outliers, dead units, numerics and health of checkpoints of any size."""
     from gradscope.cli.terminal import load_compiler, progress_bar
     from gradscope.weights.casting import wanted_casts
+    from gradscope.weights.shares import share
 
     wanted_casts(split_commas(cast), snr)  # refused before anything heavy is imported
+    if shard is not None:
+        share(shard)
     if not tensors.headers_only:
         load_compiler()
     from gradscope.weights.analysis import analyze_weights
@@ -84,6 +100,7 @@ def weights(
     with progress_bar("reading", wanted=output.progress) as tick:
         return analyze_weights(
             *checkpoints,
+            shard=shard,
             keep_going=keep_going,
             cast=split_commas(cast),
             snr=snr,
@@ -92,6 +109,7 @@ def weights(
             bootstrap=bootstrap,
             budget=budget,
             device=device,
+            engine=engine.value,
             jobs=jobs,
             progress=tick,
             **tensors.wanted,

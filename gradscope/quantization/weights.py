@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from gradscope.checkpoints.tensors import Decoding, TensorRef
 
@@ -40,6 +40,7 @@ class Companion:
         return self.ref.name
 
 
+@runtime_checkable
 class Values(Decoding, Protocol):
     """How the values of a weight are computed."""
 

@@ -28,6 +28,8 @@ from gradscope.text import listed
 
 def created(report: AnyReport) -> Baseline:
     """Every finding of a report, accepted. Raises UsageError for a report of a part."""
+    if report.part:
+        raise UsageError(f"the report is of part {report.part} of a run; accept the merged one")
     if report.errors or not report.coverage.analyzed:
         raise UsageError("the report is of a run that could not read everything; repeat that")
     return _of(

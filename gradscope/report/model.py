@@ -137,6 +137,16 @@ class Report(Record, Generic[R]):
     gate: Gate
     errors: tuple[InputFailure, ...] = ()
 
+    @property
+    def part(self) -> str:
+        """Which part of a run it is of, as ``0/4``; empty of a whole run."""
+        return ""
+
+    @property
+    def verdict(self) -> str:
+        """What became of the gate. A part that does not fail it says nothing of the whole."""
+        return "failed" if self.gate.failed else f"part {self.part}" if self.part else "passed"
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         from gradscope.report.notebook import report_html

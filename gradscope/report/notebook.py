@@ -31,11 +31,10 @@ def report_html(report: AnyReport) -> str:
 
 def _verdict(report: AnyReport) -> str:
     gate, coverage = report.gate, report.coverage
-    verdict = "FAILED" if gate.failed else "PASSED"
     return (
-        f"<p><strong>gradscope {words(report.command)}: {verdict}</strong> · {counted(report)} · "
-        f"{coverage.analyzed:,} of {coverage.total:,} {coverage.unit}, {size(coverage.bytes)} · "
-        f"exit {gate.exit_code}</p>"
+        f"<p><strong>gradscope {words(report.command)}: {report.verdict.upper()}</strong> · "
+        f"{counted(report)} · {coverage.analyzed:,} of {coverage.total:,} {coverage.unit}, "
+        f"{size(coverage.bytes)} · exit {gate.exit_code}</p>"
     )
 
 

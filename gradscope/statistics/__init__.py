@@ -8,7 +8,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Engine", "Pool", "Profile", "Scan", "profile", "scan_for", "threads"]
+from gradscope.errors import UsageError
+from gradscope.text import quoted
+
+__all__ = ["Engine", "Pool", "Profile", "Scan", "engine_for", "profile", "scan_for", "threads"]
 
 if TYPE_CHECKING:
     from gradscope.statistics.description import Pool
@@ -34,6 +37,22 @@ def scan_for(device: str) -> Scan:
     from gradscope.statistics.torch_scan import scan_on
 
     return scan_on(device)
+
+
+def engine_for(name: str, jobs: int | None = None) -> Engine[Any, Any]:
+    """What spreads the work: ``local``, threads of this process, or ``ray``, a cluster.
+
+    Raises UsageError for another name, and where Ray is not installed.
+    """
+    if name == "local":
+        from gradscope.statistics.engine import threads
+
+        return threads(jobs)
+    if name != "ray":
+        raise UsageError(f"--engine is local or ray, not {quoted(name)}")
+    from gradscope.statistics.ray_engine import tasks_of_ray
+
+    return tasks_of_ray(jobs)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -239,38 +239,47 @@ def _pooled(parts: Sequence[Moments], low: float | int, high: float | int) -> Mo
     return Moments.pooled(parts, extremes.exponent_of(low, high))
 
 
+class Member(NamedTuple):
+    """What a pool keeps of each of its tensors, in their order: moments merge on a tree."""
+
+    name: str
+    statistics: Statistics
+    moments: Moments
+
+
 class Pool:
     """Several tensors' elements as one: exact counts and moments, quantiles within 0.4 %."""
 
-    def __init__(self) -> None:
-        self.tensors = 0
-        self._statistics: list[Statistics] = []
-        self._moments: list[Moments] = []
-        self._histogram = _Histogram()
+    def __init__(self, members: Iterable[Member] = ()) -> None:
+        self.members = list(members)
+        self.histogram = BucketCounts()
+
+    @property
+    def tensors(self) -> int:
+        """How many there are."""
+        return len(self.members)
 
     def add(self, part: Finished) -> None:
         """Take in one tensor."""
-        self.tensors += 1
-        self._statistics.append(part.profile.statistics)
-        self._moments.append(part.moments)
-        self._histogram.add(part.buckets, part.counts)
+        measured = part.profile
+        self.members.append(Member(measured.ref.name, measured.statistics, part.moments))
+        self.histogram.add(part.buckets, part.counts)
 
     def merge(self, other: Pool) -> Pool:
         """Both pools' elements, as a new pool."""
-        both = Pool()
-        both.tensors = self.tensors + other.tensors
-        both._statistics = self._statistics + other._statistics
-        both._moments = self._moments + other._moments
+        both = Pool(self.members + other.members)
         for part in (self, other):
-            both._histogram.add(*part._histogram.counted())
+            both.histogram.add(*part.histogram.counted())
         return both
 
     def statistics(self) -> Statistics:
         """The statistics of all elements together."""
-        total = {name: sum(getattr(s, name) for s in self._statistics) for name in _COUNTERS}
-        lows = [s.min for s in self._statistics if s.min is not None]
-        highs = [s.max for s in self._statistics if s.max is not None]
-        moments = _pooled(self._moments, min(lows, default=0), max(highs, default=0))
+        each = [member.statistics for member in self.members]
+        total = {name: sum(getattr(s, name) for s in each) for name in _COUNTERS}
+        lows = [s.min for s in each if s.min is not None]
+        highs = [s.max for s in each if s.max is not None]
+        parts = [member.moments for member in self.members]
+        moments = _pooled(parts, min(lows, default=0), max(highs, default=0))
         basic = Statistics(
             **total,
             zero_fraction=total["zero_count"] / total["count"] if total["count"] else None,
@@ -285,7 +294,7 @@ class Pool:
         return _described(basic, self._distribution(basic), moments)
 
     def _distribution(self, basic: Statistics) -> Distribution | None:
-        buckets, counts = self._histogram.counted()
+        buckets, counts = self.histogram.counted()
         if not len(buckets) or basic.min is None or basic.max is None:
             return None
         shift = SHIFT["F64"]
@@ -297,7 +306,7 @@ class Pool:
         return Distribution(values[order], counts[order])
 
 
-class _Histogram:
+class BucketCounts:
     """Counts by bucket, of many tensors; a pool of few never pays for all buckets there are."""
 
     #: Entries that may wait to be added up.

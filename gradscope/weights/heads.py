@@ -98,6 +98,14 @@ class Heads:
     def _many(self, ref: TensorRef) -> int:
         return as_rows(ref, self.layout(ref))[1]
 
+    def reads(self, found: Attention) -> Iterator[str]:
+        """Names of all that the result of an attention can depend on, there or not."""
+        for ref in filter(None, (found.query, found.key, found.value)):
+            yield from (ref.name, _bias(ref))
+        yield from _norms(found.module)
+        for norm in _before(found.module):
+            yield from (f"{norm}.weight", f"{norm}.bias")
+
     def result(self, found: Attention) -> AttentionResult:
         """What the heads of an attention can do.
 
@@ -115,9 +123,7 @@ class Heads:
     def _side(self, ref: TensorRef, rows: Array | None) -> Side:
         seen, count, columns = as_rows(ref, self.layout(ref))
         matrix = read(seen, 0, seen.numel).reshape(count, columns)
-        module, leaf = place(ref.name)
-        name = module + ("bias" if leaf in ("weight", "kernel") else f"{leaf}_bias")
-        found = self.refs.get(name)
+        found = self.refs.get(_bias(ref))
         bias = read(found, 0, found.numel).reshape(-1) if found is not None else None
         if rows is None:
             return Side(matrix, bias)
@@ -125,11 +131,9 @@ class Heads:
 
     def _input(self, found: Attention, width: int) -> Input | None:
         """The norm before; None where none is known, or queries and keys are normed, too."""
-        normed = ("q_norm", "k_norm", "q_layernorm")
-        if any(f"{found.module}{name}.weight" in self.refs for name in normed):
+        if any(name in self.refs for name in _norms(found.module)):
             return None
-        outer = place(found.module.rstrip("./"))[0]
-        for norm in (outer + name for name in _BEFORE):
+        for norm in _before(found.module):
             gain = self.refs.get(f"{norm}.weight")
             if gain is not None and gain.shape == (width,):
                 offset = self.refs.get(f"{norm}.bias")
@@ -163,6 +167,23 @@ class Heads:
             logit_rms=None if seen.typical is None else _floats(seen.typical),
             logit_bounds=None if seen.bounds is None else _floats(seen.bounds),
         )
+
+
+def _bias(ref: TensorRef) -> str:
+    """What the bias of a matrix is called."""
+    module, leaf = place(ref.name)
+    return module + ("bias" if leaf in ("weight", "kernel") else f"{leaf}_bias")
+
+
+def _norms(module: str) -> Iterator[str]:
+    """The gains by which queries and keys are normed, in whatever models do so."""
+    yield from (f"{module}{name}.weight" for name in ("q_norm", "k_norm", "q_layernorm"))
+
+
+def _before(module: str) -> Iterator[str]:
+    """The norms whose output an attention may take."""
+    outer = place(module.rstrip("./"))[0]
+    yield from (outer + name for name in _BEFORE)
 
 
 def _floats(values: Array) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ precision, turns its integers into fractions or repeats, and the model then look
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ class _Wrong:
     wanted: Values | None = None
 
 
-def index_results(refs: tuple[TensorRef, ...]) -> Iterator[IndexResult]:
+def index_results(refs: Iterable[TensorRef]) -> Iterator[IndexResult]:
     """The tables of indices that are wrong, in file order.
 
     Values that are not finite are another rule's. Raises InputError when a file changes meanwhile.

@@ -8,8 +8,7 @@ optimizers number their parameters in orders of their own.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,40 +22,59 @@ Array = npt.NDArray[Any]
 _WIDE = ("F32", "F64")
 
 
-def compare_masters(refs: Sequence[TensorRef]) -> Masters | None:
-    """Look for each master weight among the model's 16-bit tensors; None where there is nothing.
+#: Of a tensor's elements in each 16-bit type that they are compared in.
+Digests = Mapping[str, str]
 
-    Reads both. Raises InputError when a file became shorter meanwhile.
+
+def digests(refs: Sequence[TensorRef], own: Collection[str] | None = None) -> dict[str, Digests]:
+    """What master weights and the model's 16-bit tensors of their sizes are compared by.
+
+    By name, of those that are ``own`` (None: all). Raises InputError when a file became shorter.
     """
+    masters, models = _sides(refs)
+    types = {numel: {m.dtype for m in models if m.numel == numel} for numel in _sizes(masters)}
+    mine = [ref for ref in (*models, *masters) if own is None or ref.name in own]
+    return {
+        ref.name: _digests(ref, {dtype: _ROUNDED[dtype] for dtype in types[ref.numel]})
+        if ref.part == "master"
+        else _digests(ref, {ref.dtype: _as_stored})
+        for ref in mine
+    }
+
+
+def compared(refs: Sequence[TensorRef], found: Mapping[str, Digests]) -> Masters | None:
+    """Look for each master weight among the model's 16-bit tensors; None where there is nothing."""
+    masters, models = _sides(refs)
+    if not masters:
+        return None
+    sizes = {ref.numel for ref in models}
+    held = {(ref.numel, *item) for ref in models for item in found[ref.name].items()}
+    both = [ref for ref in masters if ref.numel in sizes]
+    astray = (
+        ref for ref in both if held.isdisjoint((ref.numel, *i) for i in found[ref.name].items())
+    )
+    return Masters(len(both), tuple(ref.name for ref in astray))
+
+
+def _sides(refs: Sequence[TensorRef]) -> tuple[list[TensorRef], list[TensorRef]]:
+    """The master weights, and the tensors of the model that one of them may be."""
     masters = [r for r in refs if r.part == "master" and r.dtype in _WIDE and r.numel > 1]
-    sizes = {ref.numel for ref in masters}
-    models: dict[tuple[int, str], set[bytes]] = defaultdict(set)
-    for ref in refs if sizes else ():
-        if ref.part == "model" and ref.dtype in _ROUNDED and ref.numel in sizes:
-            models[ref.numel, ref.dtype].add(_digests(ref, {"": _as_stored})[""])
-    found = {ref.name: _is_among(ref, models) for ref in masters}
-    if not found:
-        return None
-    compared = {name: same for name, same in found.items() if same is not None}
-    return Masters(len(compared), tuple(name for name, same in compared.items() if not same))
+    sizes = _sizes(masters)
+    models = (r for r in refs if r.part == "model" and r.dtype in _ROUNDED) if sizes else ()
+    return masters, [ref for ref in models if ref.numel in sizes]
 
 
-def _is_among(master: TensorRef, models: Mapping[tuple[int, str], set[bytes]]) -> bool | None:
-    """Whether a master is a model tensor, rounded; None where none has its size."""
-    dtypes = [dtype for numel, dtype in models if numel == master.numel]
-    if not dtypes:
-        return None
-    digests = _digests(master, {dtype: _ROUNDED[dtype] for dtype in dtypes})
-    return any(digest in models[master.numel, dtype] for dtype, digest in digests.items())
+def _sizes(refs: Iterable[TensorRef]) -> set[int]:
+    return {ref.numel for ref in refs}
 
 
-def _digests(ref: TensorRef, codes: Mapping[str, Callable[[Array], Array]]) -> dict[str, bytes]:
+def _digests(ref: TensorRef, codes: Mapping[str, Callable[[Array], Array]]) -> Digests:
     """A digest of a tensor's elements in each coding, in one pass."""
-    digests = {name: hashlib.blake2b(digest_size=16) for name in codes}
+    made = {name: hashlib.blake2b(digest_size=16) for name in codes}
     for piece in _pieces(ref):
         for name, coded in codes.items():
-            digests[name].update(np.ascontiguousarray(coded(piece)).data)
-    return {name: digest.digest() for name, digest in digests.items()}
+            made[name].update(np.ascontiguousarray(coded(piece)).data)
+    return {name: digest.hexdigest() for name, digest in made.items()}
 
 
 def _pieces(ref: TensorRef) -> Iterable[Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,17 +39,17 @@ class Measured:
 def measure(
     everything: Sequence[TensorRef],
     refs: Sequence[TensorRef],
+    broken: Collection[str],
     quantization: Quantization,
     config: Mapping[str, object],
     run: Run,
 ) -> Measured:
-    """Measure ``refs``, those tensors of a checkpoint that can be read.
+    """Measure ``refs``, some tensors of a checkpoint; files that are ``broken`` are not read.
 
     The companions of codes come first: a weight whose scales are damaged has no values. Raises
     InputError as ``profile`` does.
     """
     names = roles_of(everything, quantization)
-    broken = {ref.file for ref in everything} - {ref.file for ref in refs}
     types = {c.name: c.ref.dtype for w in quantization.weights for c in w.companions}
     packed = {c.name for w in quantization.weights for c in w.companions if _is_packed(c)}
     beside = [
@@ -191,7 +191,7 @@ def examined(checkpoint: Checkpoint, quantization: Quantization, measured: Measu
         for ref in checkpoint.tensors
     )
     noted = replace(checkpoint, notes=(*checkpoint.notes, *_notes(quantization)))
-    known = frozenset({Need.HEADERS, Need.STATISTICS})
+    known = frozenset({Need.HEADERS, Need.TENSOR, Need.STATISTICS})
     return Examined(noted, tensors, known, quantization=quantization, lost=measured.lost)
 
 

@@ -7,7 +7,7 @@ of the r × r matrix R Sᵀ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE, read_range
 from gradscope.statistics.codings import CODED, code_values, is_float
-from gradscope.statistics.engine import Engine
+from gradscope.statistics.engine import Engine, one_blas_thread
 from gradscope.weights.adapters import Adapter, Layout
 from gradscope.weights.result import AdapterResult, Examined
 
@@ -37,18 +37,25 @@ def values(ref: TensorRef, start: int = 0, stop: int | None = None) -> Values:
 
 
 def with_products(
-    examined: Examined, engine: Engine[Any, Any], budget: float = BUDGET
+    examined: Examined,
+    engine: Engine[Any, Any],
+    budget: float = BUDGET,
+    own: Collection[str] | None = None,
 ) -> tuple[AdapterResult, ...]:
     """The adapters of a checkpoint with the effective rank and the norm of each product.
 
-    Raises InputError when a file changes while it is read.
+    Of those alone whose first factor is ``own``, where that is given. Raises InputError when a
+    file changes while it is read.
     """
     refs = {ref.name: ref for ref in examined.checkpoint.tensors}
 
     def spectrum(adapter: Adapter | None) -> Values | None:
-        return None if adapter is None else singular_values(adapter, refs)
+        if adapter is None or (own is not None and next(iter(adapter.names.values())) not in own):
+            return None
+        return singular_values(adapter, refs)
 
-    spectra = engine(spectrum, _within(examined.adapted, refs, budget))
+    with one_blas_thread():
+        spectra = list(engine(spectrum, _within(examined.adapted, refs, budget)))
     return tuple(
         known if sigma is None else _with_spectrum(known, sigma)
         for known, sigma in zip(examined.adapters, spectra, strict=True)

@@ -313,6 +313,8 @@ class Need(StrEnum):
     """The kinds of facts that a rule about a checkpoint can need."""
 
     HEADERS = "headers"
+    #: What rules need that look at one tensor at a time, so that a part of them can be judged.
+    TENSOR = "statistics of each tensor"
     STATISTICS = "statistics"
     SPECTRA = "whole spectra (--spectral)"
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from gradscope.checkpoints.tensors import TensorRef
+from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.errors import UsageError
+from gradscope.quantization.weights import Quantization
 from gradscope.report.model import Skip
 from gradscope.spectra.algebra import Algebra, Array, Values
 from gradscope.spectra.convolutions import operator_norm, slices
@@ -22,12 +23,14 @@ from gradscope.statistics.dtypes import is_float
 from gradscope.text import quoted
 from gradscope.weights.heads import Attention, Heads
 from gradscope.weights.layouts import as_rows, layouts
+from gradscope.weights.measuring import roles_of
 from gradscope.weights.result import (
     AttentionResult,
     Examined,
     Need,
     SpectrumResult,
     TensorResult,
+    header_result,
 )
 from gradscope.weights.roles import MATRICES, Role
 
@@ -132,7 +135,8 @@ def with_spectra(
         if result is not None:
             found[subject.tensor.name] = result
         progress(subject.ref.nbytes)
-    late = [s.tensor.name for s in subjects if s.tensor.name not in found]
+    wanting = {s.tensor.name for s in subjects} - found.keys()
+    late = [t.name for t in examined.tensors if t.name in wanting]
     tensors = tuple(
         t.model_copy(update={"spectrum": found[t.name]}) if t.name in found else t
         for t in examined.tensors
@@ -161,7 +165,7 @@ def _late(name: str, what: str, wanted: Wanted) -> Skip:
 
 def _with_attention(examined: Examined, engine: Engine[Any, Any], wanted: Wanted) -> Examined:
     """With the heads of every attention for which there is time."""
-    known = Heads.of(examined, *_read(examined))
+    known = Heads.of(examined, *as_values(examined))
     attentions = list(known.attentions())
     found = list(_each(engine, _OfHeads(known, wanted), attentions))
     late = [a.module for a, result in zip(attentions, found, strict=True) if result is None]
@@ -171,6 +175,16 @@ def _with_attention(examined: Examined, engine: Engine[Any, Any], wanted: Wanted
         attention=tuple(result for result in found if result is not None),
         left_out=(*examined.left_out, *left),
     )
+
+
+def attention_groups(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[Iterator[str]]:
+    """Names of what each attention that may be known is measured by, from headers alone."""
+    names = roles_of(checkpoint.tensors, quantization)
+    unread = tuple(header_result(r, names[r.name], checkpoint.path) for r in checkpoint.tensors)
+    seen = Examined(checkpoint, unread, frozenset(), quantization=quantization)
+    refs, layout = as_values(seen)
+    known = Heads(seen, {n: ref for n, ref in refs.items() if is_float(ref.dtype)}, layout)
+    yield from map(known.reads, known.attentions())
 
 
 @dataclass(frozen=True)
@@ -184,7 +198,7 @@ class _OfHeads:
         return None if self.wanted.spent else self.known.result(found)
 
 
-def _read(
+def as_values(
     examined: Examined,
 ) -> tuple[Mapping[str, TensorRef], Callable[[TensorRef], UnitLayout | None]]:
     """The tensors by name, quantised weights as their values, and how the units of each lie."""
@@ -196,7 +210,7 @@ def _read(
 
 def _subjects(examined: Examined) -> Iterator[_Subject]:
     """The matrices of the model whose every element is finite."""
-    refs, layout = _read(examined)
+    refs, layout = as_values(examined)
     for tensor in examined.tensors:
         ref = refs[tensor.name]
         if not _has_spectrum(tensor, ref):

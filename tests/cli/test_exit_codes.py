@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -57,6 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "broken.jit").write_bytes(b"no model")
     manifest = run("manifest", str(made / "good.safetensors"), "--no-progress")
     (made / "good.manifest.json").write_text(manifest.stdout)
+    for name in ("good", "bad", "empty"):
+        for job in range(2):
+            line = ["weights", f"{name}.safetensors", "--shard", f"{job}/2", "-f", "json"]
+            with contextlib.chdir(made):
+                part = run(*line, "--isolated", "--fail-on", "never")
+            (made / f"{name}-{job}.json").write_text(part.stdout)
     report = run("weights", str(made / "bad.safetensors"), "-f", "json", "--isolated")
     (made / "report.json").write_text(report.stdout)
     (made / "broken.json").write_text(report.stdout[:-9])
@@ -80,6 +87,7 @@ def _model(net: torch.nn.Module, path: Path) -> None:
 #: Of each command: a line, with INPUT for the input.
 LINES = {
     "weights": "weights INPUT.safetensors",
+    "part": "weights INPUT.safetensors --shard 0/1",
     "drift": "drift good.safetensors INPUT.safetensors",
     "flow": "flow INPUT.csv --as norms",
     "explain": "explain -m saliency INPUT.jit i.png --preprocess size=16x16,image_mean=0.5/0.5/0.5,"
@@ -87,6 +95,7 @@ LINES = {
 }
 ANALYSES = {
     "weights": "gradscope.weights.analysis.analyze_weights",
+    "part": "gradscope.weights.analysis.analyze_weights",
     "drift": "gradscope.drift.analysis.analyze_drift",
     "flow": "gradscope.flow.analysis.analyze_flow",
     "explain": "gradscope.attribution.explain.explain",
@@ -138,6 +147,34 @@ def test_every_command_ends_with_the_code_of_the_contract(
 
 #: Of the commands that analyse nothing themselves, or need more: a line of each code.
 OTHERS = [
+    (0, "weights good.safetensors --shard 1/2"),
+    (2, "weights good.safetensors --shard 2/2"),
+    (2, "weights good.safetensors --shard half"),
+    (2, "weights good.safetensors --shard 0/2 --headers-only"),
+    (2, "weights good.safetensors --engine dask"),
+    (0, "merge good-0.json good-1.json"),
+    (0, "merge good-1.json good-0.json --format sarif"),
+    (1, "merge bad-0.json bad-1.json"),
+    (1, "merge bad-0.json bad-1.json --fail-on critical"),
+    (0, "merge bad-0.json bad-1.json --fail-on never"),
+    (0, "merge bad-0.json bad-1.json --ignore non-finite"),
+    (2, "merge"),
+    (2, "merge bad-0.json bad-1.json --format yaml"),
+    (2, "merge bad-0.json bad-1.json --select no-such-rule"),
+    (2, "merge bad-0.json bad-1.json --report json=bad-0.json"),
+    (2, "merge bad-0.json bad-1.json --jobs 2"),
+    (3, "merge bad-0.json"),
+    (3, "merge bad-0.json bad-0.json"),
+    (3, "merge bad-0.json bad-1.json bad-1.json"),
+    (3, "merge bad-0.json good-1.json"),
+    (3, "merge report.json"),
+    (3, "merge bad-0.json missing.json"),
+    (3, "merge bad-0.json broken.json"),
+    (3, "merge bad-0.json good.manifest.json"),
+    (4, "merge empty-0.json empty-1.json"),
+    (0, "merge empty-0.json empty-1.json --allow-empty"),
+    (0, "render good-0.json"),
+    (2, "baseline create good-0.json --baseline part-baseline.json"),
     (0, "verify good.safetensors --manifest good.manifest.json"),
     (1, "verify bad.safetensors --manifest good.manifest.json"),
     (1, "verify good.safetensors bad.safetensors --manifest good.manifest.json"),
@@ -235,6 +272,7 @@ def test_a_chart_that_there_is_none_of_is_told_and_costs_no_other_report(
 #: What each of them does its work by.
 WORK = {
     "verify good.safetensors --manifest x.json": "gradscope.fingerprints.analysis.verify",
+    "merge good-0.json good-1.json": "gradscope.merging.merge",
     "manifest good.safetensors": "gradscope.fingerprints.analysis.manifest",
     "render report.json": "gradscope.saved.read_report",
     "baseline create report.json --baseline new.json": "gradscope.saved.read_report",

@@ -31,9 +31,8 @@ def render(report: AnyReport, display: Display = FILE) -> str:
     for group in grouped([f for f in report.findings if f.state != "unchanged"]):
         command = _COMMANDS[LEVELS[group[0].severity]]
         lines[command].append(_annotation(command, group, display))
-    lines["warning"].extend(
-        _command("warning", None, "baseline and allow-list", note) for note in report.gate.notes
-    )
+    title = report.verdict if report.part else "baseline and allow-list"
+    lines["warning"].extend(_command("warning", None, title, note) for note in report.gate.notes)
     return "".join(line for command in lines for line in _shown(command, lines[command]))
 
 

@@ -34,8 +34,7 @@ def render(report: AnyReport, display: Display = FILE) -> str:  # noqa: ARG001
 
 def _head(report: AnyReport) -> Iterator[str]:
     gate, coverage = report.gate, report.coverage
-    verdict = "FAILED" if gate.failed else "PASSED"
-    yield f"## gradscope {report.command}: {verdict}\n"
+    yield f"## gradscope {report.command}: {report.verdict.upper()}\n"
     yield (
         f"**{counted(report)}** · {coverage.analyzed:,} of {coverage.total:,} {coverage.unit}, "
         f"{size(coverage.bytes)} · exit {gate.exit_code}"

@@ -37,7 +37,11 @@ def _summary(report: AnyReport) -> Iterator[str]:
         f"`gradscope {report.command}` {report.tool.version} looked at "
         f"{listed(names, len(names), _INPUTS)} ({coverage.analyzed:,} of {coverage.total:,} "
         f"{coverage.unit}): **{counted(report)}**. "
-        f"The gate at `{gate.fail_on}` {'failed' if gate.failed else 'passed'}."
+        + (
+            f"This is {report.verdict} of a run, and no verdict."
+            if report.part and not gate.failed
+            else f"The gate at `{gate.fail_on}` {report.verdict}."
+        )
     )
     if report.errors:
         yield f"Not everything could be read: {plural(len(report.errors), 'failure')}."

@@ -47,7 +47,10 @@ def render(report: AnyReport, display: Display = FILE) -> str:
                         "rules": [_rule(code, known.get(code), shown) for code in codes],
                     }
                 },
-                "automationDetails": {"id": f"gradscope/{report.command}/"},
+                # Of what has the same category, GitHub keeps the last alone.
+                "automationDetails": {
+                    "id": "/".join(filter(None, ("gradscope", report.command, report.part))) + "/"
+                },
                 "columnKind": "utf16CodeUnits",
                 "originalUriBaseIds": {"%SRCROOT%": {"description": {"text": "The checkout."}}},
                 "invocations": [_invocation(report)],

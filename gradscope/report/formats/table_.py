@@ -152,13 +152,13 @@ def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
 def _verdict(report: AnyReport) -> RenderableType:
     gate, coverage = report.gate, report.coverage
     analysed = f"{coverage.analyzed:,} of {coverage.total:,} {coverage.unit}"
-    style = "bold red" if gate.failed else "bold green"
+    style = "bold red" if gate.failed else "bold yellow" if report.part else "bold green"
     # Failed inputs are written out above; here they are counted.
     failed = len(report.errors)
     unread = [f"{plural(failed, 'input')} could not be read in full"] if failed else []
     reasons = "".join(f": {shortened(r)}" for r in (*unread, *gate.reasons[failed:]))
     return Text.assemble(
-        ("\nFAILED" if gate.failed else "\nPASSED", style),
+        (f"\n{report.verdict.upper()}", style),
         f"  {counted(report)} · {analysed}, {size(coverage.bytes)} · exit {gate.exit_code}",
         reasons,
     )

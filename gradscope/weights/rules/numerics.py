@@ -13,7 +13,7 @@ from gradscope.weights.roles import AUXILIARY, TRAINING, Role
 from gradscope.weights.rules.tensors import VANISHED, mostly_dead, with_numerics
 
 
-@rule("W115", "dtype-headroom", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
+@rule("W115", "dtype-headroom", Severity.MEDIUM, reads=Examined, needs=Need.TENSOR)
 def dtype_headroom(
     examined: Examined,
     *,

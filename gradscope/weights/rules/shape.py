@@ -58,7 +58,7 @@ def heavy_tails(
     )
 
 
-@rule("W108", "skewed", Severity.LOW, reads=Examined, needs=Need.STATISTICS)
+@rule("W108", "skewed", Severity.LOW, reads=Examined, needs=Need.TENSOR)
 def skewed(examined: Examined, *, limit: float = 2.0, least: int = 1000) -> Iterator[Observation]:
     """A matrix is skewed: |skewness| without the 0.1 % farthest elements above 2.
 
@@ -141,7 +141,7 @@ def _shared_dimensions(examined: Examined, score: float, least: int) -> Iterator
             )
 
 
-@rule("W110", "high-sparsity", Severity.LOW, reads=Examined, needs=Need.STATISTICS)
+@rule("W110", "high-sparsity", Severity.LOW, reads=Examined, needs=Need.TENSOR)
 def high_sparsity(examined: Examined, *, limit: float = 0.5) -> Iterator[Observation]:
     """More than half of a matrix is exactly zero, not counting rows that are entirely dead.
 

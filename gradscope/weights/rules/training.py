@@ -15,7 +15,7 @@ from gradscope.weights.rules.tensors import is_constant, measured
 from gradscope.weights.steps import step_count
 
 
-@rule("W111", "negative-variance", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
+@rule("W111", "negative-variance", Severity.HIGH, reads=Examined, needs=Need.TENSOR)
 def negative_variance(examined: Examined) -> Iterator[Observation]:
     """A running variance or a second moment is below zero, which an average of squares cannot be.
 

@@ -25,7 +25,7 @@ from gradscope.weights.roles import (
 from gradscope.weights.rules.tensors import VANISHED, measured, mostly_dead, with_outliers
 
 
-@rule("W101", "non-finite", Severity.CRITICAL, reads=Examined, needs=Need.STATISTICS)
+@rule("W101", "non-finite", Severity.CRITICAL, reads=Examined, needs=Need.TENSOR)
 def non_finite(examined: Examined) -> Iterator[Observation]:
     """NaN or Inf among the elements of a tensor.
 
@@ -102,7 +102,7 @@ def _instead(tensor: TensorResult, meant: str | None) -> str:
     )
 
 
-@rule("W102", "extreme-value", Severity.HIGH, reads=Examined, needs=Need.STATISTICS)
+@rule("W102", "extreme-value", Severity.HIGH, reads=Examined, needs=Need.TENSOR)
 def extreme_value(
     examined: Examined,
     *,
@@ -270,7 +270,7 @@ def _is_zero_in_model(copy: TensorResult, examined: Examined, all_are: bool) -> 
     return not all_are  # without names: only that nothing of the copy is left is telling
 
 
-@rule("W104", "constant-tensor", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
+@rule("W104", "constant-tensor", Severity.MEDIUM, reads=Examined, needs=Need.TENSOR)
 def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observation]:
     """All elements of a matrix have one value, not zero: its rows cannot differ.
 
@@ -294,7 +294,7 @@ def constant_tensor(examined: Examined, *, least: int = 16) -> Iterator[Observat
         )
 
 
-@rule("W118", "broken-index", Severity.MEDIUM, reads=Examined, needs=Need.STATISTICS)
+@rule("W118", "broken-index", Severity.MEDIUM, reads=Examined, needs=Need.TENSOR)
 def broken_index(examined: Examined) -> Iterator[Observation]:
     """A table of indices does not hold the integers that it must.
 
