@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.errors import UsageError
-from gradscope.models.graph import VIEWS, made_by
+from gradscope.models.graph import VIEWS, is_attended, is_residual, made_by
 from gradscope.models.outputs import Choice, choose, described, outputs
 from gradscope.models.precision import HALF
 
@@ -179,7 +179,8 @@ def _is_embedding(tensor: Tensor, values: Tensor, module: nn.Module, name: str) 
         return False
     if bool(((values.norm(dim=1) - 1).abs() < 1e-3).all()):
         return True
-    if made_by(tensor) & (_ACTIVATIONS | _NORMS):
+    # Attention that pools the image, and a block's sum, as towers for images and texts end in.
+    if made_by(tensor) & (_ACTIVATIONS | _NORMS) or is_attended(tensor) or is_residual(tensor):
         return True
     behind = made_by(tensor, _POOLED | _ACTIVATIONS | {"Add"})
     # A projection without a bias, as the towers of CLIP have.

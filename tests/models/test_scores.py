@@ -33,6 +33,7 @@ class Net(nn.Module):
         self.classes, self.colours = nn.Linear(128, 10), nn.Linear(128, 7)
         self.one, self.wide = nn.Linear(128, 1), nn.Linear(128, 192)
         self.projection = nn.Linear(128, 192, bias=False)
+        self.pool = nn.MultiheadAttention(128, 4, batch_first=True)
         self.answer = answer
 
     def forward(self, x: Tensor) -> Any:
@@ -138,6 +139,27 @@ def ensemble(net: Net, z: Tensor) -> Tensor:
     return (net.classes(z).sigmoid() + net.classes(2 * z).sigmoid()) / 2
 
 
+def pooled(net: Net, z: Tensor) -> Tensor:
+    """The end of CLIP's ResNets: the mean asks, and what it got is projected, with a bias."""
+    found: Tensor = net.pool(
+        z[:, None], z[:, None].expand(-1, 2, -1), z[:, None].expand(-1, 2, -1)
+    )[0]
+    return found[:, 0]
+
+
+def by_hand(net: Net, z: Tensor) -> Tensor:
+    """The same, written out."""
+    keys = net.wide(z).view(-1, 3, 64)
+    found = (keys[:, :1] @ keys.transpose(1, 2)).softmax(-1) @ keys
+    return functional.linear(found, torch.ones(256, 64), torch.ones(256))[:, 0]
+
+
+def block(net: Net, z: Tensor) -> Tensor:
+    """The end of SigLIP's pooling: attention, and a block's sum."""
+    token = pooled(net, z)
+    return token + net.pool.out_proj(functional.gelu(functional.layer_norm(token, (128,))))
+
+
 HEADS: list[tuple[Heads, str]] = [
     (lambda n, z: n.classes(z), "logits"),
     (lambda n, z: n.wide(z), "logits"),
@@ -163,6 +185,13 @@ HEADS: list[tuple[Heads, str]] = [
     (lambda n, z: functional.layer_norm(n.wide(z), (192,)), "embedding"),
     (lambda n, z: n.projection(z), "embedding"),
     (lambda n, z: {"image_embeds": n.wide(z)}, "embedding"),
+    # Attention that pools is no head; a dense layer behind it, and the sum of two heads, are.
+    (pooled, "embedding"),
+    (by_hand, "embedding"),
+    (block, "embedding"),
+    (lambda n, z: functional.linear(block(n, z), torch.ones(200, 128), torch.ones(200)), "logits"),
+    (lambda n, z: n.wide(functional.relu(pooled(n, z))), "logits"),
+    (lambda n, z: (n.wide(z) + n.wide(2 * z)) / 2, "logits"),
     # Few numbers are rather classes, whatever they come from.
     (lambda _n, z: z[:, :20], "logits"),
 ]
