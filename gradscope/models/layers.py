@@ -129,7 +129,8 @@ def _placed(layers: Sequence[Layer]) -> Iterator[Layer]:
         layer for layer in layers if layer.layout is not None and "tokens" in layer.layout.kind
     ]
     sizes = {size for layer in tokens for size in _token_sizes(layer)}
-    streams = any(layer.stream for layer in tokens)
+    # Where only maps have one, what attention pools them by are no places of the model's own.
+    streams = any(layer.stream for layer in layers if _has_places(layer))
     for layer in layers:
         passed = layer.stream or not streams or layer not in tokens
         if passed and _has_places(layer) and not _is_of_heads(layer, sizes):

@@ -13,6 +13,7 @@ from gradscope.errors import UsageError
 from gradscope.models import processors, published
 from gradscope.models.load import Loaded
 from gradscope.models.model import Model
+from gradscope.models.own_steps import own_steps
 from gradscope.models.preprocessing import IMAGENET, Preprocessing, fitted, resized
 from gradscope.models.sizes import Size, built_size, image_size, refusal
 
@@ -35,12 +36,35 @@ def _recipe(loaded: Loaded, asked: Preprocessing | None) -> Chosen:
     model = loaded.model
     # The name of a recipe, unlike pairs or a file, asks for no size.
     if asked is not None and asked.source != IMAGENET.source:
-        return _asked(model, asked), ()
+        return _asked(model, asked), _twice(model, asked)
     written = asked or _written_down(loaded)
     if written is not None:
-        return _written(model, written)
+        steps, notes = _written(model, written)
+        return steps, (*notes, *_twice(model, written))
+    return _guessed(model)
+
+
+def _guessed(model: Model) -> Chosen:
+    """ImageNet's steps, less those that the model itself begins with."""
     guess = replace(IMAGENET, source="assumed", assumed=True)
-    return fitted(guess, image_size(model)[1:], None), ()
+    own = own_steps(model)
+    if own is None:
+        return fitted(guess, image_size(model)[1:], None), ()
+    channels = len(own.mean)
+    plain = replace(guess, mean=(0.0,) * channels, std=(1.0,) * channels, rescale=own.white / 255)
+    note = f"the model itself {own}: it gets pixels from 0 to {own.white}"
+    if own.resizes:
+        return replace(plain, resize=None, crop=None, source="the model", assumed=False), (note,)
+    return fitted(plain, image_size(model)[1:], None), (note,)
+
+
+def _twice(model: Model, steps: Preprocessing) -> tuple[str, ...]:
+    if not any(steps.mean) and set(steps.std) == {1.0}:
+        return ()
+    own = own_steps(model, steps.channels)
+    if own is None:
+        return ()
+    return (f"the model itself {own}; with the preprocessing of {steps.source} that is done twice",)
 
 
 def _asked(model: Model, asked: Preprocessing) -> Preprocessing:

@@ -94,6 +94,8 @@ TOKENS = Layout("tokens", (7, 7), 1)
         # Of tokens, only the residual stream and its normalised forms.
         ([layer("a", stream=True, layout=TOKENS), layer("b", layout=TOKENS)], "a", "patch tokens"),
         ([layer("a", stream=True, layout=TOKENS), layer("b")], "b", "maps"),
+        # The values of an attention that pools maps.
+        ([layer("a", stream=True), layer("b", layout=TOKENS)], "a", "maps"),
         ([layer("a", layout=TOKENS), layer("b", layout=TOKENS)], "b", "patch tokens"),
         # What was made last counts, not what is returned last.
         ([layer("a", made_by=2), layer("b", made_by=1, above=2)], "a", "maps"),
