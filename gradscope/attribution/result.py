@@ -74,6 +74,8 @@ class Control(Record):
     deletion_auc: Number
     insertion_spread: Number
     deletion_spread: Number
+    #: Standard deviation of insertion less deletion, which move together.
+    difference_spread: Number | None = None
     rankings: int
     #: Means of the curves, as those of the map.
     insertion_curve: tuple[Number, ...] | None = None

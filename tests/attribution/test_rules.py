@@ -150,26 +150,64 @@ def test_a_signed_map_may_be_negative_everywhere() -> None:
     [
         (0.6, 0.45, None),
         (0.45, 0.3, None),
-        (0.45, 0.34, None),
-        (0.45, 0.36, "medium"),
-        (0.55, 0.46, "medium"),
-        # More than three spreads of one excuse no more of the other.
-        (0.34, 0.05, "medium"),
-        (0.36, 0.05, None),
-        (0.45, 0.42, "medium"),
-        (0.3, 0.6, "high"),
-        (0.5, 0.4, "medium"),
-        (0.41, 0.49, "medium"),
+        # No better than the control, and not surely worse: one picture does not tell.
+        (0.5, 0.4, "unsettled"),
+        (0.45, 0.36, "unsettled"),
+        (0.45, 0.42, "unsettled"),
+        (0.41, 0.44, "unsettled"),
+        # 1.9 times the spread of 0.05 * sqrt(2), and of a mean of five.
+        (0.4, 0.445, "unsettled"),
+        (0.4, 0.45, "medium"),
+        (0.3, 0.35, "medium"),
+        (0.42, 0.48, "medium"),
         (0.39, 0.51, "high"),
-        (0.39, 0.49, "medium"),
+        (0.3, 0.6, "high"),
     ],
 )
-def test_a_map_no_better_than_at_random_places_is_unfaithful(
+def test_a_map_that_ranks_pixels_worse_than_at_random_places_is_unfaithful(
     insertion: float, deletion: float, severity: str | None
 ) -> None:
     made = result(diagnostics=GOOD | {"insertion_auc": insertion, "deletion_auc": deletion})
+    told = list(evaluate([r for r in load_rules().values() if r.code == "E103"], made, "m.pt"))
 
-    assert found(made).get("unfaithful") == severity
+    if severity == "unsettled":
+        (one,) = told
+        assert isinstance(one, NotEvaluated)
+        assert "1 map cannot settle" in one.reason
+    else:
+        assert found(made).get("unfaithful") == severity
+
+
+@pytest.mark.parametrize(
+    ("gains", "wanted"),
+    [
+        # In standard deviations of one map: 0.0775.
+        ([1.5] * 6, {}),
+        ([0.3, -0.5, 0.6, -0.2, 0.4], {"gradcam": "medium"}),
+        ([0.3, -0.5, 0.6, -0.2], {}),
+        ([-1.0] * 5, {"gradcam": "high"}),
+        # What three deviations prove, a hundred do not prove better.
+        ([100.0, -1, -1, -1, -1], {"gradcam": "medium"}),
+        # One map that is worse, of a method that is not.
+        ([1.5, 1.5, 1.5, 1.5, 1.5, -2.5], {"5.png: gradcam → 281 tabby": "medium"}),
+    ],
+)
+def test_several_pictures_show_that_a_method_is_no_better_than_chance(
+    gains: list[float], wanted: dict[str, str]
+) -> None:
+    (one,) = result().explanations
+    pictures = []
+    for number, gain in enumerate(gains):
+        facts = {"insertion_auc": 0.5 + gain * 0.05 * 2**0.5 * 1.2**0.5, "deletion_auc": 0.4}
+        diagnostics = one.diagnostics.model_copy(update=facts)
+        pictures.append(
+            one.model_copy(update={"diagnostics": diagnostics, "image": f"{number}.png"})
+        )
+    made = result().model_copy(update={"explanations": tuple(pictures)})
+
+    seen = evaluate([r for r in load_rules().values() if r.code == "E103"], made, "m.pt")
+
+    assert {f.subject: str(f.severity) for f in seen if isinstance(f, Finding)} == wanted
 
 
 @pytest.mark.parametrize(
@@ -245,16 +283,16 @@ def test_a_finding_names_the_picture_the_method_and_the_target(
     assert explanation.model_copy(update={"target": changed}).subject == wanted
 
 
-@pytest.mark.parametrize(("insertion", "severity"), [(0.4985, "medium"), (0.4975, "high")])
+@pytest.mark.parametrize(("insertion", "severity"), [(0.5985, None), (0.5976, "medium")])
 def test_a_control_without_a_spread_has_one_of_a_thousandth(
-    insertion: float, severity: str
+    insertion: float, severity: str | None
 ) -> None:
     still = Control(
         insertion_auc=0.5, deletion_auc=0.5, insertion_spread=0, deletion_spread=0, rankings=5
     )
     measured = {"insertion_auc": insertion, "deletion_auc": 0.6, "random_control": still}
 
-    assert found(result(diagnostics=GOOD | measured))["unfaithful"] == severity
+    assert found(result(diagnostics=GOOD | measured)).get("unfaithful") == severity
 
 
 def test_a_tenth_is_likely_enough() -> None:

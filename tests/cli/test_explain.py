@@ -92,7 +92,7 @@ def test_the_json_report_matches_its_schema_and_is_the_same_every_time(folder: P
     known = integrated["diagnostics"]
     for key in ("completeness_delta", "relative_delta", "insertion_auc", "deletion_auc"):
         assert isinstance(known[key], float)
-    assert known["random_control"]["rankings"] in (2, 3, 4)  # until the side is settled
+    assert 3 <= known["random_control"]["rankings"] <= 8  # until the side is settled
 
 
 @pytest.mark.parametrize(
