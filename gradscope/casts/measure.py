@@ -61,6 +61,12 @@ class Loss:
         """The same without the greatest elements."""
         return decibels(self.bulk_signal, self.bulk_error)
 
+    @property
+    def lowest_db(self) -> float:
+        """The lower of both; infinite of zeros."""
+        known = (ratio for ratio in (self.snr_db, self.bulk_snr_db) if ratio is not None)
+        return min(known, default=math.inf)
+
 
 def decibels(signal: float, error: float) -> float | None:
     """10 log₁₀ of a ratio of energies; None without a signal."""
@@ -74,7 +80,8 @@ class Subject:
     """A tensor to cast, seen as a matrix whose rows share scales.
 
     ``peak`` is its greatest magnitude, ``limit`` the one that few elements are beyond; the columns
-    that are ``kept`` are none of it. Only rows of at most a piece can have such.
+    that are ``kept`` are none of it. Only rows of at most a piece can have such. It may be a part
+    of the tensor (an expert), whose rows begin at ``first``.
     """
 
     ref: TensorRef
@@ -83,6 +90,7 @@ class Subject:
     peak: float
     limit: float = math.inf
     kept: tuple[int, ...] = ()
+    first: int = 0
 
     @property
     def coded(self) -> bool:
@@ -163,8 +171,9 @@ class _Task:
 def _tasks(subject: Subject) -> Iterator[_Task]:
     """Cut into whole rows, by size alone."""
     step = max(_TASK // subject.columns, 1)
-    for first in range(0, subject.rows, step):
-        yield _Task(subject, first, min(first + step, subject.rows))
+    end = subject.first + subject.rows
+    for first in range(subject.first, end, step):
+        yield _Task(subject, first, min(first + step, end))
 
 
 @dataclass(frozen=True, slots=True)

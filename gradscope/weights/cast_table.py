@@ -10,7 +10,14 @@ from rich.text import Text
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import table
 from gradscope.text import listed, plural, shortened, size
-from gradscope.weights.result import Casting, CastPlan, CastSummary, TensorResult
+from gradscope.weights.result import (
+    Casting,
+    CastPlan,
+    CastSummary,
+    KeptColumns,
+    KeptExperts,
+    TensorResult,
+)
 
 _NAMED = 3
 
@@ -24,7 +31,8 @@ def casts(
     if found.plan is not None:
         most = 10**9 if display.detail > 1 else _NAMED
         yield from _plan(found.plan, most)
-        yield from _kept_columns([t for t in tensors if t.kept_columns is not None], most)
+        yield from _kept("columns", [line for t in tensors for line in _without_columns(t)], most)
+        yield from _kept("experts", [line for t in tensors for line in _without_experts(t)], most)
 
 
 def _formats(found: Casting) -> RenderableType:
@@ -71,19 +79,28 @@ def _plan(plan: CastPlan, most: int) -> Iterator[RenderableType]:
         yield Text(f"keep {plural(len(plan.kept), 'tensor')} as stored: {names}", style="dim")
 
 
-def _kept_columns(tensors: Sequence[TensorResult], most: int) -> Iterator[RenderableType]:
+def _kept(what: str, lines: Sequence[str], most: int) -> Iterator[RenderableType]:
     """What would do with fewer bits, those of one place of different layers apart."""
-    if tensors:
-        each = listed(map(_without, tensors), len(tensors), most)
-        yield Text(f"would do with fewer bits if a few columns stayed as stored: {each}")
+    if lines:
+        each = listed(lines, len(lines), most)
+        yield Text(f"would do with fewer bits if a few {what} stayed as stored: {each}")
 
 
-def _without(tensor: TensorResult) -> str:
-    kept = tensor.kept_columns
-    assert kept is not None
-    columns = "column" if len(kept.columns) == 1 else "columns"
-    which = listed(map(str, kept.columns), len(kept.columns))
+def _without_columns(tensor: TensorResult) -> Iterator[str]:
+    if (kept := tensor.kept_columns) is not None:
+        yield _without(tensor, kept, "column", kept.columns)
+
+
+def _without_experts(tensor: TensorResult) -> Iterator[str]:
+    if (kept := tensor.kept_experts) is not None:
+        yield _without(tensor, kept, "expert", kept.experts)
+
+
+def _without(
+    tensor: TensorResult, kept: KeptColumns | KeptExperts, one: str, which: Sequence[int]
+) -> str:
+    named = listed(map(str, which), len(which))
     return (
         f"{shortened(tensor.name)} ({kept.format}: {_level(kept.cast_snr_db)} dB, "
-        f"{_level(kept.snr_db)} dB without {columns} {which})"
+        f"{_level(kept.snr_db)} dB without {one}{'s' * (len(which) > 1)} {named})"
     )

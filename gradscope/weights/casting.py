@@ -63,6 +63,7 @@ def with_casts(
     """
     from gradscope.casts.measure import losses
     from gradscope.weights.kept_columns import with_kept_columns
+    from gradscope.weights.kept_experts import with_kept_experts
 
     refs = {ref.name: ref for ref in examined.checkpoint.tensors}
     layout = _layouts(examined)
@@ -76,8 +77,10 @@ def with_casts(
             progress(seen.ref.nbytes)
         if wanted.snr_db is not None:
             cast = [(found[t.name], s) for t, s in zip(tensors, subjects, strict=True)]
-            better = with_kept_columns(cast, targets, wanted.snr_db, engine)
-            found |= {tensor.name: tensor for tensor in better}
+            for kept in (with_kept_columns, with_kept_experts):
+                better = kept(cast, targets, wanted.snr_db, engine)
+                found |= {tensor.name: tensor for tensor in better}
+                cast = [(found[tensor.name], subject) for tensor, subject in cast]
     return replace(examined, tensors=tuple(found.get(t.name, t) for t in examined.tensors))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradscope.casts.formats import Target
-from gradscope.casts.measure import Loss, Subject, column_peaks, decibels, losses
+from gradscope.casts.measure import Loss, Subject, column_peaks, losses
 from gradscope.checkpoints.tiles import PIECE
 from gradscope.weights.result import CastResult, KeptColumns, TensorResult
 from gradscope.weights.roles import Role
@@ -83,13 +83,12 @@ def _best(
 
 
 def _kept(cast: CastResult, subject: Subject, t: Target, loss: Loss) -> KeptColumns:
-    lowest = [r for r in (decibels(loss.signal, loss.error), loss.bulk_snr_db) if r is not None]
     before = [r for r in (cast.snr_db, cast.bulk_snr_db) if r is not None]
     stored = subject.ref.nbytes // subject.ref.numel * subject.rows * len(subject.kept)
     return KeptColumns(
         format=t.name,
         columns=subject.kept,
         bytes=t.nbytes(subject.rows, subject.columns - len(subject.kept)) + stored,
-        snr_db=min(lowest, default=np.inf),
+        snr_db=loss.lowest_db,
         cast_snr_db=min(before, default=np.inf),
     )

@@ -157,6 +157,20 @@ class KeptColumns(Record):
     cast_snr_db: float
 
 
+class KeptExperts(Record):
+    """A smaller format that would serve if a few experts of a stack stayed as stored.
+
+    ``snr_db`` is that of the worst of the others, ``cast_snr_db`` of the worst of all.
+    """
+
+    format: str
+    experts: tuple[int, ...]
+    #: With its scales, and the experts as they are stored.
+    bytes: int
+    snr_db: float
+    cast_snr_db: float
+
+
 class CastPlan(Record):
     """The smallest format of each tensor that keeps the wanted signal to noise."""
 
@@ -235,6 +249,7 @@ class TensorResult(Record):
     casts: tuple[CastResult, ...] = ()
     cast_plan: str | None = None
     kept_columns: KeptColumns | None = None
+    kept_experts: KeptExperts | None = None
     dequantized: Dequantized | None = None
     health: Health | None = None
 

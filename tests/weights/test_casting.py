@@ -252,6 +252,48 @@ def test_columns_are_inputs_in_every_layout(tmp_path: Path) -> None:
     assert having["model.layers.0.mlp.experts.gate_up_proj"].columns == (7,)
 
 
+def ratio_of(x: Array, cast_: Callable[[Array], Array], limit: float) -> float:
+    """The lower of both ratios, of all elements and of those within a limit."""
+    error, x64 = cast_(x) - x.astype(np.float64), x.astype(np.float64)
+    bulk = np.abs(x) <= limit
+    least = min((x64[at] ** 2).sum() / (error[at] ** 2).sum() for at in (bulk, np.abs(x) < np.inf))
+    return 10 * math.log10(least)
+
+
+@pytest.mark.parametrize(("odd", "named"), [((3,), (3,)), ((0, 6), (0, 6)), ((1, 2, 4), None),
+                                            ((), None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "cast_"), [("int8", lambda x: int8(x, 0)), ("int8:tensor", by_tensor)]
+)
+def test_the_experts_are_named_without_which_fewer_bits_would_do(
+    odd: tuple[int, ...], named: tuple[int, ...] | None, kind: str,
+    cast_: Callable[[Array], Array], tmp_path: Path,
+) -> None:  # fmt: skip
+    experts = gaussian(8, 64, 128, seed=6)
+    for number in odd:  # in every row, and in another column: no column can be kept for all
+        experts[number, np.arange(64), np.arange(64) + number] *= 300
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {name: experts, "model.layers.0.mlp.router.weight": gaussian(8, 128, seed=7),
+               "model.layers.0.mlp.experts.down_proj": gaussian(8, 128, 32, seed=8)}  # fmt: skip
+    path = write(tmp_path / "m.safetensors", tensors)
+
+    result = cast(path, kind, "fp16", snr=33)
+
+    having = {t.name: t.kept_experts for t in result.tensors if t.kept_experts is not None}
+    assert {n: kept.experts for n, kept in having.items()} == ({name: named} if named else {})
+    if named:
+        kept = having[name]
+        limit = np.abs(np.quantile(experts, [0.001, 0.999])).max()
+        each = [ratio_of(x, cast_, limit) for x in experts]
+        assert kept.cast_snr_db == pytest.approx(min(each), abs=0.05)
+        assert kept.snr_db == pytest.approx(
+            min(r for n, r in enumerate(each) if n not in named), abs=0.05
+        )
+        scales = 4 * 64 if kind == "int8" else 4
+        rest = 8 - len(named)
+        assert kept.bytes == rest * (64 * 128 + scales) + len(named) * 64 * 128 * 4
+
+
 def test_no_column_is_named_where_none_would_help(tmp_path: Path) -> None:
     rows, many, convolution = with_outliers((3,), axis=0), with_outliers(tuple(range(0, 99, 7))), {}
     convolution["features.0.weight"] = gaussian(24, 64, 3, 3)
