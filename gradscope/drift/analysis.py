@@ -90,26 +90,14 @@ def analyze_drift(
 
     paths = _ordered(base, new, *later)
     series = [c for c in map(opened, paths) if c is not None]
-    mixed = {label: c for label, p in _labels(parents) if (c := opened(p)) is not None}
-    found = Found(tuple(series))
-    if len(series) >= 2 and len(mixed) == len(parents):
-        first, *between, second = series
-        if headers_only:
-            found = headers_of(first, second)
-        else:
-            from gradscope.statistics import threads
-
-            found = compared(
-                first,
-                second,
-                failures,
-                engine=threads(jobs),
-                parents=mixed,
-                keep_going=keep_going,
-                progress=progress,
-            )
-        if between:
-            found = _with_series(found, series, failures, jobs)
+    labels = _labels(parents)
+    mixed = {label: c for label, p in labels if (c := opened(p)) is not None}
+    if len(series) < 2 or len(mixed) < len(labels):
+        found = Found(tuple(series))
+    elif headers_only:
+        found = headers_of(*series)
+    else:
+        found = _found(series, mixed, failures, jobs, keep_going, progress)
     drifted = _drifted(paths[0], paths[-1], found, asked, failures, adapters)
     errors = [
         *failures,
@@ -125,6 +113,29 @@ def analyze_drift(
         judged=[request.judged(drifted, paths[-1])] if drifted is not None else [],
         errors=errors,
     )
+
+
+def _found(
+    series: Sequence[Checkpoint],
+    parents: Mapping[str, Checkpoint],
+    failures: Failures,
+    jobs: int | None,
+    keep_going: bool,
+    progress: Progress,
+) -> Found:
+    """The first and the last in full; of more than two, the way there."""
+    from gradscope.statistics import threads
+
+    found = compared(
+        series[0],
+        series[-1],
+        failures,
+        engine=threads(jobs),
+        parents=parents,
+        keep_going=keep_going,
+        progress=progress,
+    )
+    return _with_series(found, series, failures, jobs) if len(series) > 2 else found
 
 
 def _ordered(*paths: str | Path) -> list[str]:

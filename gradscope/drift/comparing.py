@@ -8,7 +8,8 @@ from typing import Any
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import Tile, tiles
-from gradscope.drift.sums import Measures, Sums, compared, measures, rounding_between
+from gradscope.drift.measures import Measures, measures
+from gradscope.drift.sums import Sums, compared, rounding_between
 from gradscope.statistics.engine import TASK_ELEMENTS, Engine
 
 

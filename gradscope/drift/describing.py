@@ -10,6 +10,7 @@ import numpy as np
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.drift import kernels
+from gradscope.drift.measures import Change, Measures
 from gradscope.drift.result import (
     ElementChange,
     Explanation,
@@ -20,7 +21,6 @@ from gradscope.drift.result import (
     TensorDrift,
     Ulps,
 )
-from gradscope.drift.sums import Change, Measures
 from gradscope.report.severity import Severity
 from gradscope.text import runs
 from gradscope.weights.roles import TRAINING, Role

@@ -12,7 +12,8 @@ import numpy as np
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import Tile, read_range, tiles
-from gradscope.drift.sums import Measures, Rounding, compared, floats, measures
+from gradscope.drift.measures import Measures, measures
+from gradscope.drift.sums import Rounding, compared, floats
 
 #: Elements of a first impression.
 _START = 4096

@@ -17,8 +17,8 @@ from gradscope.drift.comparing import Pair, compare
 from gradscope.drift.describing import module_of
 from gradscope.drift.logical import logical
 from gradscope.drift.matching import matched
+from gradscope.drift.measures import Measures
 from gradscope.drift.result import LayerPath, Series
-from gradscope.drift.sums import Measures
 from gradscope.statistics.engine import Engine
 from gradscope.weights.roles import AUXILIARY, roles
 

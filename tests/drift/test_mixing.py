@@ -136,3 +136,13 @@ def test_the_base_as_its_own_parent_says_nothing_more(tmp_path: Path) -> None:
     new = model() | {NAME: model()[NAME] + 0.02 * drawn(32, 32, seed=5)}
 
     assert only(mixed(tmp_path, new, model()), NAME).explanation is None
+
+
+def test_a_parent_that_is_given_twice_is_one(tmp_path: Path) -> None:
+    base = written(tmp_path / "base.safetensors", model())
+    parent = written(tmp_path / "p.safetensors", tuned(3))
+
+    report = gradscope.analyze_drift(base, parent, parents=[parent, parent], expect="merge")
+
+    assert report.gate.exit_code == 0
+    assert only(report, NAME).explanation is not None

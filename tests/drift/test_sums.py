@@ -16,7 +16,8 @@ from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tiles import PIECE
 from gradscope.drift import code_kernels, kernels
 from gradscope.drift.comparing import Pair, compare
-from gradscope.drift.sums import Measures, Rounding
+from gradscope.drift.measures import Measures
+from gradscope.drift.sums import Rounding
 from gradscope.statistics.engine import threads
 
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

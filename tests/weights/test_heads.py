@@ -242,6 +242,46 @@ def test_a_fused_projection_tells_which_part_collapsed(tmp_path: Path) -> None:
     assert "the values of head 1 of 4" in seen.message
 
 
+def of_gpt2(collapsed: str = "", padded: str = "") -> Tensors:
+    """Twelve heads of 64, each an initialisation and an update of a strength of its own."""
+    draw = np.random.default_rng(7)
+    width, size, heads = 768, 64, 12
+    made: Tensors = {"ln_f.weight": 1 + 0.1 * gaussian(width), "wte.weight": gaussian(100, width)}
+    for layer in range(2):
+        parts = []
+        for name in "qkv":
+            w = draw.standard_normal((heads, size, width)) * 0.02
+            for head in w:
+                u, v = draw.standard_normal((size, size)), draw.standard_normal((size, width))
+                sigma = draw.uniform(0.5, 9) * np.arange(1, size + 1) ** -draw.uniform(0.7, 1.5)
+                head += 0.02 * (np.linalg.qr(u)[0] * sigma) @ v
+            if name in collapsed and layer:
+                w[5] = 0.02 * draw.standard_normal((size, 3)) @ draw.standard_normal((3, width))
+            if name in padded:
+                w[11] = 0
+            parts.append(w.reshape(-1, width))
+        made[f"h.{layer}.attn.c_attn.weight"] = np.concatenate(parts).T.astype(np.float32)
+        made[f"h.{layer}.attn.c_attn.bias"] = gaussian(3 * width, seed=layer) * np.float32(0.01)
+        made[f"h.{layer}.ln_1.weight"] = 1 + 0.1 * gaussian(width, seed=layer)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("collapsed_", "padded", "told"),
+    [("", "", None), ("", "qkv", None), ("q", "", "queries"), ("v", "", "values"),
+     ("qkv", "", "queries, keys and values")],
+)  # fmt: skip
+def test_a_collapsed_head_of_a_gpt2_is_one_finding_and_trained_ones_are_none(
+    collapsed_: str, padded: str, told: str | None, tmp_path: Path
+) -> None:
+    config = {"model_type": "gpt2", "n_head": 12, "n_embd": 768, "n_layer": 2}
+
+    seen = found(folder(tmp_path / "m", of_gpt2(collapsed_, padded), config), "head-collapse")
+
+    assert [f.subject for f in seen] == (["h.1.attn.c_attn.weight"] if told else [])
+    assert all(f"the {told} of head 5 of 12 use" in f.message for f in seen)
+
+
 def test_heads_that_are_all_alike_dead_small_or_few_are_none_of_it(tmp_path: Path) -> None:
     dead = wide()
     dead[f"{ATTN}.q_proj.weight"][32:64] *= np.float32(1e-9)

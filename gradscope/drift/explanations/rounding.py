@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from gradscope.drift import code_kernels
 from gradscope.drift.explanations.subject import Subject
+from gradscope.drift.measures import Measures
 from gradscope.drift.result import Explanation
 from gradscope.drift.second_look import compare_all, compare_start
-from gradscope.drift.sums import Measures, Rounding, rounding_between
+from gradscope.drift.sums import Rounding, rounding_between
 from gradscope.report.model import Fact
 from gradscope.statistics.dtypes import FORMATS
 from gradscope.text import plural

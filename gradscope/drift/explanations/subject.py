@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.drift import kernels
-from gradscope.drift.sums import Measures
+from gradscope.drift.measures import Measures
 from gradscope.quantization.weights import QuantizedWeight
 from gradscope.statistics.dtypes import FORMATS
 

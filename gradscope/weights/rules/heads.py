@@ -70,20 +70,32 @@ def head_collapse(
     queries.
     """
     for seen in examined.attention:
-        if seen.head_size < least:
+        alike: dict[tuple[int, tuple[int, ...]], list[_Side]] = {}
+        if seen.head_size >= least:
+            for side, found in _low(examined, seen, share, heads):
+                alike.setdefault((len(side.ranks), found), []).append(side)
+        for (_, found), sides in alike.items():
+            yield _collapsed(seen, sides, found, share)
+
+
+def _low(
+    examined: Examined, seen: AttentionResult, share: float, heads: int
+) -> Iterator[tuple[_Side, tuple[int, ...]]]:
+    """The heads of each side that use next to none of their dimensions.
+
+    Those whose queries or keys are such compare so as well, which is not told again.
+    """
+    told: set[int] = set()
+    for side in _sides(seen):
+        tensor = examined.by_name[side.tensor]
+        if len(side.ranks) < heads or _explained(tensor, seen.head_size):
             continue
-        told: set[int] = set()
-        for side in _sides(seen):
-            tensor = examined.by_name[side.tensor]
-            if len(side.ranks) < heads or _explained(tensor, seen.head_size):
-                continue
-            most = share * min(_median(side.ranks), seen.random_rank)
-            found = [h for h, rank in enumerate(side.ranks) if rank < most]
-            if side.compares:
-                found = [h for h in found if h not in told]
-            told.update(_queries(found, seen, side))
-            if found:
-                yield _collapsed(seen, side, found, most)
+        most = share * min(_median(side.ranks), seen.random_rank)
+        low = (h for h, rank in enumerate(side.ranks) if rank < most)
+        found = tuple(h for h in low if not (side.compares and h in told))
+        told.update(_queries(found, seen, side))
+        if found:
+            yield side, found
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +138,27 @@ def _explained(tensor: TensorResult, size: int) -> bool:
 
 
 def _collapsed(
-    seen: AttentionResult, side: _Side, found: Sequence[int], most: float
+    seen: AttentionResult, sides: Sequence[_Side], found: Sequence[int], share: float
 ) -> Observation:
-    low = min(side.ranks[h] for h in found)
+    """Of the same heads in one matrix or in several."""
+    worst = min(sides, key=lambda side: min(side.ranks[h] for h in found))
+    low, median = min(worst.ranks[h] for h in found), _median(worst.ranks)
     head = f"head {found[0]}" if len(found) == 1 else f"heads {runs(found, len(found))}"
-    uses = "uses" if side.compares else "use"
+    uses = "uses" if worst.compares else "use"
+    *names, last = (side.name for side in sides)
+    which = f"{', '.join(names)} and {last}" if names else last
     return Observation(
-        side.tensor,
-        f"the {side.name} of {head} of {len(side.ranks)} {uses} {low:.1f} of {seen.head_size} "
-        f"dimensions, those of its neighbours {_median(side.ranks):.1f}",
+        sides[0].tensor,
+        f"the {which} of {head} of {len(worst.ranks)} {uses} {low:.1f} of {seen.head_size} "
+        f"dimensions, those of its neighbours {median:.1f}",
         "compare the head with an earlier checkpoint, and with the model before it was converted; "
         "if it was always so, the head can be pruned",
         {
             "effective_rank": low,
-            "median_rank": _median(side.ranks),
+            "median_rank": median,
             "random_rank": seen.random_rank,
             "heads": len(found),
-            "affected_fraction": len(found) / len(side.ranks),
+            "affected_fraction": len(found) / len(worst.ranks),
         },
-        threshold=most,
+        threshold=share * min(median, seen.random_rank),
     )
