@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from gradscope.checkpoints.integrity import verified
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.sniff import DCP, FOLDER, sniff
-from gradscope.checkpoints.statedict import KNOWN_NAMES
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.device import resolve
 from gradscope.errors import GradscopeError, InputError, UsageError
 from gradscope.formats import find, function
 from gradscope.models import huggingface
-from gradscope.models.architecture import build, importable
-from gradscope.models.fit import fit, fit_tensors
+from gradscope.models.architecture import build
+from gradscope.models.fit import fit
 from gradscope.models.forms import as_model
 from gradscope.models.model import Model
+from gradscope.models.pickled import unpickled
 from gradscope.models.program_check import check_program
-from gradscope.text import escaped, listed, plural, quoted
+from gradscope.models.quiet import first_line, silent
+from gradscope.text import escaped, listed, plural
 
 #: ``--trust``: formats that may run code of their own while they are loaded.
 Trust = frozenset[str]
@@ -84,7 +80,7 @@ def _seen_into(path: str, made: object) -> Model:
         raise
     # A graph that is damaged, or was written by another version, fails wherever it is first used.
     except Exception as error:
-        message = f"its graph cannot be read ({_first_line(error)}); save it again"
+        message = f"its graph cannot be read ({first_line(error)}); save it again"
         raise InputError(path, "malformed", message) from None
 
 
@@ -135,12 +131,12 @@ def _files(path: str) -> list[str]:
 
 def read_torchscript(path: str, _trust: Trust) -> torch.jit.ScriptModule:
     """A TorchScript program, on the CPU, in evaluation mode. Raises InputError."""
-    with _silent():
+    with silent():
         try:
             module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")
         # TorchScript's reader has no error class of its own.
         except Exception as error:
-            said = _first_line(error)
+            said = first_line(error)
             if "Unknown builtin op" in str(error) or "Unknown type name" in str(error):
                 lost = next((li for li in str(error).splitlines() if "Unknown" in li), said)
                 message = f"it needs operators that are not loaded ({lost.strip()}); import them"
@@ -156,30 +152,16 @@ def read_exported(path: str, trust: Trust) -> torch.export.ExportedProgram:
     """An exported program, checked first unless ``trust`` has "pickle". Raises InputError."""
     if "pickle" not in trust:
         check_program(path)
-    with _silent():
+    with silent():
         try:
             return torch.export.load(path)
         except Exception as error:
             raise InputError(
                 path,
                 "malformed",
-                f"torch.export cannot read it ({_first_line(error)}); it may come from another "
+                f"torch.export cannot read it ({first_line(error)}); it may come from another "
                 f"version of torch than {torch.__version__}: export it again with this one",
             ) from None
-
-
-class _silent(warnings.catch_warnings):  # noqa: N801  reads as what it does
-    """Torch's loaders warn of deprecations that the user of a file can do nothing about."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        return entered
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 # --- weights, and whole modules -------------------------------------------------------------------
@@ -191,11 +173,11 @@ def _eager(path: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
     except InputError as error:
         if error.kind != "unsafe":
             raise
-        return _pickled(path, error.message.partition(", which")[0], arch, key, trust)
+        return unpickled(path, error.message.partition(", which")[0], arch, key, trust)
     if checkpoint.classes and ("pickle" in trust or (checkpoint.module and arch is None)):
         names = (escaped(name, 120) for name in checkpoint.classes)
         needed = f"it names {listed(names, len(checkpoint.classes))}"
-        return _pickled(path, needed, arch, key, trust)
+        return unpickled(path, needed, arch, key, trust)
     for failure in checkpoint.failures:
         raise InputError(path, failure.kind, failure.message)
     if arch is None:
@@ -233,69 +215,6 @@ def _opened(path: str, key: str | None) -> tuple[Checkpoint, str | None]:
         begins = dict.fromkeys(ref.name.partition(".")[0] for ref in found.tensors)
     there = listed(map(escaped, begins), len(begins), 12)
     raise UsageError(f"{refused}; names of tensors begin with {there}" if begins else str(refused))
-
-
-def _pickled(path: str, needed: str, arch: str | None, key: str | None, trust: Trust) -> _Made:
-    if "pickle" not in trust:
-        raise InputError(
-            path,
-            "unsafe",
-            f"a pickled module: loading it runs any code that the file names ({needed}). If you "
-            "trust its source, pass --trust pickle; better, save its state dict, or export the "
-            "model with torch.export.save",
-        ) from None
-    with _silent(), importable(str(Path.cwd())):
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=False)
-        # Its code may raise anything.
-        except Exception as error:
-            advice = "its classes must be importable, from the working directory or installed"
-            message = f"unpickling failed ({type(error).__name__}: {_first_line(error)}); {advice}"
-            raise InputError(path, "malformed", message) from None
-    found, prefix = _entry(found, key, path)
-    inner = next((v for v in _values(found) if isinstance(v, nn.Module)), None)
-    if inner is not None:
-        return "module", inner.eval(), ()
-    if arch is None:
-        raise UsageError(
-            f"{path} holds a {type(found).__name__}, not a module; name its class with --arch"
-        )
-    module = build(arch)
-    notes = fit_tensors(module, _tensors_in(found), path, arch, prefix)
-    return "state-dict", module.eval(), notes
-
-
-def _entry(found: object, key: str | None, path: str) -> tuple[object, str | None]:
-    """The value at a dotted path of keys, and what the names in it begin with, if that is left."""
-    parts = [] if key is None else key.split(".")
-    for at, part in enumerate(parts):
-        prefix = "".join(f"{left}." for left in parts[at:])
-        if any(name.startswith(prefix) for name in _tensors_in(found)):
-            return found, prefix
-        if not isinstance(found, Mapping) or part not in found:
-            names = [escaped(str(name), 60) for name in found] if isinstance(found, Mapping) else []
-            there = f"it has {listed(names, len(names), 12)}" if names else "it has no entries"
-            raise UsageError(f"--key {key}: no {quoted(part)} in {path}; {there}")
-        found = found[part]
-    return found, None
-
-
-def _values(found: object) -> Iterator[object]:
-    yield found
-    if isinstance(found, Mapping):
-        for name in (*KNOWN_NAMES, *found):
-            if name in found:
-                yield found[name]
-
-
-def _tensors_in(found: object) -> dict[str, Tensor]:
-    for value in _values(found):
-        if isinstance(value, Mapping):
-            tensors = OrderedDict((str(k), v) for k, v in value.items() if isinstance(v, Tensor))
-            if tensors:
-                tensors._metadata = getattr(value, "_metadata", {})  # type: ignore[attr-defined]
-                return tensors
-    return {}
 
 
 _HINTS = (

@@ -198,6 +198,32 @@ def test_a_pickled_module_is_refused_until_it_is_trusted(folder: Path, name: str
     assert found.model.layers == ("0", "1", "2")
 
 
+class Forgetful(nn.Module):
+    """As torch's quantised modules: what it pickles is not all that it needs."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"training": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+
+
+@pytest.mark.parametrize("inside", [Forgetful(), nn.ReLU()])
+def test_a_module_that_was_not_restored_whole_is_malformed(
+    tmp_path: Path, inside: nn.Module
+) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), inside), tmp_path / "m.pt")
+
+    def load() -> Any:
+        return load_model(str(tmp_path / "m.pt"), trust=frozenset({"pickle"}))
+
+    if isinstance(inside, Forgetful):
+        with pytest.raises(InputError, match=r"was not restored .*_modules.*save its state dict"):
+            load()
+    else:
+        assert load().format == "module"
+
+
 def test_nothing_of_a_refused_pickle_is_run(tmp_path: Path) -> None:
     torch.save({"model": _Bomb(tmp_path / "ran")}, tmp_path / "m.pt")
 
