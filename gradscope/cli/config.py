@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradscope.cli.command import command
 from gradscope.cli.options import ConfigFrom, Isolated, ListFormat, Listing
 from gradscope.cli.terminal import emit
+from gradscope.text import escaped
 
 if TYPE_CHECKING:
     from gradscope.report.config import Config, Origins
@@ -46,9 +47,9 @@ def _lines(config: Config, origins: Origins) -> Iterator[str]:
         if key == "allow":
             allow = list(value)
             continue
-        yield f"{f'{key} = {_toml(value)}':<40}  # {origin}\n"
+        yield f"{f'{key} = {_toml(value)}':<40}  # {escaped(origin)}\n"
     for entry in allow:
-        yield f"\n[[allow]]  # {origins.get(('allow',), 'default')}\n"
+        yield f"\n[[allow]]  # {escaped(origins.get(('allow',), 'default'))}\n"
         yield from (f"{name} = {_toml(value)}\n" for name, value in entry.items())
 
 
@@ -56,6 +57,13 @@ def _toml(value: Any) -> str:
     """A value in TOML, which is JSON's spelling but for lists, dates and infinity."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str | bool):
-        return json.dumps(value)
-    return str(value)
+    if isinstance(value, str):
+        return f'"{"".join(map(_character, value))}"'
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _character(c: str) -> str:
+    """As a TOML string and a terminal can both take it; JSON's pairs of surrogates are no TOML."""
+    if c.isprintable():
+        return f"\\{c}" if c in '"\\' else c
+    return f"\\u{ord(c):04x}" if ord(c) <= 0xFFFF else f"\\U{ord(c):08x}"

@@ -70,10 +70,11 @@ def _found(start: Path) -> Path | None:
     folders = [start, *start.parents]
     root = next((i for i, f in enumerate(folders) if any((f / r).exists() for r in _ROOTS)), 0)
     reach = [Path(os.path.relpath(folder, start)) for folder in folders[: root + 1]]
-    own = (f / _NAME for f in reach if (f / _NAME).is_file())
+    own = (f / _NAME for f in reach if (f / _NAME).is_file() or (f / _NAME).is_symlink())
     shared = (f / _SHARED for f in reach if (f / _SHARED).is_file() and _has_table(f / _SHARED))
     return next(own, None) or next(shared, None)
 
 
 def _has_table(path: Path) -> bool:
-    return "gradscope" in read_toml(path).get("tool", {})
+    tool = read_toml(path).get("tool")
+    return isinstance(tool, dict) and "gradscope" in tool

@@ -92,7 +92,9 @@ class Config(Part):
         default=False, description="Whether a run that analyses nothing passes."
     )
     baseline: str | None = Field(
-        default=None, description="The file of accepted findings, relative to this one."
+        default=None,
+        min_length=1,
+        description="The file of accepted findings, relative to this one.",
     )
     rules: Mapping[str, Mapping[str, Any]] = Field(
         default={}, description="By a rule's code or name: its severity and thresholds."
@@ -134,7 +136,10 @@ def layer(document: Mapping[str, Any], origin: str) -> Layer:
         raise UsageError(f"{origin}: {_wrong(error)}") from error
     except UsageError as error:
         raise UsageError(f"{origin}: {error}") from error
-    return Layer(origin, document)
+    if "rules" not in document:
+        return Layer(origin, document)
+    # By name, so that a later layer that says W105 is of the same rule as one that says dead-units.
+    return Layer(origin, {**document, "rules": _by_name(document["rules"], load_rules().values())})
 
 
 def _check_keys(document: Mapping[str, Any], part: type[Part], place: str) -> None:
@@ -161,6 +166,7 @@ def _wrong(error: ValidationError) -> str:
 _WANTED = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
+    "date_from_datetime_inexact": "a date such as 2027-01-31",
     "date_from_datetime_parsing": "a date such as 2027-01-31",
     "date_type": "a date such as 2027-01-31",
     "dict_type": "a table",
@@ -219,10 +225,7 @@ def read_config(path: str | Path) -> Layer:
     """
     document = read_toml(path)
     if Path(path).name == "pyproject.toml":
-        table = document.get("tool", {}).get("gradscope")
-        if table is None:
-            raise UsageError(f"{path} has no table [tool.gradscope]")
-        document = table
+        document = _table(document, path)
     found = layer(document, str(path))
     if "baseline" not in document:
         return found
@@ -230,10 +233,20 @@ def read_config(path: str | Path) -> Layer:
     return replace(found, values={**document, "baseline": str(beside)})
 
 
+def _table(document: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
+    tool = document.get("tool", {})
+    table = tool.get("gradscope") if isinstance(tool, Mapping) else None
+    if table is None:
+        raise UsageError(f"{path} has no table [tool.gradscope]")
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{path}: tool.gradscope is {escaped(repr(table), 100)}; it is a table")
+    return table
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A TOML file. Raises UsageError."""
+    """A TOML file, with or without the mark that Windows begins files with. Raises UsageError."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"the configuration {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -264,8 +277,20 @@ def configured(rules: Iterable[Rule], config: Config) -> list[Rule]:
     Raises UsageError for an unknown rule or threshold, and for a value that it cannot have.
     """
     known = list(rules)
-    given = {_named(key, known).code: {**values} for key, values in config.rules.items()}
-    return [_changed(r, given[r.code]) if r.code in given else r for r in known]
+    given = _by_name(config.rules, known)
+    return [_changed(r, {**given[r.name]}) if r.name in given else r for r in known]
+
+
+def _by_name(
+    given: Mapping[str, Mapping[str, Any]], rules: Iterable[Rule]
+) -> dict[str, Mapping[str, Any]]:
+    """What is given by the names of rules. Raises UsageError for a rule that is given twice."""
+    known = list(rules)
+    names = {key: _named(key, known).name for key in given}
+    for key, name in names.items():
+        if key != name and name in given:
+            raise UsageError(f"rules.{key} and rules.{name} are one rule; keep one of them")
+    return {names[key]: values for key, values in given.items()}
 
 
 def _named(key: str, rules: Sequence[Rule]) -> Rule:

@@ -101,7 +101,7 @@ class Rule:
 
     def selected_by(self, pattern: str) -> bool:
         """Whether a code, a code's prefix or the name names this rule."""
-        return pattern == self.name or pattern == "ALL" or self.code.startswith(pattern)
+        return pattern in ("ALL", self.name) or (pattern != "" and self.code.startswith(pattern))
 
 
 #: Rules by code, in ascending order of code.

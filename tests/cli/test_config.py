@@ -13,7 +13,7 @@ import pytest
 
 from gradscope.cli.configuration import in_force
 from gradscope.errors import UsageError
-from gradscope.report.config import layer, merged
+from gradscope.report.config import Config, layer, merged
 
 
 @pytest.fixture
@@ -113,9 +113,12 @@ def test_a_file_is_named_by_option_or_variable_and_isolated_looks_for_none(
 def test_thresholds_of_option_and_file_are_put_together(repository: Path) -> None:
     (repository / "gradscope.toml").write_text("[rules.dead-units]\nhigh = 0.5\nmedium = 0.2\n")
 
-    config, _ = in_force(["rules.dead-units.high=0.4", "rules.W103.severity=low"], False)
+    config, _ = in_force(["rules.W105.high=0.4", "rules.all-zero.severity=low"], False)
 
-    assert config.rules == {"dead-units": {"high": 0.4, "medium": 0.2}, "W103": {"severity": "low"}}
+    assert config.rules == {
+        "dead-units": {"high": 0.4, "medium": 0.2},
+        "all-zero": {"severity": "low"},
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,6 +135,20 @@ def test_a_wrong_option_is_told(repository: Path, given: list[str], why: str) ->
     with pytest.raises(UsageError) as refusal:
         in_force(given, False)
     assert why in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", ["tool = 3", "[[tool.other]]", "[tool]"])
+def test_a_pyproject_of_another_shape_is_passed_over(repository: Path, content: str) -> None:
+    (repository / "pyproject.toml").write_text(content)
+
+    assert in_force((), False) == (Config(), {})
+
+
+def test_a_link_to_nowhere_is_no_gate_without_a_word(repository: Path) -> None:
+    (repository / "gradscope.toml").symlink_to("moved.toml")
+
+    with pytest.raises(UsageError, match=r"gradscope\.toml: No such file"):
+        in_force((), False)
 
 
 def test_a_broken_file_or_variable_is_no_gate_without_a_word(
@@ -160,7 +177,7 @@ severity = "low"
 [[allow]]
 rules = ["W101"]
 subjects = ["*.\\"x\\""]
-reason = "a \\\\ constant"
+reason = "a \\\\ constant, \\u202e ☃ \\U0001f600 \\t"
 expires = 2027-01-31
 """
 
@@ -180,13 +197,18 @@ def test_what_is_shown_is_the_same_configuration_with_origins(repository: Path) 
 
     wanted = layer({**tomllib.loads(FULL), "rules": shown["rules"]}, "FULL")
     assert merged([layer(shown, "shown")])[0] == merged([wanted])[0]
-    assert shown["rules"] == {"dead-units": {"high": 0.2, "severity": "low"}, "W104": {"least": 9}}
+    assert shown["rules"] == {
+        "dead-units": {"high": 0.2, "severity": "low"}, "constant-tensor": {"least": 9},
+    }  # fmt: skip
+    assert "\u202e" not in done.stdout
+    assert "\t" not in done.stdout
     origins = dict(line.split("  # ") for line in done.stdout.splitlines() if "  # " in line)
     assert {key.split(" = ")[0].strip(): origin for key, origin in origins.items()} == {
         "preset": "gradscope.toml", "select": "default", "ignore": "gradscope.toml",
         "fail-on": "preset strict", "allow-empty": "default", "baseline": "gradscope.toml",
         "rules.dead-units.high": "gradscope.toml", "rules.dead-units.severity": "gradscope.toml",
-        "rules.W104.least": "--config rules.W104.least=9", "[[allow]]": "gradscope.toml",
+        "rules.constant-tensor.least": "--config rules.W104.least=9",
+        "[[allow]]": "gradscope.toml",
     }  # fmt: skip
 
 

@@ -124,9 +124,12 @@ WRONG = [
     ({"select": ["W1", 3]}, "select.1 is 3; it is a text"),
     ({"select": ["dead-unit"]}, "'dead-unit'; did you mean dead-units"),
     ({"ignore": ["Z1"]}, "no rule is called or begins with 'Z1'"),
+    ({"ignore": [""]}, "no rule is called or begins with ''"),
+    ({"baseline": ""}, "baseline is ''; it is a text that says something"),
     ({"rules": 3}, "rules is 3; it is a table"),
     ({"rules": {"dead-units": 3}}, "rules.dead-units is 3; it is a table"),
     ({"rules": {"W1": {}}}, "no rule is called 'W1'"),
+    ({"rules": {"W105": {"high": 1}, "dead-units": {}}}, "rules.W105 and rules.dead-units are one"),
     ({"rules": {"dead-unit": {}}}, "no rule is called 'dead-unit'; did you mean dead-units"),
     ({"rules": {"W105": {"hihg": 1}}}, "unknown key 'rules.dead-units.hihg'; did you mean high?"),
     ({"rules": {"W105": {"high": "x"}}}, "rules.dead-units.high is 'x'; it is a number"),
@@ -141,6 +144,11 @@ WRONG = [
     ({"allow": [{"rules": ["Z"], "reason": "x"}]}, "begins with 'Z'"),
     ({"allow": [{"rules": "W", "reason": "x", "tensor": []}]}, "unknown key 'allow.0.tensor'"),
     ({"allow": [{"rules": "W", "reason": "x", "expires": "soon"}]}, "it is a date such as"),
+    (
+        {"allow": [{"rules": "W", "reason": "x", "expires": "2027-01-31T10:00:00"}]},
+        "it is a date such as",
+    ),
+    ({"allow": [{"rules": [""], "reason": "x"}]}, "no rule is called or begins with ''"),
     ({"allow": 3}, "allow is 3; it is a list"),
     ({"allow": ["x"]}, "allow.0 is 'x'; it is a table"),
 ]
@@ -153,7 +161,8 @@ def test_what_a_configuration_cannot_say_names_its_origin_and_the_nearest(docume
 
 
 def test_the_schema_says_no_where_the_program_does_and_yes_where_it_does() -> None:
-    prefixes = ("dead-unit'", "Z", ">=99.1, and")  # patterns and versions are not enumerated
+    # Patterns, versions and what is said twice are not enumerated.
+    prefixes = ("dead-unit'", "Z", "''", ">=99.1, and", "are one")
     for document, why in WRONG:
         if not any(p in why for p in prefixes) and "nan" not in why and "inf;" not in why:
             assert not SCHEMA.is_valid(document), document
@@ -173,7 +182,7 @@ def test_every_threshold_of_every_rule_can_be_given(rule) -> None:
     document = {"rules": {rule.name: dict(rule.thresholds)}}
 
     SCHEMA.validate(document)
-    assert layer(document, "here").values is document
+    assert layer(document, "here").values == document
     assert "severity" not in rule.thresholds
 
 
@@ -182,16 +191,16 @@ def test_every_threshold_of_every_rule_can_be_given(rule) -> None:
 
 def test_a_later_layer_wins_value_by_value() -> None:
     first = layer({"fail-on": "low", "rules": {"W105": {"high": 0.5, "medium": 0.2}}}, "file")
-    second = layer({"preset": "strict", "rules": {"W105": {"high": 0.4}}}, "option")
+    second = layer({"preset": "strict", "rules": {"dead-units": {"high": 0.4}}}, "option")
 
     config, origins = merged([first, second])
 
     assert config == Config(
-        preset="strict", fail_on="low", rules={"W105": {"high": 0.4, "medium": 0.2}}
+        preset="strict", fail_on="low", rules={"dead-units": {"high": 0.4, "medium": 0.2}}
     )
     assert origins == {
         ("fail-on",): "file", ("preset",): "option",
-        ("rules", "W105", "high"): "option", ("rules", "W105", "medium"): "file",
+        ("rules", "dead-units", "high"): "option", ("rules", "dead-units", "medium"): "file",
     }  # fmt: skip
     assert merged([second])[1]["fail-on",] == "preset strict"
 
@@ -212,6 +221,10 @@ def test_a_file_is_toml_and_its_baseline_lies_beside_it(tmp_path: Path) -> None:
         ("c.toml", b"a = ", "c.toml is not TOML: "),
         ("c.toml", b"\xff", "c.toml is not TOML: "),
         ("c.toml", b"x = 1", "c.toml: unknown key 'x'"),
+        ("c.toml", b"\xef\xbb\xbfx = 1", "c.toml: unknown key 'x'"),
+        ("pyproject.toml", b"tool = 3", "has no table [tool.gradscope]"),
+        ("pyproject.toml", b"[tool]\ngradscope = 3", "tool.gradscope is 3; it is a table"),
+        ("pyproject.toml", b"[[tool.gradscope]]", "tool.gradscope is [{}]; it is a table"),
         ("pyproject.toml", b"[project]\nname = 'x'", "has no table [tool.gradscope]"),
         ("none.toml", None, "none.toml: No such file"),
     ],
