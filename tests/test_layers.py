@@ -20,9 +20,9 @@ ALLOWED = {
     "casts": {"checkpoints", "statistics"},
     "spectra": {"checkpoints", "statistics"},
     "weights": {"casts", "spectra", "checkpoints", "statistics", "quantization", "report"},
-    # What tensors are for is known there; two checkpoints are compared on top of it.
+    # What tensors are for, and where they stand, is known there.
     "drift": {"checkpoints", "statistics", "quantization", "report", "weights"},
-    "fingerprints": {"containers", "checkpoints", "statistics", "report"},
+    "fingerprints": {"containers", "checkpoints", "statistics", "report", "weights"},
     "histories": {"containers", "checkpoints", "statistics"},
     "flow": {"histories", "report"},
     "recording": {"histories"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from gradscope.attribution.result import (
@@ -36,13 +37,14 @@ def explain(result: ExplainResult) -> Iterator[Panel]:
         yield _maps(result.explanations)
     for image_ in result.images:
         if image_.predictions:
-            yield _predictions(f"What the model sees in {image_.path}", image_.predictions)
+            title = f"What the model sees in {PurePath(image_.path).name}"
+            yield _predictions(title, image_.predictions)
 
 
 def _gallery(image: str, explanations: Sequence[Explanation]) -> Gallery:
     return Gallery(
-        image,
-        "The slider lays the maps over the picture.",
+        PurePath(image).name,
+        f"The slider lays the maps over the picture {image}.",
         [
             Picture(
                 f"{e.method} → {_said(e.target)}",
@@ -80,7 +82,7 @@ def _faithfulness(explanations: Sequence[Explanation]) -> Chart:
     chart = (
         alt.layer(bar, band, control)
         .properties(width=340, height={"step": 24})
-        .facet(column=alt.Column("what:N", title=None, sort=_SIDES))
+        .facet(facet=alt.Facet("what:N", title=None, sort=_SIDES), columns=2)
     )
     return Chart(
         "Is the map faithful?",
@@ -103,7 +105,7 @@ def _areas(e: Explanation) -> Iterator[Mapping[str, Any]]:
     for what, area, usual, spread in sides:
         if area is not None:
             yield {
-                "what": what, "map": f"{e.image.rpartition('/')[2]}: {e.method}", "area": area,
+                "what": what, "map": f"{PurePath(e.image).name}: {e.method}", "area": area,
                 "control": usual, "spread": spread,
                 "low": None if usual is None or spread is None else usual - spread,
                 "high": None if usual is None or spread is None else usual + spread,
@@ -122,17 +124,18 @@ def _probabilities(image: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
             color=alt.Color("map:N", sort=None, scale=alt.Scale(
                 range=["@@line1", "@@line2", "@@line3", "@@line4"])),
             strokeDash=alt.StrokeDash("order:N", title="pixels in the order of", sort=None,
-                                      legend=alt.Legend(symbolType="stroke"),
+                                      legend=alt.Legend(symbolType="stroke",
+                                                        symbolStrokeColor="@@dim"),
                                       scale=alt.Scale(range=[[1, 0], [4, 4]])),
             tooltip=[alt.Tooltip("map:N"), alt.Tooltip("order:N"),
                      alt.Tooltip("share:Q", format=".0%"),
                      alt.Tooltip("probability:Q", format=".3f")],
         )
         .properties(width=340, height=190)
-        .facet(column=alt.Column("what:N", title=None, sort=_SIDES))
+        .facet(facet=alt.Facet("what:N", title=None, sort=_SIDES), columns=2)
     )  # fmt: skip
     return Chart(
-        f"Insertion and deletion: {image.rpartition('/')[2]}",
+        f"Insertion and deletion: {PurePath(image).name}",
         "The target's probability as pixels come into a blurred picture, or leave the picture, the "
         "map's strongest first. A map that found what the model uses rises and falls before its "
         "dashed line, which is the same map at random places.",

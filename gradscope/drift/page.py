@@ -11,7 +11,7 @@ from gradscope.drift.result import DriftResult, LayerPath, Series, TensorDrift
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 from gradscope.text import plural
 from gradscope.weights.places import by_place, drawn_by_place
-from gradscope.weights.roles import TRAINING
+from gradscope.weights.roles import TRAINING, Role
 
 #: Lines of a series that can still be told apart.
 _PATHS = 60
@@ -21,7 +21,8 @@ _LEAST, _MOST = 1e-8, 1.0
 
 def drift(result: DriftResult) -> Iterator[Panel]:
     """Change by block and place, the way there, change by role, and every tensor."""
-    model = (t for t in result.tensors if t.role not in TRAINING)
+    # What counts something moves by many times its norm, and says nothing.
+    model = (t for t in result.tensors if t.role not in TRAINING | {Role.COUNTER})
     changed = [t for t in model if t.relative_drift is not None]
     if len(changed) > 1:
         yield _map(changed)
@@ -36,7 +37,7 @@ def drift(result: DriftResult) -> Iterator[Panel]:
 def _map(tensors: Sequence[TensorDrift]) -> Chart:
     import altair as alt
 
-    cells = [_cell(*place, inside) for place, inside in by_place(tensors).items()]
+    cells = [_cell(*place, inside) for place, inside in by_place(tensors, _role).items()]
     plain, size = drawn_by_place(cells)
     base = plain.encode(
         tooltip=[alt.Tooltip("tensor:N"), alt.Tooltip("drift:Q", format=".3g"),
@@ -64,6 +65,10 @@ def _map(tensors: Sequence[TensorDrift]) -> Chart:
         "dark is what rounding does, bright is another tensor.",
         alt.layer(same, moved).properties(**size).to_dict(),
     )
+
+
+def _role(tensor: TensorDrift) -> str:
+    return str(tensor.role)
 
 
 def _cell(block: str, row: str, inside: Sequence[TensorDrift]) -> Mapping[str, Any]:

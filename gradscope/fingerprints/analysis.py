@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -179,4 +180,4 @@ def _between(before: Fingerprint | None, now: Fingerprint | None) -> Iterator[tu
         return
     for place, (one, two) in enumerate(zip(before.parts, now.parts, strict=False)):
         if one != two:
-            yield place * _PART, (place + 1) * _PART
+            yield place * _PART, min((place + 1) * _PART, math.prod(now.shape))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from gradscope.flow.result import FlowEdge, FlowNode, FlowResult, LayerFlow, Level
+from gradscope.flow.drawn_network import network
+from gradscope.flow.page_against import against
+from gradscope.flow.result import FlowResult, LayerFlow, Level
 from gradscope.flow.rules.say import spikes
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 
 #: Rows and columns of the heatmap; more layers are put together by block, more records by time.
 _ROWS, _COLUMNS = 72, 160
-#: Nodes of the drawn network; of a larger one the ways that matter are drawn.
-_NODES = 90
 _COLOURS: Mapping[Level, str] = {
     "none": "@@info", "mild": "@@low", "moderate": "@@medium", "severe": "@@high",
     "critical": "@@critical",
@@ -23,13 +24,15 @@ _AMOUNT = ["@@amount0", "@@amount1", "@@amount2", "@@amount3", "@@amount4"]
 
 
 def flow(result: FlowResult) -> Iterator[Panel]:
-    """Gradients over layers and steps, curves of the run, the network, every layer."""
+    """Gradients over layers and steps, another run, curves of this one, the network, all layers."""
     if result.layers and any(layer.steps for layer in result.layers):
         yield _heatmap(result)
+    if result.against is not None:
+        yield from against(result.against)
     if curves := list(_curves(result)):
         yield _drawn_curves(curves, list(_events(result)))
     if len(result.network.nodes) > 1:
-        yield _network(result)
+        yield network(result)
     if result.layers:
         yield _layers(result)
 
@@ -45,7 +48,8 @@ def _heatmap(result: FlowResult) -> Chart:
     cells = [cell for name, layers in groups.items() for cell in _cells(name, layers)]
     known = [cell["log"] for cell in cells]
     x = alt.X("from:Q", title="step", scale=alt.Scale(zero=False, nice=False))
-    y = alt.Y("layer:O", sort=order, title=None, axis=alt.Axis(labelLimit=260))
+    y = alt.Y("layer:O", sort=None, title=None, axis=alt.Axis(labelLimit=260),
+              scale=alt.Scale(domain=order))  # fmt: skip
     heat = (
         alt.Chart(inline(cells))
         .mark_rect()
@@ -66,9 +70,12 @@ def _heatmap(result: FlowResult) -> Chart:
             alt.Chart(inline(regions))
             .mark_rect(filled=False, strokeWidth=2)
             .encode(
-                x=alt.X("from:Q"), x2="to:Q", y=alt.Y("layer:O", sort=order),
+                x=alt.X("from:Q"), x2="to:Q",
+                y=alt.Y("layer:O", sort=None, bandPosition=0),
+                y2=alt.Y2("until:O", bandPosition=1),
                 stroke=alt.Stroke("colour:N", scale=None),
-                tooltip=[alt.Tooltip("what:N"), alt.Tooltip("layer:N"),
+                tooltip=[alt.Tooltip("what:N"), alt.Tooltip("layer:N", title="from layer"),
+                         alt.Tooltip("until:N", title="to layer"),
                          alt.Tooltip("from:Q", title="from step"),
                          alt.Tooltip("to:Q", title="to step")],
             )
@@ -138,6 +145,7 @@ def _regions(
     result: FlowResult, groups: Mapping[str, Sequence[LayerFlow]]
 ) -> Iterator[dict[str, Any]]:
     row = {layer.layer_name: name for name, layers in groups.items() for layer in layers}
+    names = list(groups)
     found = [
         *(("vanishing", r.severity_level, r.affected_layers, r.extent)
           for r in result.vanishing_regions),
@@ -147,9 +155,24 @@ def _regions(
           for z in result.dead_zones),
     ]  # fmt: skip
     for what, level, layers, extent in found:
-        for name in dict.fromkeys(row[layer] for layer in layers if layer in row):
-            yield {"what": f"{what}, {level}", "layer": name, "from": extent.onset[1],
-                   "to": extent.end, "colour": _COLOURS[level]}  # fmt: skip
+        rows = {row[layer] for layer in layers if layer in row}
+        for first, last in _neighbours([name in rows for name in groups]):
+            yield {
+                "what": f"{what}, {level}",
+                "layer": names[first],
+                "until": names[last],
+                "from": extent.onset[1],
+                "to": extent.end,
+                "colour": _COLOURS[level],
+            }
+
+
+def _neighbours(inside: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """The first and the last place of each stretch."""
+    for value, places in groupby(range(len(inside)), inside.__getitem__):
+        if value:
+            stretch = list(places)
+            yield stretch[0], stretch[-1]
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -199,14 +222,17 @@ def _drawn_curves(curves: Sequence[dict[str, Any]], events: Sequence[dict[str, A
     steps = [row["step"] for row in curves]
     scale = alt.Scale(domain=[min(steps), max(steps)], nice=False)
     rows = []
-    for name in dict.fromkeys(row["what"] for row in curves):
+    names = list(dict.fromkeys(row["what"] for row in curves))
+    for name in names:
+        # One axis of steps, below the last.
+        below = alt.Axis() if name == names[-1] else alt.Axis(labels=False, title=None)
         values = [row for row in curves if row["what"] == name]
         wide = _is_wide([row["value"] for row in values])
         line = (
             alt.Chart(inline(values))
             .mark_line(color="@@line1", strokeWidth=1.5)
             .encode(
-                x=alt.X("step:Q", scale=scale, title="step"),
+                x=alt.X("step:Q", scale=scale, title="step", axis=below),
                 y=alt.Y("value:Q", title=name, axis=alt.Axis(format=".4~g", tickCount=4),
                         scale=alt.Scale(type="log") if wide else alt.Scale(zero=False)),
                 tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".5g", title=name)],
@@ -226,125 +252,13 @@ def _drawn_curves(curves: Sequence[dict[str, Any]], events: Sequence[dict[str, A
         "The run",
         "One axis of steps for all. Vertical lines are where findings begin; point at one to read "
         "which.",
-        alt.vconcat(*rows).to_dict(),
+        alt.vconcat(*rows, spacing=10).to_dict(),
     )
 
 
 def _is_wide(values: Sequence[float]) -> bool:
     """Whether positive values cover so much that only logarithms show them all."""
     return min(values) > 0 and max(values) > 50 * min(values)
-
-
-# --- network --------------------------------------------------------------------------------------
-
-
-def _network(result: FlowResult) -> Chart:
-    import altair as alt
-
-    nodes = _chosen(result)
-    place = _places(nodes)
-    edges = [e for e in result.network.edges if e.from_layer in place and e.to_layer in place]
-    weakest = {path.weakest_link for path in result.critical_paths if path.weakest_link}
-    lines = (
-        alt.Chart(inline([_line(e, place, weakest) for e in edges]))
-        .mark_rule()
-        .encode(
-            x="x:Q", y="y:Q", x2="x2:Q", y2="y2:Q",
-            strokeWidth=alt.StrokeWidth("width:Q", scale=None),
-            strokeDash=alt.StrokeDash(
-                "dash:N", legend=None, scale=alt.Scale(domain=["no", "yes"], range=[[1, 0], [4, 3]])
-            ),
-            color=alt.Color("colour:N", scale=None),
-            tooltip=[alt.Tooltip("from:N"), alt.Tooltip("to:N"), alt.Tooltip("type:N"),
-                     alt.Tooltip("flow:Q", format=".3g", title="flow of the median edge")],
-        )
-    )  # fmt: skip
-    axis = alt.Axis(labels=False, ticks=False, grid=False, domain=False)
-    points = (
-        alt.Chart(inline([_point(n, place) for n in nodes]))
-        .mark_circle(opacity=1)
-        .encode(
-            x=alt.X("x:Q", axis=axis, title="input → loss"),
-            y=alt.Y("y:Q", axis=axis, title=None),
-            size=alt.Size("size:Q", scale=None),
-            color=alt.Color("colour:N", scale=None),
-            tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("type:N"),
-                     alt.Tooltip("strength:Q", format=".3g", title="RMS gradient")],
-        )
-    )  # fmt: skip
-    tall = 60 + 26 * max(len(level) for level in _levels(nodes).values())
-    chart = alt.layer(lines, points).properties(width=820, height=min(420, tall))
-    assumed = " No topology was recorded: a chain is assumed." if (
-        result.topology == "assumed-chain") else ""  # fmt: skip
-    fewer = len(result.network.nodes) - len(nodes)
-    left = f" {fewer:,} layers off the ways that matter are left out." if fewer else ""
-    return Chart(
-        "The network",
-        "Line width is how much of the gradient an edge carries; red is the weakest link of a way "
-        f"from the loss to the input, dashed is blocked or comes and goes.{assumed}{left}",
-        chart.to_dict(),
-    )
-
-
-def _chosen(result: FlowResult) -> list[FlowNode]:
-    nodes = result.network.nodes
-    if len(nodes) <= _NODES:
-        return list(nodes)
-    paths = sorted(result.critical_paths, key=lambda p: p.total_flow_strength or 0.0)
-    wanted: dict[str, None] = {}
-    for path in paths:
-        if len(wanted.keys() | set(path.layers)) <= _NODES or not wanted:
-            wanted |= dict.fromkeys(path.layers)
-    kept = [n for n in nodes if n.layer_name in wanted]
-    return kept[:: -(-len(kept) // (2 * _NODES))]
-
-
-def _levels(nodes: Sequence[FlowNode]) -> dict[int, list[FlowNode]]:
-    """Nodes by distance from the loss; in order where it is not known."""
-    found: dict[int, list[FlowNode]] = defaultdict(list)
-    for at, node in enumerate(nodes):
-        found[-(node.depth if node.depth is not None else len(nodes) - at)].append(node)
-    return found
-
-
-def _places(nodes: Sequence[FlowNode]) -> dict[str, tuple[float, float]]:
-    levels = _levels(nodes)
-    return {
-        node.layer_name: (float(x), at - (len(level) - 1) / 2)
-        for x, (_, level) in enumerate(sorted(levels.items()))
-        for at, node in enumerate(level)
-    }
-
-
-def _line(
-    edge: FlowEdge,
-    place: Mapping[str, tuple[float, float]],
-    weakest: set[tuple[str, str]],
-) -> dict[str, Any]:
-    (x, y), (x2, y2) = place[edge.from_layer], place[edge.to_layer]
-    flow_ = edge.flow_strength
-    width = 1.0 if not flow_ else min(9.0, max(0.6, 3 + 1.2 * math.log10(flow_)))
-    weak = {(edge.from_layer, edge.to_layer), (edge.to_layer, edge.from_layer)} & weakest
-    return {
-        "x": x, "y": y, "x2": x2, "y2": y2, "from": edge.from_layer, "to": edge.to_layer,
-        "type": edge.edge_type, "flow": flow_, "width": width + (1.5 if weak else 0),
-        "dash": "yes" if edge.edge_type in ("blocked", "intermittent") else "no",
-        "colour": "@@critical" if weak else "@@info",
-    }  # fmt: skip
-
-
-#: What a node is painted as.
-_NODE_COLOURS = {"bottleneck": "@@high", "amplifier": "@@medium", "source": "@@line3",
-                 "sink": "@@line2"}  # fmt: skip
-
-
-def _point(node: FlowNode, place: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    x, y = place[node.layer_name]
-    return {
-        "x": x, "y": y, "layer": node.layer_name, "type": node.node_type,
-        "strength": node.gradient_strength, "size": 60 if node.node_type == "normal" else 130,
-        "colour": _NODE_COLOURS.get(node.node_type, "@@line1"),
-    }  # fmt: skip
 
 
 # --- table ----------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def _table(document: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]:
     return table
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: str | Path) -> Mapping[str, Any]:
     """A TOML file, with or without the mark that Windows begins files with. Raises UsageError."""
     try:
         return tomllib.loads(Path(path).read_text("utf-8-sig"))

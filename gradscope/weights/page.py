@@ -25,11 +25,12 @@ def weights(result: WeightsResult) -> Iterator[Panel]:
     for path in inputs[:_INPUTS]:
         of = f" of {shortened(path, 60)}" if len(inputs) > 1 else ""
         judged = [t for t in result.tensors if t.health is not None and t.input == path]
-        if len(judged) > 1:
-            yield _health(judged, of)
         described = [t for t in judged if t.statistics is not None and t.statistics.quantiles]
-        if series := _series(described):
-            yield _quantiles(series, of)
+        health = [_health(judged, of)] if len(judged) > 1 else []
+        values = [_quantiles(series, of)] if (series := _series(described)) else []
+        # A map without a spot on it is no news.
+        spotless = all(_score(t) == 100 for t in judged)
+        yield from (*values, *health) if spotless else (*health, *values)
     if result.casting is not None:
         yield _casts(result.casting)
     if any(t.spectrum is not None for t in result.tensors):
@@ -44,7 +45,7 @@ def weights(result: WeightsResult) -> Iterator[Panel]:
 def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
     import altair as alt
 
-    cells = [_cell(*place, inside) for place, inside in by_place(tensors).items()]
+    cells = [_cell(*place, inside) for place, inside in by_place(tensors, _role).items()]
     base, size = drawn_by_place(cells)
     chart = (
         base.mark_rect()
@@ -65,9 +66,13 @@ def _health(tensors: Sequence[TensorResult], of: str) -> Chart:
     return Chart(
         f"Health by place{of}",
         "Each cell is what one block has in one place; its colour is that of the worst tensor "
-        "there. Health falls by findings alone: a calm map has nothing to show.",
+        "there. Health falls by findings alone: a map in grey has none.",
         chart.to_dict(),
     )
+
+
+def _role(tensor: TensorResult) -> str:
+    return str(tensor.role)
 
 
 def _cell(block: str, row: str, inside: Sequence[TensorResult]) -> dict[str, Any]:
@@ -206,22 +211,23 @@ _COLUMNS_SHOWN = (
 
 
 def _tensors(tensors: Sequence[TensorResult]) -> Grid:
+    several = len({t.input for t in tensors}) > 1
     return Grid(
         "Tensors",
         "Click a heading to sort, a name for its histogram and quantiles.",
-        _COLUMNS_SHOWN,
-        [_row(tensor) for tensor in tensors],
+        [*_COLUMNS_SHOWN, *[Column("input", number=False)] * several],
+        [_row(tensor, [tensor.input] * several) for tensor in tensors],
     )
 
 
-def _row(tensor: TensorResult) -> Row:
+def _row(tensor: TensorResult, last: Sequence[str]) -> Row:
     s = tensor.statistics
     cells: list[Any] = [
         tensor.name, str(tensor.role), tensor.dtype, "×".join(map(str, tensor.shape)) or "scalar",
         tensor.numel,
     ]  # fmt: skip
     if s is None:
-        return Row([*cells, *[None] * 7])
+        return Row([*cells, *[None] * 7, *last])
     q = s.quantiles or {}
     more: list[tuple[str, Any]] = [(f"{float(p):g} quantile", v) for p, v in q.items()]
     more += [
@@ -233,7 +239,7 @@ def _row(tensor: TensorResult) -> Row:
     dead = tensor.units.dead_rows if tensor.units is not None else None
     score = tensor.health.score if tensor.health is not None else None
     return Row(
-        [*cells, s.mean, s.std, s.abs_max, s.kurtosis, s.zero_fraction, dead, score],
+        [*cells, s.mean, s.std, s.abs_max, s.kurtosis, s.zero_fraction, dead, score, *last],
         [(name, value) for name, value in more if value is not None],
         tensor.histogram,
         (q.get("0.001"), q.get("0.999")),

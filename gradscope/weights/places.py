@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from gradscope.report.panels import inline
 from gradscope.weights.names import place_of
-from gradscope.weights.roles import Role
 
 #: Rows and columns that a map can have and still be read.
 _ROWS, _COLUMNS = 60, 96
@@ -23,19 +22,16 @@ class Placed(Protocol):
         """Its name in the checkpoint."""
         ...
 
-    @property
-    def role(self) -> Role | None:
-        """What it is for."""
-        ...
-
 
 T = TypeVar("T", bound=Placed)
 
 
-def by_place(tensors: Sequence[T]) -> Mapping[tuple[str, str], Sequence[T]]:
+def by_place(
+    tensors: Sequence[T], kind: Callable[[T], str]
+) -> Mapping[tuple[str, str], Sequence[T]]:
     """What each block has in each place: stacks in file order, blocks of a stack by their numbers.
 
-    Where there are more than can be read, neighbouring blocks stand together, and places by role.
+    Where there are more than can be read, neighbouring blocks stand together, and places by kind.
     """
     placed = [(*place_of(t.name), t) for t in tensors]
     blocks = _by_number(dict.fromkeys(block for block, _, _ in placed))
@@ -46,7 +42,7 @@ def by_place(tensors: Sequence[T]) -> Mapping[tuple[str, str], Sequence[T]]:
     found: dict[tuple[str, str], list[T]] = defaultdict(list)
     order = {block: place for place, block in enumerate(blocks)}
     for block, row, tensor in sorted(placed, key=lambda p: order[p[0]]):
-        found[column[block], str(tensor.role) if coarse else row].append(tensor)
+        found[column[block], kind(tensor) if coarse else row].append(tensor)
     return found
 
 
@@ -73,5 +69,5 @@ def drawn_by_place(cells: Sequence[Mapping[str, Any]]) -> tuple[Any, Mapping[str
                 axis=alt.Axis(labelOverlap=True, labelLimit=120)),
         y=alt.Y("row:O", sort=rows, title=None, axis=alt.Axis(labelLimit=260)),
     )  # fmt: skip
-    step = max(6, min(26, 900 // max(len(blocks), 1)))
+    step = max(6, min(48, 900 // max(len(blocks), 1)))
     return chart, {"width": {"step": step}, "height": {"step": 15}}

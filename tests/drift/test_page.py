@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from gradscope import analyze_drift
 from gradscope.drift.page import _paths
 from gradscope.drift.result import LayerPath, Series
 from gradscope.report.palettes import PALETTES
+from gradscope.report.panels import panels_of
 
 pytest.importorskip("altair", reason="of the extra html")
 
@@ -72,3 +77,22 @@ def test_names_keep_their_suffixes_where_only_those_differ() -> None:
     _, rows = drawn(path("a", 0.1, 0.2), names=("a.pt", "a.bin", "a.npz"))
 
     assert [row["checkpoint"] for row in rows] == ["a.bin", "a.npz"]
+
+
+def test_counters_are_not_on_the_map(tmp_path: Path) -> None:
+    state = {
+        f"layers.{i}.{n}": np.full(shape, i + 1, t)
+        for i in range(3)
+        for n, shape, t in (
+            ("fc.weight", (2, 2), np.float32),
+            ("bn.num_batches_tracked", (), np.int64),
+        )
+    }
+    save_file(state, tmp_path / "a.safetensors")
+    moved = {name: np.array(value + 1) for name, value in state.items()}
+    save_file(moved, tmp_path / "b.safetensors")
+    report = analyze_drift(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+
+    chart, *_ = panels_of(report)
+
+    assert {cell["row"] for cell in chart.spec["data"]["values"]} == {"fc.weight"}

@@ -145,6 +145,51 @@ def test_a_row_opens_to_its_histogram_by_keyboard(browser: Any, folder: Path) ->
     assert shown.page.locator("tr.more").count() == 0
 
 
+def test_what_a_finding_is_about_leads_to_its_row(browser: Any, tmp_path: Path) -> None:
+    report = analyze_weights(FIXTURES / "digits.safetensors")
+    about = analyze_flow(FIXTURES / "sigmoid").findings[0]
+    subject = report.result.tensors[5].name
+    found = about.model_copy(update={"subject": subject})
+    page = renderer("html")(report.model_copy(update={"findings": (found,)}))
+    (tmp_path / "page.html").write_text(page)
+    shown = Shown(browser, tmp_path / "page.html")
+
+    shown.page.locator(".finding button.to").click()
+
+    assert cells(shown, 0) == [subject]
+    assert shown.page.locator("tr.more svg.bars rect").count() > 1
+    shown.page.locator("[data-search]").fill("")
+    assert len(cells(shown, 0)) == len(report.result.tensors)
+    assert shown.complaints == []
+
+
+def test_on_a_narrow_screen_a_chart_is_narrower(browser: Any, folder: Path) -> None:
+    wide, narrow = (
+        Shown(browser, folder / "flow.html", viewport={"width": width, "height": 800})
+        for width in (1280, 390)
+    )
+    widths = [
+        [shown.page.locator("canvas").nth(i).bounding_box()["width"] for i in range(3)]
+        for shown in (wide, narrow)
+        if shown.all_charts() == 3
+    ]
+
+    assert all(few < many for many, few in zip(*widths, strict=True))
+    assert narrow.complaints == []
+
+
+def test_charts_far_below_are_there_for_the_printer(browser: Any, folder: Path) -> None:
+    shown = Shown(browser, folder / "flow.html", viewport={"width": 1280, "height": 300})
+
+    shown.page.wait_for_function(
+        "[...document.querySelectorAll('[data-chart]')].every(each => each.dataset.ready)"
+    )
+    shown.page.emulate_media(media="print")
+
+    assert shown.page.locator("#theme").is_hidden()
+    assert shown.page.pdf()[:4] == b"%PDF"
+
+
 def test_findings_are_filtered_by_severity_rule_and_text(browser: Any, folder: Path) -> None:
     shown = Shown(browser, folder / "flow.html")
     before = shown.visible(".finding")

@@ -105,6 +105,12 @@ def test_csv_has_a_row_a_tensor_and_dotted_columns(report: WeightsReport) -> Non
     assert rows[0]["statistics.quantiles.0.5"]
 
 
+def test_csv_of_nothing_still_has_its_header() -> None:
+    nothing = analyze_weights("nowhere.safetensors")
+
+    assert renderer("csv")(nothing, Display()) == "subject,input,findings\n"
+
+
 def test_jsonl_has_the_findings_and_the_failed_inputs(report: WeightsReport) -> None:
     lines = [json.loads(line) for line in renderer("jsonl")(report, Display()).splitlines()]
 

@@ -211,6 +211,39 @@ def test_a_thousand_tensors_fit_into_two_megabytes() -> None:
     assert len(renderer("html")(large)) < 2_000_000
 
 
+def test_ten_thousand_findings_are_grouped_and_those_left_out_are_counted(
+    report_of: Callable[..., Any], finding: Callable[..., Any]
+) -> None:
+    like = [finding("high", f"layers.{i}.w") for i in range(5_000)]
+    single = [finding("medium", "w" + "x" * i, message="m" * 300) for i in range(5_000)]
+
+    page = renderer("html")(report_of(*like, *single))
+    text = re.sub(r"\s+", " ", Tags(page).text)
+
+    assert len(page) < 1_000_000
+    assert "layers.0.w and 4,999 like it" in text
+    assert "layers.199.w" in text
+    assert "and 4,800 more" in text
+    assert "Left out: 4,801 findings that are less severe or known" in text
+
+
+def test_many_inputs_do_not_push_the_findings_away() -> None:
+    report = REPORTS["weights"]()
+    given = [report.inputs[0].model_copy(update={"path": f"step-{i}.pt"}) for i in range(40)]
+
+    text = Tags(renderer("html")(report.model_copy(update={"inputs": tuple(given)}))).text
+
+    assert text.index("step-5.pt") < text.index("and 34 more") < text.index("step-39.pt")
+
+
+def test_a_gate_that_nothing_fails_says_so(
+    report_of: Callable[..., Any], finding: Callable[..., Any]
+) -> None:
+    text = Tags(renderer("html")(report_of(finding("critical"), fail_on="never"))).text
+
+    assert "findings fail nothing (--fail-on never)" in text
+
+
 def test_pictures_are_in_the_page_and_one_that_is_gone_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +259,22 @@ def test_pictures_are_in_the_page_and_one_that_is_gone_is_named(
     assert (image or "").startswith("data:image/jpeg;base64,")
     assert len(image or "") < 50_000
     assert "gone.png" in found.text
+
+
+@pytest.mark.parametrize("has_map", [True, False])
+def test_a_slider_is_there_where_a_map_lies_over_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_map: bool
+) -> None:
+    Image.new("RGB", (30, 10), "red").save(tmp_path / "a.png")
+    file = str(tmp_path / "a.png")
+    stack = Picture("espresso", "", file, file if has_map else None)
+    monkeypatch.setattr(
+        "gradscope.report.formats.html_.panels_of", lambda _: [Gallery("a", "", [stack])]
+    )
+
+    found = Tags(renderer("html")(REPORTS["weights"]()))
+
+    assert bool([a for _, a in found.tags if "data-opacity" in a]) == has_map
 
 
 def test_colours_are_those_asked_for() -> None:

@@ -214,12 +214,14 @@ def test_findings_of_one_kind_are_told_once() -> None:
 
 def test_the_verdict_counts_findings_tensors_and_failed_inputs() -> None:
     assert text_of().splitlines()[-1] == (
-        "FAILED  1 critical, 4 medium, 2 info (4 known) · 5 of 9 tensors, 48.4 kB · exit 3: "
+        "FAILED  1 critical, 4 medium, 2 info (4 known) · 5 of 9 tensors, 48.4 kB · 2 rules not "
+        "evaluated (-v tells why) · exit 3: "
         "1 input could not be read in full: 1 finding at or above high"
     )
     passed = Gate(fail_on="high", failed=False, exit_code=0, reasons=())
     assert text_of(findings=(), errors=(), gate=passed).splitlines()[-1] == (
-        "PASSED  no findings · 5 of 9 tensors, 48.4 kB · exit 0"
+        "PASSED  no findings · 5 of 9 tensors, 48.4 kB · 2 rules not evaluated (-v tells why)"
+        " · exit 0"
     )
 
 
@@ -234,7 +236,15 @@ def test_what_was_not_analysed_is_listed_in_full_off_a_terminal_or_when_asked(
     lines = text_of(width, detail).splitlines()
 
     assert lines[lines.index("Not analysed") + 1].strip() == listed
-    assert "Not evaluated: alpha, rank (needs a spectrum)" in lines
+
+
+def test_rules_that_were_not_evaluated_are_counted_and_named_when_asked() -> None:
+    brief, whole = text_of(None, 1), text_of(None, 2)
+
+    assert "Not evaluated" not in brief
+    assert " · 2 rules not evaluated (-v tells why) · exit " in brief.splitlines()[-1]
+    assert "Not evaluated: alpha, rank (needs a spectrum)" in whole.splitlines()
+    assert " · 2 rules not evaluated · exit " in whole.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,16 @@ def render(report: AnyReport, display: Display = FILE) -> str:  # noqa: ARG001
     checkpoint, has a row of its own.
     """
     rows = list(_rows(report))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(name for row in rows or (_NONE,) for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
+
+
+#: The columns of a report without a row, for data frames will read it, too.
+_NONE = ("subject", "input", "findings")
 
 
 def _rows(report: AnyReport) -> Iterator[dict[str, object]]:

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from vl_convert import javascript_bundle
 
 from gradscope.report.formats import FILE, Display
-from gradscope.report.formats.table_ import counted
+from gradscope.report.formats.table_ import counted, grouped
 from gradscope.report.model import AnyReport, Fact, Finding
 from gradscope.report.palettes import Palette, palette
 from gradscope.report.panels import Chart, Gallery, Grid, Panel, Picture, panels_of, plain
@@ -32,6 +32,10 @@ from gradscope.text import escaped, listed, shortened, size
 
 #: Longer edge of a picture in the page; screens show no more of several side by side.
 _EDGE = 768
+#: Kinds of findings, and findings of a kind, that a page holds; nobody reads more.
+_FINDINGS = 200
+#: Inputs that are named before a reader asks.
+_INPUTS = 6
 
 
 def render(report: AnyReport, display: Display = FILE) -> str:
@@ -47,6 +51,9 @@ def render(report: AnyReport, display: Display = FILE) -> str:
         counted=counted(report),
         names=", ".join(shortened(i.path, 60) for i in report.inputs[:3]),
         findings=report.findings,
+        groups=grouped(report.findings),
+        most=_FINDINGS,
+        few=_INPUTS,
         severities=_severities(report.findings),
         rules=sorted({f.name for f in report.findings}),
         inputs=list(dict.fromkeys(f.input for f in report.findings)),

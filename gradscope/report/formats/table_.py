@@ -74,7 +74,7 @@ def _parts(report: AnyReport, display: Display) -> Iterator[Part]:
     if report.gate.notes:
         yield Text("\nNotes", style="bold")
     yield from (Padding(Text(escaped(note)), (0, 0, 0, 2)) for note in report.gate.notes)
-    yield _verdict(report)
+    yield _verdict(report, display)
 
 
 def _findings(report: AnyReport, display: Display) -> Iterator[RenderableType]:
@@ -142,6 +142,8 @@ def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
         most = len(subjects) if display.width is None or display.detail > 1 else 3
         named = listed(subjects, len(subjects), most)
         yield Text.assemble(f"  {named}", (f"  {escaped(reason)}", "dim"))
+    if display.detail < 2:
+        return  # the verdict counts the rules that were not evaluated
     not_evaluated: dict[str, list[str]] = {}
     for rule in report.coverage.not_evaluated:
         not_evaluated.setdefault(rule.reason, []).append(rule.rule)
@@ -149,7 +151,7 @@ def _coverage(report: AnyReport, display: Display) -> Iterator[RenderableType]:
         yield Text(f"\nNot evaluated: {', '.join(rules)} ({reason})", style="dim")
 
 
-def _verdict(report: AnyReport) -> RenderableType:
+def _verdict(report: AnyReport, display: Display) -> RenderableType:
     gate, coverage = report.gate, report.coverage
     analysed = f"{coverage.analyzed:,} of {coverage.total:,} {coverage.unit}"
     style = "bold red" if gate.failed else "bold yellow" if report.part else "bold green"
@@ -159,9 +161,17 @@ def _verdict(report: AnyReport) -> RenderableType:
     reasons = "".join(f": {shortened(r)}" for r in (*unread, *gate.reasons[failed:]))
     return Text.assemble(
         (f"\n{report.verdict.upper()}", style),
-        f"  {counted(report)} · {analysed}, {size(coverage.bytes)} · exit {gate.exit_code}",
+        f"  {counted(report)} · {analysed}, {size(coverage.bytes)}{_unasked(report, display)}"
+        f" · exit {gate.exit_code}",
         reasons,
     )
+
+
+def _unasked(report: AnyReport, display: Display) -> str:
+    """How many rules could not be evaluated, and how to learn why."""
+    names = {absent.rule for absent in report.coverage.not_evaluated}
+    hint = "" if display.detail > 1 else " (-v tells why)"
+    return f" · {plural(len(names), 'rule')} not evaluated{hint}" if names else ""
 
 
 def counted(report: AnyReport) -> str:

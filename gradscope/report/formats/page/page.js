@@ -14,6 +14,9 @@
     return made;
   };
 
+  // Names break behind their dots rather than anywhere.
+  const name = text => make("span", {}, ...String(text).split(/(?<=[._\/])/).flatMap(part => [part, make("wbr")]));
+
   // --- findings ---------------------------------------------------------------------------------
 
   const findings = $$(".finding");
@@ -40,7 +43,8 @@
 
   // --- tables -----------------------------------------------------------------------------------
 
-  const PAGE = 100;
+  const PAGE = 50;
+  const rowsByName = new Map();
   const missing = value => value === null || value === undefined || value === "";
   const number = value => typeof value === "number" ? value
     : { NaN: NaN, Infinity: Infinity, "-Infinity": -Infinity }[value];
@@ -112,25 +116,27 @@
 
     function line(row) {
       const tr = make("tr");
+      tr.open = () => {};
       row.cells.forEach((value, i) => {
         const column = columns[i];
         const td = make("td", { class: i === 0 ? "name" : column.number ? "" : "text" });
         if (i === 0 && (row.more.length || row.bars.length)) {
-          const button = make("button", { type: "button", "aria-expanded": "false" }, String(value));
+          const button = make("button", { type: "button", "aria-expanded": "false" }, name(value));
           button.addEventListener("click", () => {
             const open = button.ariaExpanded === "true";
             button.ariaExpanded = String(!open);
             if (open) tr.nextSibling.remove(); else tr.after(opened(row));
           });
+          tr.open = () => button.click();
           td.append(button);
-        } else td.append(written(value, column.form));
+        } else td.append(i === 0 ? name(written(value, column.form)) : written(value, column.form));
         tr.append(td);
       });
       return tr;
     }
 
     function draw() {
-      let chosen = state.words ? rows.filter(r => r.cells.some(c => String(c).toLowerCase().includes(state.words))) : rows;
+      let chosen = state.only ? [state.only] : state.words ? rows.filter(r => r.cells.some(c => String(c).toLowerCase().includes(state.words))) : rows;
       if (state.column !== null)
         chosen = [...chosen].sort((a, b) => compared(a.cells[state.column], b.cells[state.column], state.down));
       body.replaceChildren(...chosen.slice(0, state.limit).map(line));
@@ -139,14 +145,31 @@
       $(`[data-shown="${id}"]`).textContent = chosen.length === rows.length
         ? `${rows.length.toLocaleString("en-US")} rows` : `${chosen.length.toLocaleString("en-US")} of ${rows.length.toLocaleString("en-US")} rows`;
     }
-    $(`[data-search="${id}"]`).addEventListener("input", event => {
-      Object.assign(state, { words: event.target.value.toLowerCase(), limit: PAGE });
+    const search = $(`[data-search="${id}"]`);
+    search.addEventListener("input", () => {
+      Object.assign(state, { only: null, words: search.value.toLowerCase(), limit: PAGE });
       draw();
+    });
+    const named = ["tensor", "layer"].includes(columns[0].title) ? [...rows].reverse() : [];
+    for (const row of named) rowsByName.set(row.cells[0], () => {
+      search.value = row.cells[0];
+      Object.assign(state, { only: row, words: search.value.toLowerCase() });
+      draw();
+      body.firstChild.open();
+      (search.offsetParent ? search : table).scrollIntoView({ block: "center" });
     });
     place.append(table, rest);
     draw();
   }
   for (const place of $$("[data-grid]")) grid(place, data.panels[place.dataset.grid], place.dataset.grid);
+
+  // What a finding is about leads to its row.
+  for (const subject of $$(".subject")) if (rowsByName.has(subject.textContent)) {
+    const to = make("button", { type: "button", class: "to", title: "its row in the table" });
+    subject.replaceWith(to);
+    to.append(subject);
+    to.addEventListener("click", rowsByName.get(subject.textContent));
+  }
 
   // --- pictures ---------------------------------------------------------------------------------
 
@@ -161,19 +184,38 @@
   const config = () => ({
     background: "transparent", font: "system-ui, sans-serif",
     view: { stroke: null },
-    axis: { labelColor: colour("dim"), titleColor: colour("dim"), gridColor: colour("line"), domainColor: colour("line"), tickColor: colour("line"), gridOpacity: 0.6, titleFontWeight: "normal" },
-    legend: { labelColor: colour("dim"), titleColor: colour("dim"), titleFontWeight: "normal" },
-    header: { labelColor: colour("fg"), titleColor: colour("dim"), labelAnchor: "start" },
+    axis: { labelFontSize: 11, titleFontSize: 12, labelColor: colour("dim"), titleColor: colour("dim"), gridColor: colour("line"), domainColor: colour("line"), tickColor: colour("line"), gridOpacity: 0.6, titleFontWeight: "normal" },
+    legend: { ...(innerWidth < 600 ? { orient: "bottom", columns: 1 } : {}), labelFontSize: 11, titleFontSize: 12, labelLimit: 300, labelColor: colour("dim"), titleColor: colour("dim"), titleFontWeight: "normal" },
+    header: { labelFontSize: 12, labelColor: colour("fg"), titleColor: colour("dim"), labelAnchor: "start" },
     title: { color: colour("fg") },
   });
-  const drawn = new Map();
+  // On a narrow screen small multiples stand below each other, and the rest is as narrow as can be read.
+  const views = spec => [spec, spec.spec, ...(spec.vconcat ?? [])].filter(each => each?.width);
+  function narrowed(spec, wide, room) {
+    if (spec.facet && spec.columns && room < 600) spec.columns = 1;
+    const factor = Math.max(200 / wide, room / wide);
+    for (const each of views(spec)) each.width = each.width.step ? { step: Math.max(4, each.width.step * factor) } : each.width * factor;
+    return spec;
+  }
+
+  const drawn = new Map(), drawing = new Set();
   async function chart(place) {
+    drawing.add(place);
     drawn.get(place)?.finalize();
     const spec = themed(data.panels[place.dataset.chart].spec);
     spec.config = { ...spec.config, ...config() };
     const tooltip = { disableDefaultStyle: true };
-    const made = await vegaEmbed(place, spec, { ast: true, actions: false, defaultStyle: false, renderer: "canvas", tooltip });
+    const draw = () => vegaEmbed(place, spec, { ast: true, actions: false, defaultStyle: false, renderer: "canvas", tooltip });
+    let made = await draw();
+    const first = views(spec)[0]?.width, wide = typeof first === "number" ? first : first && made.view.width();
+    const over = place.scrollWidth - place.clientWidth;
+    if (over > 0 && (wide || spec.facet)) {
+      narrowed(spec, wide || 1, wide ? wide - over : place.clientWidth);
+      made.finalize();
+      made = await draw();
+    }
     drawn.set(place, made);
+    place.style.background = colour("bg"); // stays when a dark page is printed
     place.dataset.ready = "true";
   }
   const seen = new IntersectionObserver(entries => {
@@ -183,7 +225,13 @@
     }
   }, { rootMargin: "400px" });
   for (const place of $$("[data-chart]")) seen.observe(place);
-  addEventListener("beforeprint", () => { for (const place of $$("[data-chart]")) if (!drawn.has(place)) chart(place); });
+  // Those farther down while nothing else is to do: printing does not wait for a chart.
+  const idle = self.requestIdleCallback ?? (then => setTimeout(then, 500));
+  const next = () => {
+    const place = $$("[data-chart]").find(each => !each.dataset.ready && !drawing.has(each));
+    if (place) { seen.unobserve(place); chart(place).then(() => idle(next)); }
+  };
+  idle(next);
 
   // --- theme, keys ------------------------------------------------------------------------------
 
