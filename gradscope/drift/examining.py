@@ -93,6 +93,7 @@ def _compared(
     from gradscope.drift.assembling import assembled
     from gradscope.drift.experts import unstacked
     from gradscope.drift.logical import logical
+    from gradscope.drift.misplaced import with_misplaced
     from gradscope.drift.second_look import same
 
     base, new = verified(base, engine), verified(new, engine)
@@ -113,7 +114,7 @@ def _compared(
         )
         for seen in measured
     )
-    seen = list(engine(_explained, tasks))
+    seen = with_misplaced(list(engine(_explained, tasks)), here.tensors)
     for checkpoint in (base, new, *parents.values()):
         unchanged(checkpoint)
     result = assembled(base, new, matching, seen, names)

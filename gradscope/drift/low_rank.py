@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE
-from gradscope.statistics.dtypes import FORMATS
+from gradscope.drift.steps import step_of
 from gradscope.weights.products import values
 
 Values = npt.NDArray[np.float64]
@@ -87,13 +87,6 @@ def _start(ref: TensorRef, rows: int, columns: int) -> Values:
     if rows * width <= PIECE:
         return values(ref, 0, rows * width).reshape(rows, width)[:, :columns]
     return np.array([values(ref, i * width, i * width + columns) for i in range(rows)])
-
-
-def step_of(x: Values, dtype: str) -> Values:
-    """The distance of a type's values around each element."""
-    form = FORMATS[dtype]
-    exponent = np.maximum(np.frexp(x)[1] - 1, 1 - form.bias)
-    return np.asarray(np.ldexp(1.0, exponent - form.mantissa_bits))
 
 
 def _confirmed(base: TensorRef, new: TensorRef, rank: int) -> LowRank | None:

@@ -11,10 +11,10 @@ import numpy as np
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.drift.adapter_files import Change, File, Targets
 from gradscope.drift.describing import Seen
-from gradscope.drift.low_rank import step_of
 from gradscope.drift.matching import canonical
 from gradscope.drift.result import Merge
 from gradscope.drift.second_look import compare_all
+from gradscope.drift.steps import step_of
 from gradscope.drift.sums import rounding_between
 from gradscope.drift.updates import Update, Values, row_values
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE, tiles
 from gradscope.drift.second_look import axes_moved
+from gradscope.drift.steps import step_of
 from gradscope.drift.sums import rounding_between, roundings_of
 from gradscope.statistics.scan import scan
 from gradscope.statistics.tally import merged, tally
@@ -66,6 +67,32 @@ def permuted_alike(base: TensorRef, new: TensorRef, axis: int) -> Permutation | 
     if (_best(_starts(two, probes), rows)[1] < _ALIKE).any():
         return None
     return _order(_starts(two), rows)
+
+
+def permuted_vector(base: TensorRef, new: TensorRef) -> Permutation | None:
+    """The order of a vector's elements where a cast leaves but the order of their values.
+
+    Rounding keeps that; of equal elements any may be meant, which heads are tried for first.
+    """
+    n = base.numel
+    if len(base.shape) != 1 or not _FEWEST <= n <= PIECE:
+        return None
+    x, y = values(base), values(new)
+    sorted_ = np.empty(n, np.intp)
+    sorted_[np.argsort(y, kind="stable")] = np.argsort(x, kind="stable")
+    step = np.maximum(step_of(y, base.dtype), step_of(y, new.dtype))
+    if (np.abs(x[sorted_] - y) > step).any():
+        return None
+    return next((order for order in rotary_orders(n) if (np.abs(x[order] - y) <= step).all()),
+                sorted_)  # fmt: skip
+
+
+def rotary_orders(n: int) -> Iterator[Permutation]:
+    """Of heads of every size, the halves of rotary positions interleaved, and no longer so."""
+    for size in (d for d in range(4, n + 1, 2) if n % d == 0):
+        halves = np.arange(size).reshape(2, -1).T.reshape(-1)
+        for local in (halves, np.argsort(halves)):
+            yield (np.arange(0, n, size)[:, None] + local).reshape(-1)
 
 
 def _starts(ref: TensorRef, which: npt.NDArray[np.int_] | None = None) -> npt.NDArray[np.float32]:
@@ -127,6 +154,9 @@ def moved(base: TensorRef, new: TensorRef, order: Permutation, axis: int) -> Mov
 
 def _pairs(base: TensorRef, new: TensorRef, order: Permutation) -> Iterator[tuple[Values, Values]]:
     width = new.row_numel
+    if width == 1:  # a vector
+        yield values(base)[order], values(new)
+        return
     for row, source in enumerate(order.tolist()):
         for start in range(0, width, PIECE):
             stop = min(start + PIECE, width)

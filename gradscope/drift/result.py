@@ -24,7 +24,7 @@ Status = Literal[
 Kind = Literal[
     "cast", "rounded", "quantised", "scaled", "low-rank", "permuted", "transposed", "reshaped",
     "re-initialised", "byte-swapped", "bit-flip", "zeroed", "from-zero", "pruned", "rows",
-    "non-finite", "tied", "combined", "shifted",
+    "non-finite", "tied", "combined", "shifted", "misplaced",
 ]  # fmt: skip
 
 

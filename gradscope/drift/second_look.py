@@ -13,6 +13,7 @@ import numpy as np
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import Tile, read_range, tiles
 from gradscope.drift.measures import Measures, measures
+from gradscope.drift.steps import step_of
 from gradscope.drift.sums import Rounding, compared, floats
 
 #: Elements of a first impression.
@@ -65,6 +66,18 @@ def scale_residual(base: TensorRef, new: TensorRef, factor: float) -> float:
         squares += float(np.sum(y[kept] ** 2))
         left += float(np.sum((y[kept] - factor * x[kept]) ** 2))
     return math.sqrt(left / squares) if squares else math.nan
+
+
+def within_roundings(base: TensorRef, new: TensorRef) -> bool:
+    """Whether no element differs by more than half a step of either type, as roundings of one value
+    do; of what was trained, however little, some would.
+    """
+    for (_, a), (_, b) in _both(base, new):
+        x = floats(base, a, 1).astype(np.float64)
+        y = floats(new, b, 0).astype(np.float64)
+        if (np.abs(x - y) > (step_of(x, base.dtype) + step_of(y, new.dtype)) / 2).any():
+            return False
+    return True
 
 
 def _both(base: TensorRef, new: TensorRef) -> Iterator[tuple[Any, Any]]:

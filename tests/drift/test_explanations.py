@@ -320,3 +320,18 @@ def test_only_a_corner_of_low_rank_is_not_enough(tmp_path: Path) -> None:
     told = only(drift(tmp_path, {"w.weight": base}, {"w.weight": base + update}), "w.weight")
 
     assert told.explanation is None
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_halves_of_one_original_are_roundings_of_it(tmp_path: Path, turned: bool) -> None:
+    types = (torch.float16, torch.bfloat16) if turned else (torch.bfloat16, torch.float16)
+    base, new = ({n: t.to(d) for n, t in model().items()} for d in types)
+    apart = {n: (t + 1e-4 * drawn(*t.shape, seed=8)).to(types[1]) for n, t in model().items()}
+
+    report = drift(tmp_path, base, new, expect="converted")
+
+    assert findings(report) == {}
+    assert {t.status for t in report.result.tensors} == {"rounding"}
+    assert "the same values" in only(report, "layers.0.mlp.weight").explanation.text
+    trained = drift(tmp_path, base, apart, expect="converted")
+    assert findings(trained)["unexpected-change"] == ["high"]

@@ -132,3 +132,22 @@ def test_a_bias_in_another_order_is_permuted(tmp_path: Path) -> None:
 
     assert told.explanation is not None
     assert told.explanation.text == "all 64 elements are permuted"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [8, 32])
+def test_biases_of_permuted_heads_are_told_after_a_cast(
+    tmp_path: Path, size: int, dtype: torch.dtype
+) -> None:
+    bias = drawn(128)
+    turned = bias.reshape(-1, 2, size // 2).swapaxes(1, 2).reshape(-1).to(dtype)
+
+    report = drift(tmp_path, {"k_proj.bias": bias}, {"k_proj.bias": turned}, expect="converted")
+
+    told = only(report, "k_proj.bias").explanation
+    assert told is not None
+    assert told.kind == "permuted"
+    assert f"heads of {size}: the halves of rotary" in told.text
+    assert found(report) == {}
+    trained = {"k_proj.bias": (turned.float() + 0.02 * drawn(128, seed=1)).to(dtype)}
+    assert found(drift(tmp_path, {"k_proj.bias": bias}, trained, expect="converted"))

@@ -20,6 +20,7 @@ from gradscope.drift.result import Explanation
 _FINDERS: tuple[Callable[[Subject], Explanation | None], ...] = (
     damage.one_bit,
     damage.byte_swapped,
+    rounding.of_common_values,
     rounding.cast,
     damage.zeroed,
     damage.from_zero,

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.checkpoints.tiles import PIECE
 from gradscope.drift.explanations.subject import Parent, Subject
-from gradscope.drift.low_rank import step_of
 from gradscope.drift.result import Explanation
+from gradscope.drift.steps import step_of
 from gradscope.report.model import Fact
 from gradscope.text import quoted
 from gradscope.weights.products import values

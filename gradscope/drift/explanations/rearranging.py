@@ -15,7 +15,13 @@ import numpy as np
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.drift.explanations.rounding import HOW
 from gradscope.drift.explanations.subject import Subject
-from gradscope.drift.permutations import Permutation, moved, permuted_alike, permuted_exactly
+from gradscope.drift.permutations import (
+    Permutation,
+    moved,
+    permuted_alike,
+    permuted_exactly,
+    permuted_vector,
+)
 from gradscope.drift.result import Explanation
 from gradscope.drift.second_look import compare_all, same, transpositions
 from gradscope.report.model import Fact
@@ -58,6 +64,8 @@ def permuted_and_more(s: Subject) -> Explanation | None:
     cosine = s.measures.cosine
     if not s.floats or not s.measures.finite or cosine is None or cosine >= _IN_PLACE:
         return None
+    if (order := permuted_vector(s.base, s.new)) is not None:
+        return _with_the_rest(s, order, 0, _described(order, "elements"))
     for axis, what in enumerate(_AXES[: len(s.base.shape)]):
         order = permuted_alike(s.base, s.new, axis)
         if order is not None:

@@ -6,7 +6,7 @@ from gradscope.drift import code_kernels
 from gradscope.drift.explanations.subject import Subject
 from gradscope.drift.measures import Measures
 from gradscope.drift.result import Explanation
-from gradscope.drift.second_look import compare_all, compare_start
+from gradscope.drift.second_look import compare_all, compare_start, within_roundings
 from gradscope.drift.sums import Rounding, rounding_between
 from gradscope.report.model import Fact
 from gradscope.statistics.dtypes import FORMATS
@@ -50,6 +50,20 @@ def _rounded(m: Measures, rounding: Rounding) -> Explanation | None:
             facts: dict[str, Fact] = {"dtype": rounding.dtype, "beyond": beyond}
             return Explanation(kind="rounded", text=text, residual=0.0, facts=facts)
     return None
+
+
+def of_common_values(s: Subject) -> Explanation | None:
+    """Both are roundings of values that neither has: of one original in float32, as a rule."""
+    types = s.base.dtype, s.new.dtype
+    if len(set(types)) < 2 or not set(types) <= {"F16", "BF16"} or not s.measures.finite:
+        return None
+    if s.measures.roundings is not None and s.measures.numel in s.measures.roundings[:2]:
+        return None  # one is the other's, to nearest or towards zero
+    if (s.measures.relative_drift or 1) > 2 * s.coarser or not within_roundings(s.base, s.new):
+        return None
+    text = f"the same values, which the base has rounded to {types[0]} and this to {types[1]}"
+    facts: dict[str, Fact] = {"dtype": "BF16", "beyond": 0}
+    return Explanation(kind="rounded", text=text, residual=0.0, facts=facts)
 
 
 def rounded_in_place(s: Subject) -> Explanation | None:

@@ -55,11 +55,13 @@ def weight_drift(
     robust deviations above the median of at least eight. Damage is told by its kind: elements that
     became NaN or infinite and swapped bytes are critical, one flipped bit and tensors that became
     zero high; so are casts that put elements beyond the range of their type (high) or lose 10 % of
-    a tensor's norm below it (medium). In a series a layer that jumps ten times as far as the median
-    of its steps before, or to values that are not finite, is medium, one that stops while others
-    go on low.
+    a tensor's norm below it (medium). Tensors that hold what the base has under another name, as
+    mixed up layers leave them, are one finding: high, but medium where layers were added or removed
+    as well. In a series a layer that jumps ten times as far as the median of its steps before, or
+    to values that are not finite, is medium, one that stops while others go on low.
     """
     yield from _damaged(drifted)
+    yield from _misplaced(drifted)
     yield from _on_the_way(drifted)
     yield from _lost_by_cast(drifted, large)
     moved = [t for t in drifted.result.tensors if _drifted(t)]
@@ -80,6 +82,25 @@ def weight_drift(
             {"relative_drift": most, "tensors": len(far), "outliers": len(outliers)},
             threshold=noticed,
             severity=Severity.MEDIUM if most >= large else Severity.LOW,
+        )
+
+
+def _misplaced(drifted: Drifted) -> Iterator[Observation]:
+    """A mistake where no layer was added or removed."""
+    found = [t for t in drifted.result.tensors if _is(t, "misplaced")]
+    if found:
+        first = found[0]
+        assert first.explanation is not None
+        others = listed((t.name for t in found[1:]), len(found) - 1)
+        moved = any(t.status in ("added", "removed") for t in drifted.result.tensors)
+        yield Observation(
+            first.name,
+            f"{plural(len(found), 'tensor')} of the new checkpoint are other ones of the base; "
+            f"this one is {first.explanation.text}" + (f"; so are {others}" if others else ""),
+            "nothing to do if layers were removed, repeated or reordered on purpose; otherwise "
+            "names were mixed up when it was converted or merged: do it again",
+            {"tensors": len(found), "kind": "misplaced"},
+            severity=Severity.MEDIUM if moved else Severity.HIGH,
         )
 
 
