@@ -1,6 +1,6 @@
-"""What attribution costs beside captum and pytorch-grad-cam: resnet50, one image of 224 x 224.
+"""What attribution costs beside captum, pytorch-grad-cam and RISE's authors: one 224 x 224 image.
 
-    python benchmarks/explain.py [rounds]
+    python benchmarks/explain.py [rounds] [row ...]
 
 Prints the median ratio of processor times of runs that take turns (of wall times with --wall, on a
 machine that does nothing else), and how far the maps are apart. A peer that is not installed is
@@ -8,8 +8,15 @@ left out and said so: pip install captum grad-cam (which wants torchvision and O
 get their best batch size of those tried; ours chooses its own. The model was asked before, as in a
 folder of pictures: its private copy is there, and each run sees that nothing has changed in it.
 
+Two rows measure what one waits for, not equal work: integrated gradients that add up within 1 %,
+and RISE with a standard error of a tenth of the map's range. The peer gets the fewest steps or
+masks that suffice, as if it knew them; the authors' masks are counted by their estimator's variance
+and a part of them is timed. The peer of visualize is the same ascent by the model itself at its
+full size, as it was before pictures were made from the coarse to the fine.
+
 A target is bounded by arithmetic: at what oneDNN reaches on these layers, resnet50's 8.2 GFLOP take
-two thirds of a peer's time. RISE changes the whole picture, so that no part of them can be spared.
+two thirds of a peer's time. RISE and ScoreCAM change the whole picture, so that no part of them can
+be spared.
 """
 
 from __future__ import annotations
@@ -20,6 +27,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +38,76 @@ from torch.nn.functional import interpolate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 
-from architectures import mobilenet_v2, resnet50
+from architectures import mobilenet_v2, resnet18, resnet50
 
 from gradscope import attribute, explain
-from gradscope.attribution.formulas.perturbation import _mask
+from gradscope.attribution.formulas.random_masks import family
+from gradscope.attribution.formulas.rise import Shown, adjusted, papers
+from gradscope.attribution.synthesis.ascent import synthesise
+from gradscope.attribution.synthesis.views import Stage, smaller, stages
 from gradscope.models.forms import as_model
 from gradscope.models.images import open_image
+from gradscope.models.model import Model
 from gradscope.models.preprocessing import IMAGENET
+from gradscope.models.probe import held
+from gradscope.models.quick import quick
 
 FETCHED = Path(__file__).resolve().parents[1] / "fixtures" / "fetched"
 STEPS = 32
 SQUARE = 28
 MASKS = 128
-CHUNKS = (1, 2, 4, 8, 16, 32)
+#: Standard error over the range of a map; masks by which the authors' variance is measured.
+ERROR = 0.1
+PILOT = 512
+#: Steps of a picture; those of the program are 256, in the same parts.
+ASCENT = 20
+CHUNKS = (4, 8, 16)
 warnings.simplefilter("ignore")
 
 Run = Callable[[], Any]
-
-
 clock = time.perf_counter if "--wall" in sys.argv else time.process_time
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, an image and its class."""
+
+    net: nn.Module
+    x: Tensor
+    target: int
+
+    def ours(self, method: str, **options: Any) -> Run:
+        model = as_model(self.net)
+        return lambda: attribute(model, self.x, method, target=self.target, **options)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compared: ours and a peer's, which has to do ``times`` as much as it runs."""
+
+    name: str
+    peer: str
+    limit: float
+    ours: Run
+    theirs: Run
+    times: float = 1.0
+    #: Runs of ours before the clock starts, and whether one run is enough.
+    warm: int = 1
+    once: bool = False
+
+
+def random_case(make: Callable[[], nn.Module] = resnet50) -> Case:
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.randn(1, 3, 224, 224)
+    return Case(net, x, int(net(x).argmax()))
+
+
+def real_case(picture: str = "chelsea") -> Case:
+    """Training bends the path; random weights hardly do. Raises OSError where not fetched."""
+    net = mobilenet_v2().eval()
+    net.load_state_dict(torch.load(FETCHED / "mobilenet_v2.pth"))
+    x = IMAGENET(open_image(str(FETCHED / "pictures" / f"{picture}.png"))).inputs[None]
+    return Case(net, x, int(net(x).argmax()))
 
 
 def seconds(run: Run) -> tuple[float, Any]:
@@ -56,22 +116,18 @@ def seconds(run: Run) -> tuple[float, Any]:
     return clock() - began, found
 
 
-def timed(ours: Run, theirs: Run, rounds: int, warm: int) -> tuple[float, float, Any, Any]:
+def timed(row: Row, rounds: int) -> tuple[float, float, Any, Any]:
     """The median of ours over theirs, pair by pair, that of ours in seconds, and what both gave."""
-    for _ in range(warm):
-        ours()
-    if rounds > 1:
-        theirs()
+    for _ in range(row.warm):
+        row.ours()
+    if not row.once:
+        row.theirs()
     pairs = []
-    for _ in range(rounds):
-        (a, mine), (b, other) = seconds(ours), seconds(theirs)
-        pairs.append((a, b))
-    return (
-        statistics.median(a / b for a, b in pairs),
-        statistics.median(a for a, _ in pairs),
-        mine,
-        other,
-    )
+    for _ in range(1 if row.once else rounds):
+        (a, mine), (b, other) = seconds(row.ours), seconds(row.theirs)
+        pairs.append((a, b * row.times))
+    ratio = statistics.median(a / b for a, b in pairs)
+    return ratio, statistics.median(a for a, _ in pairs), mine, other
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
@@ -82,139 +138,194 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def best(make: Callable[[int], Run]) -> Run:
-    return min((make(size) for size in CHUNKS), key=lambda run: seconds(run)[0])
+    return min(map(make, CHUNKS), key=lambda run: seconds(run)[0])
 
 
-# --- the peers ------------------------------------------------------------------------------------
+# --- the rows -------------------------------------------------------------------------------------
 
 
-def captums(net: nn.Module, x: Tensor, target: int) -> dict[str, Run]:
-    from captum.attr import IntegratedGradients, LayerGradCam, Occlusion
+def gradcam() -> Iterator[Row]:
+    from captum.attr import LayerGradCam
 
-    cam, path, window = LayerGradCam(net, net.layer4), IntegratedGradients(net), Occlusion(net)
+    case = random_case()
+    cam = LayerGradCam(case.net, case.net.layer4)
 
-    def gradcam() -> Tensor:
-        small = cam.attribute(x, target=target, relu_attributions=True)
-        return interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    def theirs() -> Tensor:
+        small = cam.attribute(case.x, target=case.target, relu_attributions=True)
+        return interpolate(small, size=case.x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
-    def integrated(size: int) -> Run:
-        return lambda: path.attribute(
-            x, target=target, n_steps=STEPS, method="riemann_middle", internal_batch_size=size
+    # After sixteen pictures there is a copy; the long methods see as many in one run.
+    ours = case.ours("gradcam", layer="layer4", relu=True)
+    yield Row("gradcam", "captum", 0.8, ours, theirs, warm=16)
+    yield Row("gradcam", "pytorch-grad-cam", 0.8, ours, _grad_cam("GradCAM", case), warm=1)
+
+
+def integrated_gradients() -> Iterator[Row]:
+    from captum.attr import IntegratedGradients
+
+    case = random_case()
+    path = IntegratedGradients(case.net)
+    theirs = best(
+        lambda size: lambda: path.attribute(
+            case.x, target=case.target, n_steps=STEPS, method="riemann_middle",
+            internal_batch_size=size,
         )
-
-    def occlusion(size: int) -> Run:
-        return lambda: window.attribute(
-            x, (3, SQUARE, SQUARE), (3, SQUARE, SQUARE), target=target, perturbations_per_eval=size
-        )[:, 0]
-
-    return {
-        "gradcam": gradcam,
-        "integrated-gradients": best(integrated),
-        "occlusion": best(occlusion),
-    }
+    )  # fmt: skip
+    ours = case.ours("integrated-gradients", steps=STEPS)
+    yield Row(f"integrated-gradients, {STEPS} points", "captum", 0.75, ours, theirs)
 
 
-def completing(net: nn.Module, x: Tensor, target: int) -> dict[str, Run]:
+def completeness() -> Iterator[Row]:
     """The fewest of the doubled steps that add up within a hundredth, as if they were known."""
     from captum.attr import IntegratedGradients
 
-    path = IntegratedGradients(net)
-    change = float((net(x) - net(torch.zeros_like(x)))[0, target])
+    case = real_case()
+    path = IntegratedGradients(case.net)
+    scores = (case.net(x)[0, case.target] for x in (case.x, torch.zeros_like(case.x)))
+    change = float(next(scores) - next(scores))
 
     def run(steps: int) -> Tensor:
         return path.attribute(
-            x, target=target, n_steps=steps, method="riemann_middle", internal_batch_size=8
-        )
+            case.x, target=case.target, n_steps=steps, method="riemann_middle",
+            internal_batch_size=8,
+        )  # fmt: skip
 
     def enough(steps: int) -> bool:
         return abs(float(run(steps).sum()) - change) <= 0.01 * abs(change)
 
     steps = next((n for n in (8, 16, 32, 64, 128, 256) if enough(n)), 512)
-    return {f"to 1 % ({steps} steps)": lambda: run(steps)}
+    ours = case.ours("integrated-gradients", tolerance=0.01)
+    yield Row(f"adding up to 1 % ({steps} points)", "captum", 0.5, ours, partial(run, steps))
 
 
-def authors(net: nn.Module, x: Tensor, target: int) -> dict[str, Run]:
+def occlusion() -> Iterator[Row]:
+    from captum.attr import Occlusion
+
+    case = random_case()
+    window = Occlusion(case.net)
+    square = (3, SQUARE, SQUARE)
+    theirs = best(
+        lambda size: (
+            lambda: window.attribute(
+                case.x, square, square, target=case.target, perturbations_per_eval=size
+            )[:, 0]
+        )
+    )
+    ours = case.ours("occlusion", window=SQUARE, stride=SQUARE)
+    yield Row("occlusion, 64 squares", "captum", 0.5, ours, theirs)
+
+
+def rise() -> Iterator[Row]:
+    case = random_case()
+    ours = case.ours("rise", masks=MASKS, coverage=False)
+    yield Row(f"rise, {MASKS} masks", "RISE's authors", 0.5, ours, _authors(case))
+
+
+def rise_to_an_error() -> Iterator[Row]:
+    for picture in ("chelsea", "coffee"):
+        case = real_case(picture)
+        needed = _needed(case)
+        name = f"rise to {ERROR:g}, {picture} ({needed:,} masks)"
+        ours, theirs = case.ours("rise", error=ERROR), _authors(case)
+        yield Row(name, "RISE's authors", 0.5, ours, theirs, needed / MASKS)
+
+
+def _authors(case: Case) -> Run:
     """RISE as its authors publish it (explanations.py of eclique/RISE), on masks of ours."""
-    side = x.shape[2]
-    masks = torch.stack([_mask(seed, 7, 0.5, side, side) for seed in range(MASKS)])[:, None]
+    side = case.x.shape[2]
+    masks = family(7, 0.5, case.x).drawn(range(MASKS)).pixels()[:, None]
 
-    def rise(size: int) -> Run:
-        def run() -> Tensor:
-            with torch.no_grad():
-                found = [net(part * x).softmax(1) for part in masks.split(size)]
-                shares = torch.cat(found)[:, target]
-                return (shares @ masks.flatten(1)).view(1, side, side) / MASKS / 0.5
+    def run(size: int) -> Tensor:
+        with torch.no_grad():
+            found = [case.net(part * case.x).softmax(1) for part in masks.split(size)]
+            shares = torch.cat(found)[:, case.target]
+            return (shares @ masks.flatten(1)).view(1, side, side) / MASKS / 0.5
 
-        return run
-
-    return {"rise": best(rise)}
+    return best(lambda size: partial(run, size))
 
 
-def grad_cams(net: nn.Module, x: Tensor, target: int) -> dict[str, Run]:
+def _needed(case: Case) -> int:
+    """Masks after which the authors' estimator has the standard error."""
+    masks = family(7, 0.5, case.x).drawn(range(PILOT))
+    with torch.no_grad():
+        shares = torch.cat(
+            [
+                case.net(masks[part].pixels()[:, None] * case.x).softmax(1)[:, case.target]
+                for part in torch.arange(PILOT).split(8)
+            ]
+        )
+    seen = Shown(masks, torch.zeros(1), shares[None])
+    # The range is that of the better map: noise widens it.
+    better = adjusted(seen).maps
+    error = papers(seen).variance.mean().sqrt() / (better.max() - better.min())
+    return round(PILOT * (float(error) / ERROR) ** 2)
+
+
+def slow_cams() -> Iterator[Row]:
+    case = random_case(resnet18)
+    for method, kind, limit in (("scorecam", "ScoreCAM", 0.7), ("ablationcam", "AblationCAM", 0.2)):
+        ours = case.ours(method, layer="layer4", relu=True)
+        theirs = _grad_cam(kind, case)
+        yield Row(f"{method}, resnet18", "pytorch-grad-cam", limit, ours, theirs, once=True)
+
+
+def _grad_cam(kind: str, case: Case) -> Run:
     import pytorch_grad_cam as theirs
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    targets = [ClassifierOutputTarget(target)]
+    targets = [ClassifierOutputTarget(case.target)]
 
-    def of(kind: type[Any], size: int = 32, layer: Any = net.layer4) -> Run:
-        def run() -> Tensor:
-            with kind(model=net, target_layers=[layer]) as cam:
-                cam.batch_size = size
-                return torch.from_numpy(cam(input_tensor=x, targets=targets))
+    def run() -> Tensor:
+        with getattr(theirs, kind)(model=case.net, target_layers=[case.net.layer4]) as cam:
+            cam.batch_size = 16
+            return torch.from_numpy(cam(input_tensor=case.x, targets=targets))
 
-        return run
-
-    # One size for the slow ones: a run takes minutes. ScoreCAM of 256 channels, not 2,048.
-    return {
-        "gradcam": of(theirs.GradCAM),
-        "scorecam": of(theirs.ScoreCAM, 16, net.layer1),
-        "ablationcam": of(theirs.AblationCAM, 16),
-    }
+    return run
 
 
-#: A network, an image and its class.
-Case = tuple[nn.Module, Tensor, int]
+def visualize() -> Iterator[Row]:
+    case = random_case()
+    model, area, side = as_model(case.net), (224, 224), (512, 512)
+
+    def run(model: Model, seen: tuple[Stage, ...]) -> None:
+        def objective(_: int, pixels: Tensor) -> tuple[Tensor, float]:
+            answer = model.forward(IMAGENET.normalise(pixels), {})
+            return answer[:, case.target], 0.0
+
+        with held(case.net):
+            synthesise(objective, (3, *side), seen, steps=ASCENT)
+
+    ours = partial(run, quick(model, worth=1), stages(side, area, smaller(area)))
+    theirs = partial(run, model, stages(side, area, ()))
+    yield Row(f"visualize, {ASCENT} steps", "full size", 0.5, ours, theirs)
 
 
-def random_case() -> Case:
-    torch.manual_seed(0)
-    net, x = resnet50().eval(), torch.randn(1, 3, 224, 224)
-    return net, x, int(net(x).argmax())
+ROWS = (
+    gradcam, integrated_gradients, completeness, occlusion, rise, rise_to_an_error, slow_cams,
+    visualize,
+)  # fmt: skip
 
 
-def real_case() -> Case:
-    """Training bends the path; random weights hardly do. Raises OSError where not fetched."""
-    net = mobilenet_v2().eval()
-    net.load_state_dict(torch.load(FETCHED / "mobilenet_v2.pth"))
-    x = IMAGENET(open_image(str(FETCHED / "pictures" / "chelsea.png"))).inputs[None]
-    return net, x, int(net(x).argmax())
+def compared(rows: Callable[[], Iterator[Row]], rounds: int) -> None:
+    try:
+        for row in rows():
+            found, took, mine, other = timed(row, rounds)
+            verdict = "met" if found <= row.limit else "MISSED"
+            print(
+                f"{row.name:<38} {took:7.2f} s  {found:5.2f} x {row.peer:<17} target <= "
+                f"{row.limit}: {verdict:<7}{_difference(row, mine, other)}",
+                flush=True,
+            )
+    # RuntimeError: a torchvision that does not fit this torch.
+    except (ImportError, RuntimeError, OSError) as error:
+        print(f"{rows.__name__} is left out: {error}; pip install captum grad-cam, make fixtures")
 
 
-def peers() -> Iterator[tuple[str, Case, dict[str, Run]]]:
-    for name, case, make in (
-        ("captum", random_case, captums), ("captum", real_case, completing),
-        ("RISE's authors", random_case, authors), ("pytorch-grad-cam", random_case, grad_cams),
-    ):  # fmt: skip
-        try:
-            found = case()
-            yield name, found, make(*found)
-        # RuntimeError: a torchvision that does not fit this torch.
-        except (ImportError, RuntimeError, OSError) as error:
-            print(f"{name} is left out: {error}; pip install captum grad-cam torchvision")
-
-
-LIMITS = {
-    "gradcam": 0.8, "integrated-gradients": 0.75, "to 1 %": 0.5, "occlusion": 0.5, "rise": 0.5,
-    "scorecam": 0.7, "ablationcam": 0.2,
-}  # fmt: skip
-#: Ours of what a peer is measured at, where it is not a CAM of layer4.
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "integrated-gradients": ("integrated-gradients", {"steps": STEPS}),
-    "to 1 %": ("integrated-gradients", {"tolerance": 0.01}),
-    "occlusion": ("occlusion", {"window": SQUARE, "stride": SQUARE}),
-    "rise": ("rise", {"masks": MASKS, "coverage": False}),
-    "scorecam": ("scorecam", {"layer": "layer1", "relu": True}),
-}
+def _difference(row: Row, mine: Any, other: Any) -> str:
+    if other is None or row.times != 1:
+        return ""
+    values = mine.upsampled if other.dim() == 3 else mine.values
+    return f" maps differ by {apart(values, other):.1e}"
 
 
 #: Evaluated runs over plain ones, files and all.
@@ -230,7 +341,7 @@ EVALUATED_LIMIT = 8.0
 def evaluated() -> None:
     """What --evaluate costs, for MobileNetV2 and a photograph."""
     try:
-        net, _, _ = real_case()
+        net = real_case().net
     except OSError as error:
         print(f"--evaluate is left out: {error}; make fixtures")
         return
@@ -255,29 +366,14 @@ def evaluated() -> None:
 
 def main() -> None:
     rounds = next((int(word) for word in sys.argv[1:] if word.isdigit()), 7)
+    asked = [word for word in sys.argv[1:] if not word.isdigit() and not word.startswith("-")]
     print(f"{torch.get_num_threads()} threads, {rounds} rounds, 224 x 224; resnet50 at random, and")
-    print("MobileNetV2 as published for the time to a completeness of 1 %")
-    for name, (net, x, target), runs in peers():
-        model = as_model(net)
-        for method, theirs in runs.items():
-            kind = method.partition(" (")[0]
-            called, options = OURS.get(kind, (kind, {"layer": "layer4", "relu": True}))
-
-            def ours(m: str = called, o: dict[str, Any] = options) -> Any:
-                return attribute(model, x, m, target=target, **o)  # noqa: B023  called at once
-
-            slow = kind in ("scorecam", "ablationcam")
-            # After sixteen pictures there is a copy; the long methods see as many in one run.
-            warm = 0 if slow else 16 if kind == "gradcam" else 1
-            found, took, result, other = timed(ours, theirs, 1 if slow else rounds, warm)
-            mine = result.upsampled if other.dim() == 3 else result.values
-            limit = LIMITS[kind]
-            verdict = "met" if found <= limit else "MISSED"
-            print(
-                f"{method:<22} {took:7.2f} s  {found:5.2f} x {name:<17} target <= {limit}: "
-                f"{verdict:<7} maps differ by {apart(mine, other):.1e}"
-            )
-    evaluated()
+    print("MobileNetV2 as published where a row depends on what was learnt")
+    for rows in ROWS:
+        if not asked or rows.__name__ in asked:
+            compared(rows, rounds)
+    if not asked or "evaluated" in asked:
+        evaluated()
 
 
 if __name__ == "__main__":

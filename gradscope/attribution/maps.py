@@ -87,10 +87,10 @@ class Map:
         return {name: self._lessened(name, value) for name, value in self.options.items()}
 
     def _lessened(self, name: str, value: Any) -> Any:
-        """An option with a quarter of the effort, and without a tolerance to meet."""
-        if name == "tolerance":
-            return 0.0
+        """An option with a quarter of the effort, and without a goal to reach."""
         option = self.method.options[name]
+        if option.goal:
+            return option.default
         return max(min(value, 4), value // 4) if option.effort else value
 
     def diagnostics(self, measured: Mapping[str, Any]) -> Diagnostics:

@@ -30,6 +30,8 @@ class Option:
     choices: tuple[str, ...] = ()
     #: Whether a quarter of it gives a rougher map of the same kind, as repetitions are made.
     effort: bool = False
+    #: Whether it is something to reach, for which work may go on.
+    goal: bool = False
     #: Whether it may be an array, too.
     array: bool = False
 
@@ -107,7 +109,7 @@ def _gradient_free_cam(
 
 
 def _perturbed(name: str, summary: str, reference: str, **more: Any) -> Method:
-    home = _home("perturbation", name)
+    home = _home(name, name)
     return Method(name, "perturbation", summary, reference, home, **more)
 
 
@@ -156,7 +158,8 @@ _BUILT_IN = (
             "reference": _REFERENCE,
             "rule": Option("midpoint", "quadrature rule", ("midpoint", "gauss-legendre")),
             "tolerance": Option(
-                0.0, "points where the path bends until the relative delta is within this; 0 off"
+                0.0, "points where the path bends until the relative delta is within this; 0 off",
+                goal=True,
             ),
             "draws": _DRAWS,
         },
@@ -286,6 +289,10 @@ _BUILT_IN = (
             "keep": Option(0.5, "fraction of the cells that a mask keeps"),
             "coverage": Option(
                 True, "divide by what the masks leave of each pixel; false: by keep, as the paper"
+            ),
+            "error": Option(
+                0.0, "draw masks until the standard error is this share of the range; 0: masks",
+                goal=True,
             ),
         },
     ),

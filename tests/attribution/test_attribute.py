@@ -11,7 +11,7 @@ from architectures import vit_small
 from torch import Tensor, nn
 
 from gradscope import attribute
-from gradscope.attribution.formulas.perturbation import _mask
+from gradscope.attribution.formulas.random_masks import family
 from gradscope.attribution.methods import methods
 from gradscope.errors import InputError, UsageError
 
@@ -193,7 +193,7 @@ def test_rise_weighs_its_masks_by_what_they_leave_whatever_the_chunk(coverage: b
 
     total, covered = torch.zeros(2, 6, 6).double(), torch.zeros(6, 6).double()
     for number in range(20):
-        mask = _mask(number, 3, 0.5, 6, 6)
+        mask = family(3, 0.5, x).drawn([number]).pixels()[0]
         assert mask.min() >= 0
         assert mask.max() <= 1
         covered += mask
@@ -237,7 +237,7 @@ def test_rises_masks_are_coarse_grids_upsampled_by_a_cell_more_and_cropped(
         cells = np.apply_along_axis(lambda v, p=places: np.interp(p, range(grid), v), axis, cells)
     top, left = (int(torch.randint(0, length, (), generator=generator)) for length in cell)
 
-    found = _mask(seed, grid, 0.4, *size)
+    found = family(grid, 0.4, torch.zeros(1, 3, *size)).drawn([seed]).pixels()[0]
 
     wanted = cells[top : top + size[0], left : left + size[1]]
     np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradscope import attribute
-from gradscope.attribution.formulas import perturbation
+from gradscope.attribution.formulas import occlusion
 from gradscope.models.windows import Windowed
 
 from .forms import FORMS, images, model, saved
@@ -28,7 +28,7 @@ class Counted(list[Windowed]):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counted = Counted()
-    monkeypatch.setattr(perturbation, "Windowed", counted)
+    monkeypatch.setattr(occlusion, "Windowed", counted)
     return counted
 
 

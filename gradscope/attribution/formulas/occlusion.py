@@ -1,7 +1,4 @@
-"""Methods that cover parts of the input and compare scores, without gradients.
-
-Maps are [N, H, W] in input geometry.
-"""
+"""Occlusion: squares of the input are covered and scores compared. Maps are [N, H, W]."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Points, Subject
@@ -80,53 +76,3 @@ def _corners(height: int, width: int, window: int, stride: int) -> Iterator[tupl
         return sorted({*range(0, last + 1, stride), last})
 
     yield from ((top, left) for top in starts(height) for left in starts(width))
-
-
-def rise(subject: Subject, *, masks: int, grid: int, keep: float, coverage: bool) -> Result:
-    """The mean probability of what random smooth masks leave, weighted by each mask at a pixel.
-
-    Divided by what the masks leave of each pixel, sum(p M) / sum(M). The paper divides by what
-    they leave on average (``coverage=False``): masks leave less of the border, and no two pixels
-    as often, so that a constant model gives a map, too. Masks are drawn on the CPU, one generator
-    each, so neither chunk nor device changes them.
-    """
-    if masks < 1 or grid < 1 or not 0 < keep < 1:
-        raise UsageError("masks and grid have to be at least 1, and keep between 0 and 1")
-    inputs = subject.inputs
-    count, _, height, width = inputs.shape
-
-    def drawn(which: Tensor) -> Tensor:
-        seeds = (subject.seed * 1_000_003 + number for number in which.tolist())
-        return torch.stack([_mask(seed, grid, keep, height, width) for seed in seeds]).to(inputs)
-
-    def points(which: Tensor, images: Tensor) -> Tensor:
-        return inputs[images] * drawn(which)[:, None]
-
-    # Sums of differences from one probability: of equal ones the map is equal to the last bit.
-    own = subject.scores(subject.own, ask=subject.probability)
-    whole = torch.cat([found for _, _, found in own])
-    total = inputs.new_zeros((count, height, width))
-    covered, lost = torch.zeros_like(total), torch.zeros_like(whole)
-    for which, images, found in subject.scores(points, masks, subject.probability):
-        mask, change = drawn(which), found - whole[images]
-        total.index_add_(0, images, change[:, None, None] * mask)
-        covered.index_add_(0, images, mask)
-        lost.index_add_(0, images, change)
-    whole, lost = whole[:, None, None], lost[:, None, None] / masks
-    facts = {"forwards": count * (masks + 1)}
-    if not coverage:
-        return (total + whole * covered) / (masks * keep), facts
-    # What no mask leaves is as good as any other part.
-    return whole + torch.where(covered > 0, total / covered, lost), facts
-
-
-def _mask(seed: int, grid: int, keep: float, height: int, width: int) -> Tensor:
-    """A coarse random grid, upsampled bilinearly to one cell more than the image, and cropped."""
-    generator = torch.Generator().manual_seed(seed)
-    cells = (torch.rand((1, 1, grid, grid), generator=generator) < keep).float()
-    tall, wide = -(-height // grid), -(-width // grid)
-    size = ((grid + 1) * tall, (grid + 1) * wide)
-    smooth = interpolate(cells, size=size, mode="bilinear", align_corners=False)[0, 0]
-    top = int(torch.randint(0, tall, (), generator=generator))
-    left = int(torch.randint(0, wide, (), generator=generator))
-    return smooth[top : top + height, left : left + width]
