@@ -23,13 +23,16 @@ class Chunks:
 
     gradient: int
     forward: int
+    #: The same of inputs that differ from one in a window only: what is whole comes late and small.
+    windows: int
     #: Whether the model takes inputs with the channels last in memory.
     channels_last: bool = False
     notes: list[str] = field(default_factory=list)
 
     def halve(self) -> None:
         """Continue with half as many, and note it."""
-        self.gradient, self.forward = max(1, self.gradient // 2), max(1, self.forward // 2)
+        sizes = self.gradient, self.forward, self.windows
+        self.gradient, self.forward, self.windows = (max(1, size // 2) for size in sizes)
         self.notes.append(f"out of memory: continued with chunks of {self.forward}")
 
 
@@ -43,7 +46,7 @@ def fitting(kept: Collection[int], device: torch.device, batch: int | None) -> C
     cached = last_cache() // max(kept, default=1) if device.type == "cpu" else _MOST
     each = batch or 1
     gradient = each * max(1, min(fits, _power(cached), _MOST // each))
-    return Chunks(gradient, 2 * gradient)
+    return Chunks(gradient, 2 * gradient, 4 * gradient)
 
 
 def _power(number: int) -> int:

@@ -25,11 +25,28 @@ Points = Callable[[Tensor, Tensor], Tensor]
 #: Items [M], images [M] and the values for them.
 Answer = tuple[Tensor, Tensor, Tensor]
 Found = TypeVar("Found")
+#: Which of the chunks' sizes counts.
+Size = Callable[[Chunks], int]
 #: Work done, and all work.
 Tick = Callable[[int, int], None]
 
 #: From so many images on, channels come last in memory.
 _MANY = 4
+
+
+def backward(chunks: Chunks) -> int:
+    """Inputs at a time with a backward pass."""
+    return chunks.gradient
+
+
+def forward(chunks: Chunks) -> int:
+    """Inputs at a time without one."""
+    return chunks.forward
+
+
+def in_windows(chunks: Chunks) -> int:
+    """The same of inputs that differ from one in a window only."""
+    return chunks.windows
 
 
 @dataclass(eq=False)
@@ -57,7 +74,9 @@ class Subject:
         """Put no more than ``chunk`` inputs to the model at a time. Raises UsageError below 1."""
         if chunk < 1:
             raise UsageError("chunk has to be at least 1")
-        self.chunks = replace(self._chunks(), gradient=chunk, forward=chunk, notes=[])
+        self.chunks = replace(
+            self._chunks(), gradient=chunk, forward=chunk, windows=chunk, notes=[]
+        )
 
     def about(self, targets: Tensor, versus: Tensor | None = None) -> Subject:
         """The same images and passes with other targets."""
@@ -143,29 +162,35 @@ class Subject:
             found = torch.autograd.grad(scores.sum(), leaf, materialize_grads=True)[0]
             return found.detach(), scores.detach()
 
-        for which, images, found in self._worked(work, items, lambda chunks: chunks.gradient):
+        for which, images, found in self._worked(work, items, backward):
             yield which, images, *found
 
     def scores(
-        self, points: Points, items: int = 1, ask: Callable[[Tensor, Tensor], Tensor] | None = None
+        self,
+        points: Points,
+        items: int = 1,
+        ask: Callable[[Tensor, Tensor], Tensor] | None = None,
+        size: Size = forward,
     ) -> Iterator[Answer]:
         """For every item and image: (items [M], images [M], scores [M]), without a graph."""
         answer = ask or self.score
         return self.answers(
-            lambda which, images: answer(self._laid(points(which, images)), images), items
+            lambda which, images: answer(self._laid(points(which, images)), images), items, size
         )
 
-    def answers(self, work: Callable[[Tensor, Tensor], Tensor], items: int) -> Iterator[Answer]:
+    def answers(
+        self, work: Callable[[Tensor, Tensor], Tensor], items: int, size: Size = forward
+    ) -> Iterator[Answer]:
         """What ``work`` returns for every item and image, in chunks, without a graph."""
 
         def without_graph(which: Tensor, images: Tensor) -> Tensor:
             with torch.no_grad():
                 return work(which, images).detach()
 
-        yield from self._worked(without_graph, items, lambda chunks: chunks.forward)
+        yield from self._worked(without_graph, items, size)
 
     def _worked(
-        self, work: Callable[[Tensor, Tensor], Found], items: int, size: Callable[[Chunks], int]
+        self, work: Callable[[Tensor, Tensor], Found], items: int, size: Size
     ) -> Iterator[tuple[Tensor, Tensor, Found]]:
         """Items by images, items first, in chunks; one that does not fit is retried in halves."""
         count = len(self.inputs)

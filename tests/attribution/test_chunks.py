@@ -22,11 +22,11 @@ def asked_anew() -> Iterator[None]:
 
 
 def test_chunks_are_halved_with_and_without_a_backward_pass() -> None:
-    chunks = Chunks(8, 16)
+    chunks = Chunks(8, 16, 32)
 
     chunks.halve()
 
-    assert (chunks.gradient, chunks.forward) == (4, 8)
+    assert (chunks.gradient, chunks.forward, chunks.windows) == (4, 8, 16)
 
 
 @pytest.mark.parametrize(("kept", "cache", "gradient"), [
@@ -41,6 +41,7 @@ def test_the_largest_tensor_of_a_chunk_fits_in_the_last_cache(
     found = fitting(kept, torch.device("cpu"), None)
 
     assert (found.gradient, found.forward) == (gradient, 2 * gradient)
+    assert found.windows == 4 * gradient
 
 
 def test_an_accelerator_is_bounded_by_its_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:

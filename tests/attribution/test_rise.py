@@ -133,6 +133,7 @@ def test_an_error_out_of_reach_ends_with_the_most_masks(monkeypatch: pytest.Monk
     assert math.isfinite(float(found.values.sum()))
 
 
-def test_the_papers_form_has_no_error_to_reach() -> None:
-    with pytest.raises(UsageError, match="coverage"):
-        attribute(looking(), IMAGE, "rise", target=1, error=0.1, coverage=False)
+def test_the_papers_form_has_no_error_to_reach_and_no_error_is_negative() -> None:
+    for asked in ({"error": 0.1, "coverage": False}, {"error": -0.1}):
+        with pytest.raises(UsageError, match="error"):
+            attribute(looking(), IMAGE, "rise", target=1, **asked)

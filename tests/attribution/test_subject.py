@@ -70,7 +70,7 @@ def test_a_chunk_is_halved_down_to_one_and_then_the_error_is_told() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         list(made.answers(full, 9))
 
-    assert (made.chunks.gradient, made.chunks.forward) == (1, 1)
+    assert (made.chunks.gradient, made.chunks.forward, made.chunks.windows) == (1, 1, 1)
     assert made.chunks.notes == [
         "out of memory: continued with chunks of 2",
         "out of memory: continued with chunks of 1",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradscope.attribution.formulas.gradients import Result
-from gradscope.attribution.subject import Points, Subject
+from gradscope.attribution.subject import Points, Size, Subject, forward, in_windows
 from gradscope.errors import UsageError
 from gradscope.models.quick import same_answers
 from gradscope.models.windows import Windowed
@@ -34,7 +34,8 @@ def occlusion(subject: Subject, *, window: int, stride: int, fill: float) -> Res
     total = inputs.new_zeros((count, height, width))
     for image, whole in enumerate(subject.own_scores):
         one = subject.only(image)
-        for which, _, found in one.scores(_covering(one, squares, places, fill), len(places)):
+        points, size = _covering(one, squares, places, fill)
+        for which, _, found in one.scores(points, len(places), size=size):
             total[image] += ((whole - found)[:, None, None] * squares[which]).sum(0)
     facts = {"forwards": count * len(places), "window": window}
     return total / squares.sum(0), facts
@@ -42,7 +43,7 @@ def occlusion(subject: Subject, *, window: int, stride: int, fill: float) -> Res
 
 def _covering(
     subject: Subject, squares: Tensor, places: Sequence[tuple[int, int]], fill: float
-) -> Points:
+) -> tuple[Points, Size]:
     """An image with squares covered, as what differs from it where the model takes that."""
     image = subject.inputs
     height, width = (int(squares[0].any(axis).sum()) for axis in (1, 0))
@@ -57,7 +58,7 @@ def _covering(
     model, some = subject.model, torch.tensor([0, len(places) // 2], device=image.device)
     asked = model.quick and model.batch is None and len(places) >= _WORTH
     alike = asked and same_answers(model, whole(some, some), windowed(some, some))
-    return windowed if alike else whole
+    return (windowed, in_windows) if alike else (whole, forward)
 
 
 def _squares(corners: Tensor, window: int, height: int, width: int) -> Tensor:

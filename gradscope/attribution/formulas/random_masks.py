@@ -104,9 +104,8 @@ class Masks:
 
     def summed_squares(self, weights: Tensor) -> Tensor:
         """The sums of the masks' squares with weights [K, M]: [K, H, W]."""
-        found = weights.new_zeros(
-            (len(weights), *(self.family.rows.shape[1], self.family.columns.shape[1]))
-        )
+        size = self.family.rows.shape[1], self.family.columns.shape[1]
+        found = weights.new_zeros((len(weights), *size))
         for part in torch.arange(len(self.tops), device=weights.device).split(_AT_ONCE):
             found += torch.tensordot(weights[:, part], self[part].pixels().square(), 1)
         return found
@@ -114,9 +113,9 @@ class Masks:
     def summed(self, weights: Tensor) -> Tensor:
         """The masks' sums with weights [K, M]: [K, H, W]."""
         rows, columns = self.family.rows, self.family.columns
-        wide = self.cells @ columns[self.lefts].mT
-        each = wide.new_zeros((len(rows), len(weights), *wide.shape[1:]))
-        for at in self.tops.unique():
-            here = self.tops == at
-            each[at] = torch.einsum("km,mgw->kgw", weights[:, here], wide[here])
+        each = weights.new_zeros((len(rows), len(weights), self.family.grid, columns.shape[1]))
+        for top in self.tops.unique():
+            here = self.tops == top
+            wide = self.cells[here] @ columns[self.lefts[here]].mT
+            each[top] = torch.tensordot(weights[:, here], wide, 1)
         return torch.einsum("thg,tkgw->khw", rows, each)

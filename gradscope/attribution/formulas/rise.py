@@ -40,15 +40,15 @@ def rise(
     """
     if masks < 1 or grid < 1 or not 0 < keep < 1:
         raise UsageError("masks and grid have to be at least 1, and keep between 0 and 1")
-    if error > 0 and not coverage:
-        raise UsageError("the paper's form (coverage=false) has no error to reach")
+    if error < 0 or (error > 0 and not coverage):
+        raise UsageError("error has to be at least 0, and none is reached with coverage=false")
     kind = family(grid, keep, subject.inputs)
     if error > 0:
         ones = [subject.only(image) for image in range(len(subject.inputs))]
-        seen = [_drawn_until(one, kind, error) for one in ones]
+        seen, form = [_drawn_until(one, kind, error) for one in ones], adjusted
     else:
-        seen = [_shown(subject, kind, masks)]
-    found = [(adjusted if error > 0 else by_coverage if coverage else papers)(s) for s in seen]
+        seen, form = [_shown(subject, kind, masks)], by_coverage if coverage else papers
+    found = [form(shown) for shown in seen]
     errors = [share for estimate in found for share in estimate.errors()]
     facts: dict[str, Any] = {
         "forwards": sum(shown.changes.numel() + len(shown.whole) for shown in seen),
