@@ -8,6 +8,8 @@ agree to the bit. Structured shortcuts, such as ``i mod k``, fail on gradients o
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,9 +37,15 @@ def hashed(index: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     low 32 bits right.
     """
     with np.errstate(over="ignore"):
-        h = (index * _GOLDEN + seed) & _MASK
-        h = ((h ^ (h >> 16)) * _FIRST) & _MASK
-        h = ((h ^ (h >> 13)) * _SECOND) & _MASK
+        found: NDArray[np.int64] = mixed(index, seed)
+    return found
+
+
+def mixed(index: Any, seed: int) -> Any:
+    """``hashed``, also of one index: compiled loops are made of it."""
+    h = (index * _GOLDEN + seed) & _MASK
+    h = ((h ^ (h >> 16)) * _FIRST) & _MASK
+    h = ((h ^ (h >> 13)) * _SECOND) & _MASK
     return h ^ (h >> 16)
 
 

@@ -2,7 +2,7 @@
 
 One handler serves all recorders of a process. It hands the signal to whoever handled it before, so
 that a process still ends by SIGTERM, or does not, as it would have. Forked children (workers of a
-data loader) inherit the handler and write nothing.
+data loader) inherit handler and recorders, but no record: what their parent has, it writes.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ class Draining(Protocol):
     #: Whether its own code is running, which a signal handler must not enter again.
     busy: bool
 
-    def drain(self) -> None:
+    def flush(self) -> None:
         """Write what there is."""
 
     def close(self) -> None:
         """Write what there is, for the last time."""
 
+    def forget(self) -> None:
+        """Have nothing to write."""
+
 
 _open: weakref.WeakSet[Draining] = weakref.WeakSet()
-#: The process that the recorders belong to, and the handler that was there before ours.
-_owner: int | None = None
+#: The handler that was there before ours.
 _before: Any = None
 _installed = False
 #: A SIGTERM that came while a recorder was busy.
-_waiting = False
+waiting = False
 
 
 def watch(recorder: Draining) -> None:
     """Write what ``recorder`` holds when the process ends."""
-    global _owner
-    _owner = os.getpid()
     if not _open:
         atexit.register(_exit)
     _open.add(recorder)
@@ -57,11 +57,10 @@ def unwatch(recorder: Draining) -> None:
 
 
 def settle() -> None:
-    """What a busy recorder calls when it is done: a SIGTERM that waited for it is handled now."""
-    global _waiting
-    if _waiting:
-        _waiting = False
-        _terminated(signal.SIGTERM, None)
+    """What a busy recorder calls when it is done and a SIGTERM waits for it: handle that now."""
+    global waiting
+    waiting = False
+    _terminated(signal.SIGTERM, None)
 
 
 def _install() -> None:
@@ -90,19 +89,28 @@ def _restore() -> None:
 
 
 def _exit() -> None:
-    if os.getpid() == _owner:
-        for recorder in list(_open):
-            recorder.close()
+    for recorder in list(_open):
+        recorder.close()
+
+
+def _forked() -> None:
+    global waiting
+    waiting = False
+    for recorder in list(_open):
+        recorder.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    global _waiting
-    if os.getpid() == _owner:
-        if any(recorder.busy for recorder in _open):
-            _waiting = True
-            return
-        for recorder in list(_open):
-            recorder.drain()
+    global waiting
+    if any(recorder.busy for recorder in _open):
+        waiting = True
+        return
+    for recorder in list(_open):
+        recorder.flush()
     if callable(_before):
         _before(number, frame)
     elif _before == signal.SIG_DFL:

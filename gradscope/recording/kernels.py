@@ -15,6 +15,9 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from gradscope.compiled import kernel
+from gradscope.histories.sketching import WIDTH, mixed
+
+_mixed = kernel()(mixed)
 
 #: Sums may be taken in any order, which lets the processor add several at once; NaN and infinity
 #: keep their meaning. Sums are float64: squares of float32 neither overflow nor vanish.
@@ -81,6 +84,17 @@ def _copy(values, out):  # type: ignore[no-untyped-def]
 
 
 @kernel()
+def hashed_to(buckets, chosen, seed):  # type: ignore[no-untyped-def]
+    """The bucket of each element: that of ``measure.buckets``, of the width that sketches have.
+
+    ``chosen`` are the elements, none for all.
+    """
+    for j in range(len(buckets)):
+        h = _mixed(chosen[j] if len(chosen) else j, seed)
+        buckets[j] = (h >> 31) * WIDTH + (h & 0x7FFFFFFF) % WIDTH
+
+
+@kernel()
 def _sketch(values, buckets, chosen, norm, table, out):  # type: ignore[no-untyped-def]
     """The count-sketch of a unit row: out [k], zero where the norm is zero or not finite.
 
@@ -110,12 +124,14 @@ def taken(places, begin, kept, before, infinity, buckets, chosen, whole, keep, b
 
     Only the norms unless ``whole``. With ``keep`` gradients and weights are copied, to ``kept`` and
     ``before``, for ``changed``. The last k, which may be none, are a sketch of the unit gradient.
+    Returns whether a gradient is nowhere.
     """
-    out, cells = block[slot], 8
+    out, cells, lacking = block[slot], 8, False
     table = np.empty(2 * (out.shape[1] - cells))
     nothing = kept.dtype.type(0)
     for row in range(len(out)):
         first, last = begin[0, row], begin[0, row + 1]
+        lacking |= places[0, row] == 0
         values = _at(places[0, row], nothing, last - first if places[0, row] else 0)
         norm = _length(values)
         out[row, :cells] = np.nan
@@ -131,6 +147,7 @@ def taken(places, begin, kept, before, infinity, buckets, chosen, whole, keep, b
             at = buckets[begin[1, row] : begin[1, row + 1]]
             where = chosen[begin[2, row] : begin[2, row + 1]]
             _sketch(values, at, where, norm, table, out[row, cells:])
+    return lacking
 
 
 @kernel(fastmath=_SUMS)

@@ -11,7 +11,7 @@ import torch
 
 from gradscope.recording.flat import FlatLot, fits
 from gradscope.recording.measure import Sketcher, dots, elements, local, magnitudes, norms
-from gradscope.recording.shards import Part, status_of
+from gradscope.recording.records import Part, Table, status_of
 
 Tensor = torch.Tensor
 
@@ -23,8 +23,12 @@ class Lot(Protocol):
     rows: np.ndarray[Any, Any]
     sharded: bool
 
-    def take(self, *, whole: bool, counted: bool, updates: bool) -> Part | None:
-        """The statistics of the gradients as they are now; None when they no longer fit."""
+    def take(self, whole: bool, counted: bool) -> Part | None:
+        """The statistics of the gradients as they are now; None when they no longer fit.
+
+        Only norms and directions unless ``whole``; ``counted`` is whether NaN and infinite elements
+        must be. A part's ``awaits`` is this lot where ``after`` is to be called after the step.
+        """
 
     def after(self, part: Part) -> None:
         """Add what the step changed."""
@@ -32,7 +36,7 @@ class Lot(Protocol):
 
 def lots(
     rows: Sequence[int], names: Sequence[str], parameters: Sequence[Tensor],
-    owners: Sequence[int], directions: bool,
+    owners: Sequence[int], directions: bool, updates: bool,
 ) -> Iterator[Lot]:  # fmt: skip
     """The lots of some rows. Sharded gradients have no sketches: each rank has a part of them."""
     found: dict[tuple[Any, ...], list[int]] = {}
@@ -44,10 +48,10 @@ def lots(
     for (owner, device, flat, shards), members in found.items():
         labels, chosen = [names[row] for row in members], [parameters[row] for row in members]
         if flat:
-            yield FlatLot(owner, members, labels, chosen, directions)
+            yield FlatLot(owner, members, labels, chosen, directions, updates)
         else:
             yield DeviceLot(
-                owner, members, labels, chosen, device, shards, directions and not shards
+                owner, members, labels, chosen, device, shards, directions and not shards, updates
             )
 
 
@@ -56,37 +60,35 @@ class DeviceLot:
 
     def __init__(
         self, owner: int, rows: Sequence[int], names: Sequence[str], parameters: Sequence[Tensor],
-        device: torch.device, shards: Sequence[Any], directions: bool,
+        device: torch.device, shards: Sequence[Any], directions: bool, updates: bool,
     ) -> None:  # fmt: skip
         self.owner, self.rows = owner, np.array(rows, dtype=np.int64)
         self._parameters, self._shards = list(parameters), tuple(shards)
         self.sharded = bool(shards)
         sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
         self._sketcher = Sketcher(names, sizes, device) if directions else None
+        self._updates = updates
+        #: Weights and gradients before a step.
         self._copies: list[Tensor] = []
+        self._gradients: list[Tensor] = []
 
     @torch.no_grad()
-    def take(self, *, whole: bool, counted: bool, updates: bool) -> Part:
-        """The gradients' statistics as they are now.
-
-        Only norms and directions unless ``whole``; the weights are kept for ``after`` when
-        ``updates``. With ``counted`` NaN and infinite elements are counted, which costs a pass.
-        """
+    def take(self, whole: bool, counted: bool) -> Part:
+        """The gradients' statistics as they are now; counting costs a pass."""
         found = {i: _whole(p.grad) for i, p in enumerate(self._parameters) if p.grad is not None}
-        part = Part(self.owner, self.rows, status_of(self._parameters))
+        part = Part(self.owner, self.rows, status_of(self._parameters), place=list(found))
         if not found:
             return part
-        part.place = present = list(found)
         values = [elements(g) for g in found.values()]
         lengths = self._joined(norms(values, 2), "square")
         cells = {"grad/l2": lengths}
         if whole:
             cells |= self._measured(part, list(found.values()), counted)
-            if updates:
-                part.measured, part.gradients = self, list(found.values())
-        part.tables = [_table(cells)]
+            if self._updates:
+                self._gradients, part.awaits = list(found.values()), self
+        part.tables = (_table(cells),)
         if self._sketcher is not None:
-            part.sketch = self._sketcher(list(found.values()), lengths, present).half()
+            part.sketch = self._sketcher(list(found.values()), lengths, part.place).half()
         return part
 
     def _measured(
@@ -111,7 +113,7 @@ class DeviceLot:
         return cells
 
     def _weights(self, part: Part) -> list[Tensor]:
-        found = [local(self._parameters[i]) for i in part.place or ()]
+        found = [local(self._parameters[i]) for i in part.place]
         return [torch.view_as_real(w) if w.is_complex() else w for w in found]
 
     @torch.no_grad()
@@ -119,14 +121,15 @@ class DeviceLot:
         """Add what the step changed; the gradients may have been clipped since."""
         torch._foreach_sub_(self._copies, self._weights(part))
         size = self._joined(norms(self._copies, 2), "square")
-        values = [elements(g) for g in part.gradients]
+        values = [elements(g) for g in self._gradients]
         own = self._joined(norms(values, 2), "square")
         turned = [
             _at(c, g) if g.is_sparse else c
-            for c, g in zip(self._copies, part.gradients, strict=True)
+            for c, g in zip(self._copies, self._gradients, strict=True)
         ]
         inner = self._joined(dots(turned, values), "sum")
-        part.tables.append(_table({"update/l2": size, "update/grad_cos": inner / (size * own)}))
+        part.tables += (_table({"update/l2": size, "update/grad_cos": inner / (size * own)}),)
+        self._gradients = []
 
     def _joined(self, values: Tensor, how: str) -> Tensor:
         """Values of sharded rows joined over their shards: [rows] in, the same out."""
@@ -139,7 +142,7 @@ class DeviceLot:
         return part.sqrt() if how == "square" else part
 
 
-def _table(cells: Mapping[str, Tensor]) -> tuple[tuple[str, ...], Tensor]:
+def _table(cells: Mapping[str, Tensor]) -> Table:
     return tuple(cells), torch.stack(list(cells.values()), dim=-1)
 
 

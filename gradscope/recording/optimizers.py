@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradscope.errors import UsageError
+from gradscope.recording.records import Number, known
 
 Tensor = torch.Tensor
 Given = (
@@ -42,8 +43,8 @@ class Optimizers:
         if isinstance(optimizer, str) and optimizer in self.names:
             return self.names.index(optimizer)
         wanted = unwrapped(optimizer)
-        for i, known in enumerate(self.all):
-            if known is wanted:
+        for i, optimizer in enumerate(self.all):
+            if optimizer is wanted:
                 return i
         raise UsageError("capture() was given an optimizer that the recorder was not made with")
 
@@ -60,8 +61,11 @@ class Optimizers:
 
     def rates(self) -> list[float]:
         """Learning rates that the host knows; one kept on the device is not waited for."""
-        rates = [g.get("lr", math.nan) for o in self.all for g in o.param_groups]
-        return [r if type(r) is float else _rate(r) for r in rates]
+        return [
+            rate if type(rate := group.get("lr", math.nan)) is float else _rate(rate)
+            for optimizer in self.all
+            for group in optimizer.param_groups
+        ]
 
     def described(self) -> dict[str, Any]:
         """For the file's meta: ``optimizer`` is the first, ``optimizers`` has all by name."""
@@ -82,6 +86,20 @@ def unwrapped(optimizer: Any) -> Any:
     while type(optimizer).__name__ in ("AcceleratedOptimizer", "LightningOptimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def carried(scaler: Any, optimizer: Any) -> Number | None:
+    """The loss scale that an optimizer's gradients still carry; None once ``unscale_`` was called.
+
+    Told by the scaler's own state, which is private to torch; unknown is taken for unscaled.
+    """
+    states = getattr(scaler, "_per_optimizer_states", None)
+    scale = getattr(scaler, "_scale", None)
+    if not isinstance(scale, Tensor) or states is None:
+        return None
+    state = states.get(id(optimizer))
+    ready = state is None or getattr(state.get("stage"), "name", "") == "READY"
+    return known(scale) if ready else None
 
 
 def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import os
-import time
-import uuid
-import warnings
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
-from functools import wraps
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
-import numpy as np
 import torch
 
-from gradscope.histories.history import Status
-from gradscope.histories.sketching import WIDTH
 from gradscope.recording import endings, hooks
-from gradscope.recording.measure import MOST_SKETCHED
-from gradscope.recording.optimizers import Given, Optimizers
-from gradscope.recording.pending import Pending, carried, inner, known, rank
+from gradscope.recording.advice import Advice
+from gradscope.recording.guard import guarded
+from gradscope.recording.meta import facts, meta, rank
+from gradscope.recording.modules import inner
+from gradscope.recording.optimizers import Given, Optimizers, carried
+from gradscope.recording.records import Number, Record, known
 from gradscope.recording.rows import Rows
-from gradscope.recording.shards import Number, Part
+from gradscope.recording.sight import Sight
 from gradscope.recording.spool import Spool
-from gradscope.recording.topology import Topology, compiled_topology, merged, modules_of, topology
-from gradscope.recording.turns import Turns
-from gradscope.text import plural
-
-Tensor = torch.Tensor
-P = ParamSpec("P")
-
-
-def guarded(method: Callable[Concatenate[GradientRecorder, P], None]) -> Callable[..., None]:
-    """A failure inside stops the recording, not the training; a SIGTERM inside waits for the end.
-
-    Once recording has stopped, nothing happens.
-    """
-
-    @wraps(method)
-    def call(self: GradientRecorder, *args: P.args, **options: P.kwargs) -> None:
-        if self._stopped:
-            return
-        outer, self.busy = self.busy, True
-        try:
-            method(self, *args, **options)
-        except Exception as error:
-            self._fail(error)
-        finally:
-            self.busy = outer
-            if not outer:
-                endings.settle()
-
-    return call
+from gradscope.recording.turns import Turn, Turns
 
 
 class GradientRecorder:
@@ -95,9 +61,9 @@ class GradientRecorder:
     Raises UsageError when the folder holds another run and ``resume`` is False.
     """
 
-    #: Whether the recorder's own code is running.
+    #: Whether the recorder's own code is running, and whether it no longer does.
     busy = False
-    _stopped = True
+    stopped = True
 
     def __init__(
         self,
@@ -118,25 +84,24 @@ class GradientRecorder:
         if every < 1 or (capacity is not None and capacity < 1):
             raise ValueError(f"every and capacity must be at least 1, not {every} and {capacity}")
         self._model, self._optimizers = model, Optimizers(optimizer)
-        self._turns = Turns(max(1, len(self._optimizers)), every, directions)
-        self._directions, self._updates = directions, updates and len(self._optimizers) > 0
-        self._spool = Spool(folder, resume, capacity, writes=rank() == 0)
-        self._facts: dict[str, Any] = {
-            "run_id": run_id or uuid.uuid4().hex[:12],
-            "started": datetime.now(UTC).isoformat(),
-            **({} if batch_size is None else {"batch_size": float(batch_size)}),
-            **({} if accumulation is None else {"accumulation": int(accumulation)}),
-        }
+        self._count = count = len(self._optimizers)
+        self._directions, self._updates = directions, updates and count > 0
+        self._spool = Spool(folder, resume, capacity, count, writes=rank() == 0)
+        self._facts = facts(run_id, batch_size, accumulation)
         self.stage = stage
-        self._fallback = False
-        self._called = self._without_gradient = self._uncounted = self._count = False
+        #: Whether capture was ever called, and whether it was not before the last record.
+        self._called = self._fallback = False
+        #: Whether nothing is left to do at a step that is not recorded.
+        self._settled = False
         self._rows: Rows | None = None
-        self._topology: Topology | None = None
-        self._pending: Pending | None = None
-        self._unseen = max(1, len(self._optimizers))
-        self._hooks = [*hooks.of_steps(self._optimizers.all, self)]
-        self._hooks.append(hooks.of_forward(model, self))
-        self._stopped = False
+        self._pending: Record | None = None
+        self._sight = Sight(model, max(1, count))
+        self._advice = Advice()
+        self._before = [*hooks.before_steps(self._optimizers.all, self)]
+        self._after = [*hooks.after_steps(self._optimizers.all, self)]
+        self._forward = hooks.of_forward(model, self)
+        self._turns = Turns(max(1, count), every, directions, bool(self._after))
+        self.stopped = False
         endings.watch(self)
 
     # --- the loop -----------------------------------------------------------------------------
@@ -163,13 +128,12 @@ class GradientRecorder:
 
         Raises UsageError for an optimizer that the recorder does not have.
         """
-        settled = self._pending is None and self._called and not self._unseen
-        plain = scaler is None and loss_scale is None and optimizer is None
-        if settled and plain and self._turns.passes(step):
+        if scaler is not None and loss_scale is None:
+            loss_scale = getattr(scaler, "_scale", None)
+        may_skip = loss_scale is not None
+        if self._settled and optimizer is None and self._turns.passes(step, may_skip):
             return
         owner = None if optimizer is None else self._optimizers.index(optimizer)
-        if loss_scale is None and scaler is not None:
-            loss_scale = getattr(scaler, "_scale", None)
         given: dict[str, Any] = {}
         if loss_scale is not None:
             given["loss_scale"] = loss_scale
@@ -177,18 +141,9 @@ class GradientRecorder:
             given["clip_coef"] = clip_coefficient
         if max_norm is not None:
             given["max_norm"] = max_norm
-        self._capture(step, loss, given, scaler, owner)
-
-    @guarded
-    def _capture(
-        self, step: int | None, loss: Any, given: dict[str, Any], scaler: Any, owner: int | None
-    ) -> None:
-        self._forget_fallback()
-        self._called, self._fallback = True, False
-        may_skip = "loss_scale" in given
-        if self._turns.capture(may_skip):
-            self._warn_uncounted()
-        self._take(step, loss, given, owner, may_skip, scaler)
+        if not self._called:
+            self._forget_fallback()
+        self._take(step, owner, loss, given, scaler)
 
     @guarded
     def flush(self) -> None:
@@ -196,14 +151,12 @@ class GradientRecorder:
         self._settle()
         self._write(len(self._spool))
 
-    drain = flush
-
-    @guarded
     def close(self) -> None:
         """Write what is left and let go of the model. Safe to call twice."""
-        self._settle()
-        self._write(len(self._spool))
+        self.flush()
         self._stop()
+        for hook in (*self._before, *self._after):
+            hook.remove()
 
     def __enter__(self) -> GradientRecorder:
         return self
@@ -220,60 +173,51 @@ class GradientRecorder:
         with suppress(Exception):
             self.close()
 
-    # --- ending -------------------------------------------------------------------------------
+    # --- the end ------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        """Let go of everything; rows hold process groups, which must not outlive their end."""
-        self._stopped = True
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._rows, self._pending = [], None, None
-        self._spool.clear()
+        """Let go of everything; rows hold process groups, which must not outlive their end.
+
+        Only hooks of steps stay: a step that is under way would miss them.
+        """
+        self.stopped = True
+        self._forward.remove()
+        self._rows = None
+        self.forget()
         endings.unwatch(self)
 
-    def _fail(self, error: Exception) -> None:
+    def forget(self) -> None:
+        """For a forked child: what waits to be written is its parent's."""
+        self._pending, self.busy = None, False
+        self._spool.clear()
+
+    def fail(self, error: Exception) -> None:
         """Say what failed, save what can be saved, and leave the training alone."""
         with suppress(Exception):
             self._pending = None
             if not isinstance(error, OSError):
                 self._write(len(self._spool))
         self._stop()
-        self._say_failed(error)
-
-    def _say_failed(self, error: Exception) -> None:
-        written = self._spool.written
-        kept = f"the {plural(written, 'shard')} written" if written else "nothing"
-        warnings.warn(
-            f"gradient recording stopped ({type(error).__name__}: {error}); training goes on, and "
-            f"{kept} can be read in {self._spool.folder}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        self._spool.say_failed(error)
 
     # --- hooks --------------------------------------------------------------------------------
 
     def before_step(self, owner: int) -> None:
         """For the hook before a step: without a capture call it is the time to measure."""
         if not self._called:
-            self._before_step(owner)
+            self._fallback = True
+            self._take(None, owner, None, {}, None)
 
     def after_step(self, owner: int) -> None:
         """For the hook after a step."""
-        if self._turns.open:
-            self._turns.stepped()
+        self._turns.stepped()
         if self._pending is not None:
             self._after_step(owner)
 
-    @guarded
-    def _before_step(self, owner: int) -> None:
-        """The fallback: no capture call, so gradients are what the optimizer is about to use."""
-        self._fallback = True
-        self._turns.capture(False)
-        self._take(None, None, {}, owner, False, None)
-
     def _forget_fallback(self) -> None:
         """A capture inside the step (of a closure): the hook before it had nothing to see."""
-        if not self._called and self._pending is not None and not self._pending.stepped:
+        self._called, self._fallback = True, False
+        if self._pending is not None and not self._pending.stepped:
             self._pending = None
             self._turns.undo()
 
@@ -282,21 +226,21 @@ class GradientRecorder:
         pending = self._pending
         if pending is None:
             return
-        pending.stepped.append(owner)
+        while self._called and self._before:  # of no more use
+            self._before.pop().remove()
+        pending.stepped += (owner,)
         for part in pending.parts:
-            if part.owner == owner and part.measured is not None:
-                part.measured.after(part)
-                part.measured, part.gradients = None, []
-        if len(self._optimizers) == 1:
+            if part.owner == owner and part.awaits is not None:
+                part.awaits.after(part)
+                part.awaits = None
+        if self._count == 1:
             self._settle()
 
     @guarded
     def look_once(self, output: Any, inputs: Any, named: Any) -> None:
         """For the hook of the forward pass, which is then gone."""
-        self._hooks.pop().remove()
-        self._look(output)
-        if self._topology is None:
-            self._topology = compiled_topology(inner(self._model), output, inputs, named)
+        self._forward.remove()
+        self._sight.look_through(output, inputs, named)
 
     @guarded
     def look(self, loss: Any) -> None:
@@ -304,125 +248,76 @@ class GradientRecorder:
 
         ``capture`` does it with the loss it is given; of use to those who detach it first.
         """
-        if getattr(loss, "grad_fn", None) is not None and self._unseen:
-            self._look(loss)
-
-    def _look(self, output: Any) -> None:
-        """Several optimizers may have several losses, each of which shows a part."""
-        self._unseen = max(0, self._unseen - 1)
-        owner = {id(p): module for _, module, p in modules_of(inner(self._model))}
-        self._topology = merged(self._topology, topology(output, owner))
+        if not self._sight.complete and getattr(loss, "grad_fn", None) is not None:
+            self._sight.look(loss)
 
     # --- one record ---------------------------------------------------------------------------
 
+    @guarded
     def _take(
-        self, step: int | None, loss: Any, given: dict[str, Any], owner: int | None,
-        may_skip: bool, scaler: Any,
-    ) -> None:  # fmt: skip
+        self, step: int | None, owner: int | None, loss: Any, given: dict[str, Any], scaler: Any
+    ) -> None:
         """Measure the gradients of those optimizers whose turn it is to be recorded."""
         if self._pending is not None:
             self._settle()
-        if self._unseen and loss is not None:
+        if not self._sight.complete and loss is not None:
             self.look(loss)
-        turn = self._turns.turn(step, owner)
-        if not turn.wanted:
-            self._pending = (turn.unseen and Pending(turn.step, owner, may_skip)) or None
-            return
-        parts = self._current_rows(turn.step).take(
-            turn.wanted, whole=turn.whole, counted=self._count, updates=self._updates
-        )
-        pending = Pending(turn.step, owner, may_skip, self._optimizers.rates(), parts)
-        if scaler is not None:
-            for part in parts:
-                part.scale = carried(scaler, self._optimizers, part.owner)
-        if given:
-            pending.scalars = {k: known(v) for k, v in given.items()}
+        may_skip = "loss_scale" in given
+        turn = self._turns.turn(step, owner, may_skip)
+        if turn.wanted:
+            self._pending = self._record(turn, owner, loss, given, scaler)
+        elif turn.unseen:
+            self._pending = Record(turn.step, owner, may_skip)
+        if self._turns.outnumbered and self._called:
+            self._advice.outnumbered(self._turns)
+        self._settled = self._called and self._sight.complete
+
+    def _record(
+        self, turn: Turn, owner: int | None, loss: Any, given: dict[str, Any], scaler: Any
+    ) -> Record:
+        rows, due = self._rows, 0
+        if rows is None or not rows.same():
+            rows = self._renewed()
+        # Of several optimizers, one whose turn is still to come may join the last record.
+        elif due := self._spool.due(turn.step, held=self._count > 1):
+            self._write(due)
+        parts = rows.take(turn.wanted, whole=turn.whole, counted=self._spool.spoiled)
+        record = Record(turn.step, owner, "loss_scale" in given, self._optimizers.rates(), parts)
         if loss is not None:
-            pending.loss = known(loss)
-        self._pending = pending
-        if not (parts and parts[0].valued):
-            self._warn_without_gradient(parts)
+            record.loss = known(loss)
+        if given:
+            record.scalars = [(name, known(number)) for name, number in given.items()]
+        if scaler is not None and self._count:
+            for part in parts:
+                part.scale = carried(scaler, self._optimizers.all[part.owner])
+        if self._count < 2 and not (self._fallback or (parts and parts[0].valued)):
+            self._advice.without_gradient(parts)
+        return record
 
     def _settle(self) -> None:
         """The record before is complete: who stepped, and whether it was skipped, is known now."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            stepped = pending.stepped
-            place = self._turns.settle(pending.step, pending.owner, stepped, pending.may_skip)
-            if pending.parts:
-                self._spool.add(pending, place, len(self._optimizers))
+        record, self._pending = self._pending, None
+        if record is not None:
+            place = self._turns.settle(record.step, record.owner, record.stepped, record.may_skip)
+            self._spool.add(record, place)
 
-    def _current_rows(self, step: int | None) -> Rows:
+    def _renewed(self) -> Rows:
         """The parameters as they are now; a change of them, or of the order, begins a shard."""
-        rows = self._rows
-        if rows is None or not rows.same():
-            self._write(len(self._spool))
-            model = inner(self._model)
-            rows = Rows(model, self._optimizers, self._topology, self._directions)
-            self._rows = rows
-            self._spool.fit(len(rows))
-        # Of several optimizers, one whose turn is still to come may join the last record.
-        elif due := self._spool.due(step, held=int(len(self._optimizers) > 1)):
-            self._write(due)
+        self._write(len(self._spool))
+        model, order = inner(self._model), self._sight.topology
+        rows = Rows(model, self._optimizers, order, self._directions, self._updates)
+        self._spool.fit(len(rows))
+        self._rows = rows
         return rows
 
     def _write(self, count: int) -> None:
         """Write the first ``count`` records that wait as a shard."""
-        rows = self._rows
-        if rows is None or count == 0:
-            return
-        arrays = self._spool.taken(count, len(rows), len(self._optimizers))
-        # Counting elements costs a pass each, which a finite run can be spared.
-        recorded = arrays["grad/status"] == Status.RECORDED
-        self._count |= not bool(np.isfinite(arrays["grad/l2"][recorded]).all())
-        if not self._spool.writes:
-            return
-        try:
-            self._spool.save(arrays, rows.arrays(self._topology), self._meta(rows))
-        except Exception as error:
-            if not rows.sharded:
-                raise
-            # The other ranks wait for this one at every record.
-            self._spool.writes = False
-            self._say_failed(error)
+        if self._rows is not None and count:
+            self._spool.write(count, self._rows, self._described)
 
-    def _meta(self, rows: Rows) -> dict[str, Any]:
-        return {
-            "writer": "gradscope",
-            "torch": torch.__version__,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "stage": "pre_step" if self._fallback else self.stage,
-            "reduction": "global",
-            "rank": rank(),
-            "sketch": {"k": WIDTH, "hash": "murmur3 finaliser", "most": MOST_SKETCHED,
-                       "subset": "without replacement"},
-            **self._optimizers.described(),
-            "precision": dict.fromkeys(("grad", "param"), str(rows.dtype).removeprefix("torch.")),
-            "topology": {"source": "assumed-chain" if self._topology is None else "recorded"},
-            **({"captures": self._turns.captures, "optimizer_steps": self._turns.steps}
-               if len(self._optimizers) else {}),
-            **self._facts,
-        }  # fmt: skip
-
-    # --- what the caller should know ------------------------------------------------------------
-
-    def _warn_uncounted(self) -> None:
-        if not self._uncounted and self._hooks:
-            self._uncounted = True
-            said = (
-                f"capture() was called {self._turns.captures} times for "
-                f"{plural(self._turns.steps, 'step')} of the optimizer: call it once a step, after "
-                "the last micro-batch; norms of unfinished gradients are not those of the step"
-            )
-            warnings.warn(said, stacklevel=4)
-
-    def _warn_without_gradient(self, parts: Sequence[Part]) -> None:
-        if self._without_gradient or self._fallback or any(p.valued for p in parts):
-            return
-        if any(Status.NONE in p.status for p in parts) and len(self._optimizers) < 2:
-            self._without_gradient = True
-            warnings.warn(
-                "no parameter has a gradient: call capture() after backward() and before "
-                "zero_grad()",
-                stacklevel=5,
-            )
+    def _described(self, rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a shard says of its rows and of the run."""
+        order, stage = self._sight.topology, "pre_step" if self._fallback else self.stage
+        return rows.arrays(order), meta(
+            stage, rows.dtype, order, self._optimizers, self._turns
+        ) | self._facts

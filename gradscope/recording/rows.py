@@ -12,9 +12,10 @@ import torch
 
 from gradscope.histories.history import Kind
 from gradscope.recording.lots import Lot, lots
+from gradscope.recording.modules import modules_of
 from gradscope.recording.optimizers import Optimizers
-from gradscope.recording.shards import Part, status_of
-from gradscope.recording.topology import Topology, modules_of
+from gradscope.recording.records import Part, status_of
+from gradscope.recording.topology import Topology
 
 Tensor = torch.Tensor
 
@@ -22,7 +23,8 @@ Tensor = torch.Tensor
 class Rows:
     """The parameters of a model as rows of the file, in the order of their use.
 
-    ``order`` is None where it could not be read; ``directions`` asks for sketches.
+    ``order`` is None where it could not be read; ``directions`` asks for sketches, ``updates`` for
+    what steps change.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Rows:
         optimizers: Optimizers,
         order: Topology | None,
         directions: bool,
+        updates: bool,
     ) -> None:
         found = list(modules_of(model))
         place = {module: i for i, module in enumerate(order.order)} if order else {}
@@ -44,7 +47,7 @@ class Rows:
         self._known = list(chain.from_iterable(map(dict.values, self._filled)))
         self._types = dict(model.named_modules())
         self._optimizers = optimizers
-        self._directions = directions
+        self._directions, self._updates = directions, updates
         self._lots: list[Lot] = []
         #: Rows that had no gradient yet, by optimizer; they are measured from their first one on.
         self._idle = list(range(len(found)))
@@ -63,19 +66,21 @@ class Rows:
         """Whether ranks take part in each other's records."""
         return any(lot.sharded for lot in self._lots)
 
-    def take(
-        self, owners: Sequence[int], *, whole: bool, counted: bool, updates: bool
-    ) -> list[Part]:
-        """The statistics of some optimizers' parameters as they are now."""
+    def take(self, owners: Sequence[int], *, whole: bool, counted: bool) -> list[Part]:
+        """The statistics of some optimizers' parameters as they are now.
+
+        Only norms and directions unless ``whole``; ``counted`` is whether NaN and infinite elements
+        are, where that costs something.
+        """
         if self._idle:
             self._admit()
         parts = []
         for lot in self._lots:
             if lot.owner in owners:
-                part = lot.take(whole=whole, counted=counted, updates=updates)
+                part = lot.take(whole, counted)
                 if part is None:  # a gradient became sparse
                     self._lots, self._idle = [], list(range(len(self._names)))
-                    return self.take(owners, whole=whole, counted=counted, updates=updates)
+                    return self.take(owners, whole=whole, counted=counted)
                 parts.append(part)
         return [*parts, *self._absent(owners)] if self._idle else parts
 
@@ -85,7 +90,9 @@ class Rows:
         if new:
             taken = set(new)
             self._idle = [row for row in self._idle if row not in taken]
-            self._lots += lots(new, self._names, self._parameters, self._owners(), self._directions)
+            self._lots += lots(
+                new, self._names, self._parameters, self._owners(), self._directions, self._updates
+            )
 
     def _absent(self, owners: Sequence[int]) -> list[Part]:
         """Why the others have no gradient, by optimizer."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gradscope.recording.pending import Pending
-from gradscope.recording.shards import Record, drained, folder_for, save
+from gradscope.histories.history import Status
+from gradscope.recording.columns import drained
+from gradscope.recording.records import Array, Record
+from gradscope.recording.rows import Rows
+from gradscope.recording.shards import folder_for, save
 from gradscope.recording.turns import Place
-
-Array = np.ndarray[Any, Any]
+from gradscope.text import plural
 
 #: The first shard has this many records, the next eight times as many, up to the capacity.
 FIRST_SHARD = 4
@@ -22,6 +25,9 @@ SECONDS = 30.0
 #: Bytes that records may take where they wait, when no capacity is given, and how many at most.
 _WAITING_BYTES = 1 << 24
 _MOST_RECORDS = 1024
+
+#: The arrays of a shard's rows, and its meta.
+Described = tuple[Mapping[str, Array], Mapping[str, Any]]
 
 
 class Spool:
@@ -32,35 +38,37 @@ class Spool:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], resume: bool, capacity: int | None, writes: bool
-    ) -> None:
+        self, folder: str | os.PathLike[str], resume: bool, capacity: int | None, optimizers: int,
+        writes: bool,
+    ) -> None:  # fmt: skip
         self.folder, self._number = folder_for(folder, resume) if writes else (os.fspath(folder), 0)
-        self.writes, self.written = writes, 0
+        self._optimizers, self._writes, self._written = optimizers, writes, 0
         self._records: list[Record] = []
         self._capacity, self._limit = capacity, FIRST_SHARD
         self._most = self._enough = capacity or FIRST_SHARD
         self._since = time.monotonic()
+        #: Whether a gradient so far was not finite.
+        self.spoiled = False
 
-    def add(self, pending: Pending, place: Place, optimizers: int) -> None:
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def add(self, record: Record, place: Place) -> None:
         """A capture whose step was seen; of several optimizers those of one round share a record.
 
         A step that is captured again replaces what it had.
         """
-        parts = [part for part in pending.parts if part.owner in place.owners]
-        if not parts:
+        if self._optimizers > 1:
+            record.parts = [part for part in record.parts if part.owner in place.owners]
+        if not record.parts:
             return
-        losses = {} if pending.loss is None else dict.fromkeys(place.owners, pending.loss)
-        whole, skipped = len(place.owners) >= optimizers, place.skipped
-        last = self._records[-1] if self._records else None
-        if last is not None and last.step == place.step:
-            self._records.pop()
-            kept = [part for part in last.parts if part.owner not in place.owners]
-            parts, losses = kept + parts, last.losses | losses
-            whole, skipped = whole and not kept, skipped or (last.skipped and bool(kept))
-            pending.scalars = last.scalars | pending.scalars
-        self._records.append(
-            Record(place.step, pending.rates, parts, pending.scalars, losses, whole, skipped)
-        )
+        record.step, record.skipped = place.step, place.skipped
+        record.whole = len(place.owners) >= self._optimizers
+        if record.loss is not None:
+            record.losses = [(owner, record.loss) for owner in place.owners]
+        if self._records and self._records[-1].step == place.step:
+            record = _joined(self._records.pop(), record, place.owners)
+        self._records.append(record)
 
     def due(self, step: int | None, held: int) -> int:
         """How many records should be written before one of ``step`` is taken.
@@ -71,7 +79,8 @@ class Spool:
         count = len(self._records)
         if count == 0:
             return 0
-        if step is not None and self._records[-1].step > step:
+        last = self._records[-1].step
+        if step is not None and last is not None and last > step:
             return count
         late = time.monotonic() - self._since > SECONDS
         return count - held if late or count >= self._enough else 0
@@ -82,24 +91,52 @@ class Spool:
         self._most = self._capacity or fitting
         self._enough = min(self._limit, self._most)
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def taken(self, count: int, rows: int, optimizers: int) -> dict[str, Array]:
-        """The arrays of the first records that wait; they wait no more."""
-        ready = self._records[:count]
-        self._records, self._since = self._records[len(ready) :], time.monotonic()
+    def write(self, count: int, rows: Rows, described: Callable[[Rows], Described]) -> None:
+        """Write the first ``count`` records that wait as a shard, where nobody else has one."""
+        arrays = drained(self._records[:count], len(rows), self._optimizers)
+        recorded = arrays["grad/status"] == Status.RECORDED
+        self.spoiled |= not bool(np.isfinite(arrays["grad/l2"][recorded]).all())
+        if self._writes:
+            self._save(arrays, rows, described)
+        self._records, self._since = self._records[count:], time.monotonic()
         self._limit *= 8
         self._enough = min(self._limit, self._most)
-        return drained(ready, rows, optimizers)
+
+    def _save(
+        self, arrays: dict[str, Array], rows: Rows, described: Callable[[Rows], Described]
+    ) -> None:
+        try:
+            self._number = save(self.folder, self._number, arrays, *described(rows)) + 1
+            self._written += 1
+        except Exception as error:
+            if not rows.sharded:
+                raise
+            # The other ranks wait for this one at every record.
+            self._writes = False
+            self.say_failed(error)
 
     def clear(self) -> None:
         """Let go of what waits."""
         self._records = []
 
-    def save(
-        self, arrays: Mapping[str, Array], layers: Mapping[str, Array], meta: Mapping[str, Any]
-    ) -> None:
-        """Write one shard, where nobody else has one."""
-        self._number = save(self.folder, self._number, arrays, layers, meta) + 1
-        self.written += 1
+    def say_failed(self, error: Exception) -> None:
+        """Warn that recording has stopped, and of what there is."""
+        written = self._written
+        kept = f"the {plural(written, 'shard')} written" if written else "nothing"
+        warnings.warn(
+            f"gradient recording stopped ({type(error).__name__}: {error}); training goes on, and "
+            f"{kept} can be read in {self.folder}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _joined(first: Record, second: Record, owners: Sequence[int]) -> Record:
+    """Two captures of one step: what the second, of some optimizers, has replaces the first's."""
+    kept = [part for part in first.parts if part.owner not in owners]
+    second.parts = [*kept, *second.parts]
+    second.losses = (*first.losses, *second.losses)
+    second.scalars = (*first.scalars, *second.scalars)
+    second.whole &= not kept
+    second.skipped |= first.skipped and bool(kept)
+    return second

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+
+from gradscope.recording.modules import modules_of
 
 Node = Any
 
@@ -162,13 +164,3 @@ def _users(nodes: Iterable[Node], owner: Mapping[int, str]) -> dict[Node, frozen
 def _is_view(node: Node) -> bool:
     name = type(node).__name__.rstrip("0123456789").removesuffix("Backward")
     return name in _VIEWS
-
-
-def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-    """(parameter's name, its module's name, the parameter), tied ones once.
-
-    The names are those of the model that was not compiled.
-    """
-    for name, parameter in model.named_parameters():
-        name = name.replace("_orig_mod.", "")
-        yield name, name.rpartition(".")[0], parameter

@@ -36,68 +36,69 @@ class Turns:
 
     With one optimizer, records are those whose step is a multiple of ``every`` (and, with
     ``directions``, those after them). Several count their own steps. Those of one round, in which
-    none steps twice, have one number: that of the caller, or of the round.
+    none steps twice, have one number: that of the caller, or of the round. ``watched`` is whether
+    steps will be told of.
     """
 
-    def __init__(self, optimizers: int, every: int, directions: bool) -> None:
+    def __init__(self, optimizers: int, every: int, directions: bool, watched: bool) -> None:
         self._count, self._every, self._directions = optimizers, every, directions
+        self._watched = watched
         self._next = 0
         self._own = [0] * optimizers
         self._round: set[int] = set()
         #: How often capture was called, and how often a step of any optimizer followed.
         self.captures = self.steps = 0
-        #: Whether a capture's step is still to come.
-        self.open = False
-        self._skippable = False
+        #: Whether a capture's step is still to come, and whether it may be skipped.
+        self._open = self._skippable = False
         self._unstepped = 0
+        #: Whether calls outnumber steps, by more than skipped steps explain.
+        self.outnumbered = False
 
-    def capture(self, may_skip: bool) -> bool:
-        """Count a call; whether calls outnumber steps by more than skipped steps explain."""
-        if self.open and not self._skippable:
-            self._unstepped += 1
-        self.captures += 1
-        self.open, self._skippable = True, may_skip
-        return self._unstepped >= _UNSTEPPED and self._unstepped * _UNSTEPPED_SHARE >= self.captures
-
-    def passes(self, step: object) -> bool:
+    def passes(self, step: int | None, may_skip: bool) -> bool:
         """Count a call at a step that is not to be recorded; False where there is more to do.
 
         What most calls of a loop are: one optimizer, whose last step was seen.
         """
         number = self._next if step is None else step
-        if self.open or self._count != 1 or type(number) is not int:
+        if self._open or self._count != 1 or type(number) is not int:
             return False
         if number % self._every <= self._directions:
             return False
+        self._next = number + 1
         self.captures += 1
-        self.open, self._skippable, self._next = True, False, number + 1
+        self._open, self._skippable = self._watched, may_skip
         return True
 
-    def undo(self) -> None:
-        """Forget the last capture, whose step was not seen."""
-        self.captures -= 1
-        self.open = False
-        if self._count == 1:
-            self._next -= 1
-
-    def stepped(self) -> None:
-        """Count a step, the first that follows a capture: one that was ``open``."""
-        self.steps += 1
-        self.open = False
-
-    def turn(self, step: int | None, owner: int | None) -> Turn:
-        """What to do with a capture, of one optimizer's step or of any's."""
+    def turn(self, step: int | None, owner: int | None, may_skip: bool) -> Turn:
+        """Count a call, and what to do with it: of one optimizer's step or of any's."""
+        self.captures += 1
+        if self._open and not self._skippable:
+            self._unstepped += 1
+            share = self._unstepped * _UNSTEPPED_SHARE
+            self.outnumbered = self._unstepped >= _UNSTEPPED and share >= self.captures
+        self._open, self._skippable = self._watched, may_skip
         if self._count == 1:
             number = self._next if step is None else int(step)
             self._next = number + 1
             place = number % self._every
-            wanted = place == 0 or (self._directions and place == 1)
-            return Turn(number, (0,) if wanted else (), place == 0, False)
+            return Turn(number, (0,) if place <= self._directions else (), place == 0, False)
         those = range(self._count) if owner is None else (owner,)
         places = {i: self._own[i] % self._every for i in those}
-        wanted_by = tuple(i for i, p in places.items() if p == 0 or (self._directions and p == 1))
-        whole = any(places[i] == 0 for i in wanted_by)
-        return Turn(None if step is None else int(step), wanted_by, whole, True)
+        wanted = tuple(i for i, place in places.items() if place <= self._directions)
+        whole = any(places[i] == 0 for i in wanted)
+        return Turn(None if step is None else int(step), wanted, whole, True)
+
+    def undo(self) -> None:
+        """Forget the last capture, whose step was not seen."""
+        self.captures -= 1
+        self._open = False
+        if self._count == 1:
+            self._next -= 1
+
+    def stepped(self) -> None:
+        """Count a step, if it is the first that follows a capture."""
+        self.steps += self._open
+        self._open = False
 
     def settle(
         self, step: int | None, owner: int | None, stepped: Sequence[int], may_skip: bool

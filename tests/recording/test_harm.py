@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,8 +22,7 @@ from gradscope import GradientRecorder
 from gradscope.errors import UsageError
 from gradscope.histories import format as history_format
 from gradscope.histories.open import open_history
-from gradscope.recording import recorder as recorder_module
-from gradscope.recording import rows, shards, spool
+from gradscope.recording import rows, shards, sight, spool
 
 from .training import mlp
 
@@ -107,7 +108,7 @@ def test_a_failure_of_the_measurement_leaves_what_came_before(
 def test_a_failure_after_the_step_or_in_the_forward_hook_stops_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for i, (module, name) in enumerate([(recorder_module, "topology"), (spool, "drained")]):
+    for i, (module, name) in enumerate([(sight, "topology"), (spool, "drained")]):
         recorder, model, optimizer = begun(tmp_path / str(i))
         with monkeypatch.context() as patch:
             patch.setattr(module, name, None)
@@ -320,3 +321,96 @@ def test_a_signal_while_a_shard_is_written_waits_for_its_end(
         recorder.close()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# --- other people's objects -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_failure_in_a_step_leaves_the_optimizers_other_hooks_alone(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch walks through the hooks while ours fails: none may go meanwhile."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    calls: list[int] = []
+    if earlier:
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    recorder = GradientRecorder(model, optimizer, tmp_path / "a", every=1)
+    if not earlier:
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(spool.Spool, "add", full)
+
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        train(recorder, model, optimizer, range(5))
+
+    assert len(calls) == 5
+    recorder.close()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("trained", [0, 3])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_a_model_that_is_recorded_is_a_model_of_its_own(
+    copied: Any, trained: int, tmp_path: Path
+) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a")
+    train(recorder, model, optimizer, range(trained))
+
+    other = copied(model)
+    other(torch.ones(2, 6)).sum().backward()  # an average of the weights, say
+    train(recorder, model, optimizer, range(trained, 6))
+    recorder.close()
+
+    history = open_history(str(tmp_path / "a"))
+    assert history.steps.tolist() == list(range(6))
+    assert history.topology == "recorded"
+    assert len(history.edges) == 4
+
+
+def test_a_pickled_model_needs_no_gradscope(tmp_path: Path) -> None:
+    _, model, _ = begun(tmp_path / "a")
+
+    assert b"gradscope" not in pickle.dumps(torch.nn.Sequential(*model)) + pickle.dumps(model)
+
+
+FORK = """
+    import gc, os, sys, torch
+    from gradscope import GradientRecorder
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    recorder = GradientRecorder(model, optimizer, sys.argv[1], every=1)
+    def train(steps):
+        for step in steps:
+            optimizer.zero_grad(); model(torch.ones(1, 3)).sum().backward()
+            recorder.capture(step); optimizer.step()
+    train(range(7))
+    if (pid := os.fork()) == 0:
+        {child}
+        os._exit(0)
+    os.waitpid(pid, 0)
+    train(range(7, 9))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize(
+    "child", ["del recorder; gc.collect()", "recorder.close()", "sys.exit(0)", "recorder.flush()"]
+)
+def test_a_forked_child_has_no_record_of_its_parents(child: str, tmp_path: Path) -> None:
+    code = textwrap.dedent(FORK).format(child=child)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert history.steps.tolist() == list(range(9))
+    assert len(list((tmp_path / "a").iterdir())) == 2
+    assert "gradient recording stopped" not in done.stderr

@@ -16,7 +16,7 @@ from torch import nn
 from gradscope import GradientRecorder
 from gradscope.errors import UsageError
 from gradscope.histories.open import open_history
-from gradscope.recording import lots, pending, spool
+from gradscope.recording import lots, records, spool
 
 from .training import mlp, norm, run, transformer
 
@@ -40,7 +40,7 @@ def test_nothing_waits_for_the_device_before_a_shard_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lots, "fits", lambda _: False)  # as on any other device
-    monkeypatch.setattr(pending, "on_host", lambda _: False)
+    monkeypatch.setattr(records, "on_host", lambda _: False)
     monkeypatch.setattr(spool, "FIRST_SHARD", 1000)
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())

@@ -1,0 +1,41 @@
+"""What the caller of a recorder should know, said once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from gradscope.histories.history import Status
+from gradscope.recording.records import Part
+from gradscope.recording.turns import Turns
+from gradscope.text import plural
+
+
+class Advice:
+    """Two warnings, each given once."""
+
+    def __init__(self) -> None:
+        self._outnumbered = self._without_gradient = False
+
+    def outnumbered(self, turns: Turns) -> None:
+        """Captures outnumber steps."""
+        if not self._outnumbered:
+            self._outnumbered = True
+            self._say(
+                f"capture() was called {turns.captures} times for "
+                f"{plural(turns.steps, 'step')} of the optimizer: call it once a step, after the "
+                "last micro-batch; norms of unfinished gradients are not those of the step"
+            )
+
+    def without_gradient(self, parts: Sequence[Part]) -> None:
+        """No parameter has a gradient, though some should."""
+        lacking = any(Status.NONE in part.status for part in parts)
+        if lacking and not self._without_gradient and not any(part.valued for part in parts):
+            self._without_gradient = True
+            self._say(
+                "no parameter has a gradient: call capture() after backward() and before "
+                "zero_grad()"
+            )
+
+    def _say(self, text: str) -> None:
+        warnings.warn(text, stacklevel=6)
