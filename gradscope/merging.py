@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradscope.report.model import AnyReport
 
 #: Each command whose runs can be shared, and what joins their parts.
-MERGERS: Mapping[str, str] = {"weights": "gradscope.weights.parts:merged"}
+MERGERS: Mapping[str, str] = {"weights": "gradscope.weights.joining:merged"}
 
 
 def merge(

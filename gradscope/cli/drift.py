@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Gate, Jobs, KeepGoing, Output, Tensors
+from gradscope.cli.options import Engine, EngineName, Gate, Jobs, KeepGoing, Output, Tensors
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -75,6 +75,7 @@ def drift(
     ] = None,
     tensors: Tensors,
     keep_going: KeepGoing = False,
+    engine: Engine = EngineName.LOCAL,
     jobs: Jobs = None,
     output: Output,
     gate: Gate,
@@ -100,6 +101,7 @@ def drift(
             expect_changed=expect_changed or (),
             max_drift=parse_limits(max_drift or ()),
             keep_going=keep_going,
+            engine=engine.value,
             jobs=jobs,
             progress=tick,
             **tensors.wanted,

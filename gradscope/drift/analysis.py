@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.open import open_checkpoint
@@ -18,7 +19,11 @@ from gradscope.errors import UsageError
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
 from gradscope.report.request import Failures, part_failures, requested
+from gradscope.statistics import engine_for
 from gradscope.weights.patterns import filtered, narrowed
+
+if TYPE_CHECKING:
+    from gradscope.statistics import Engine
 
 
 def analyze_drift(
@@ -42,6 +47,7 @@ def analyze_drift(
     config: ConfigLike = None,
     baseline: str | Path | None = None,
     keep_going: bool = False,
+    engine: str = "local",
     jobs: int | None = None,
     progress: Progress = lambda _done, _total: None,
 ) -> DriftReport:
@@ -57,9 +63,10 @@ def analyze_drift(
     in turn, or of the parents), ``quantised`` or ``converted``; ``expect_frozen`` and
     ``expect_changed`` are patterns of tensors whose bits must be the same, or must not;
     ``max_drift`` is the greatest relative drift by role (``*`` for all).
-    ``progress`` is called with bytes done and bytes in all. An input that cannot be read is an
-    entry of ``errors``, never an exception; with ``keep_going`` a file that fails while it is read
-    costs its tensors alone.
+    ``engine`` is ``local``, the threads of this process, or ``ray``, the cluster that Ray is
+    connected to. ``progress`` is called with bytes done and bytes in all. An input that cannot be
+    read is an entry of ``errors``, never an exception; with ``keep_going`` a file that fails while
+    it is read costs its tensors alone.
 
     Raises UsageError for an unknown rule, key, severity or role, for a pattern of what to expect
     that matches no tensor, and for expectations of values where only headers are read.
@@ -71,6 +78,7 @@ def analyze_drift(
     if headers_only and (asked or parents or later):
         what = "series" if later else "mix" if parents else "expectation"
         raise UsageError(f"--headers-only reads no values, without which no {what} can be judged")
+    run = engine_for(engine, jobs)
     request = requested(
         Drifted,
         select=select,
@@ -97,7 +105,7 @@ def analyze_drift(
     elif headers_only:
         found = headers_of(*series)
     else:
-        found = _found(series, mixed, failures, jobs, keep_going, progress)
+        found = _found(series, mixed, failures, run, keep_going, progress)
     drifted = _drifted(paths[0], paths[-1], found, asked, failures, adapters)
     errors = [
         *failures,
@@ -119,23 +127,21 @@ def _found(
     series: Sequence[Checkpoint],
     parents: Mapping[str, Checkpoint],
     failures: Failures,
-    jobs: int | None,
+    run: Engine[Any, Any],
     keep_going: bool,
     progress: Progress,
 ) -> Found:
     """The first and the last in full; of more than two, the way there."""
-    from gradscope.statistics import threads
-
     found = compared(
         series[0],
         series[-1],
         failures,
-        engine=threads(jobs),
+        engine=run,
         parents=parents,
         keep_going=keep_going,
         progress=progress,
     )
-    return _with_series(found, series, failures, jobs) if len(series) > 2 else found
+    return _with_series(found, series, failures, run) if len(series) > 2 else found
 
 
 def _ordered(*paths: str | Path) -> list[str]:
@@ -157,15 +163,14 @@ def _labels(parents: Sequence[str | Path]) -> list[tuple[str, str]]:
 
 
 def _with_series(
-    found: Found, series: Sequence[Checkpoint], failures: Failures, jobs: int | None
+    found: Found, series: Sequence[Checkpoint], failures: Failures, run: Engine[Any, Any]
 ) -> Found:
     from gradscope.drift.series import trajectories
-    from gradscope.statistics import threads
 
     if found.result is None:
         return found
     with failures.caught():
-        paths = trajectories(series, threads(jobs))
+        paths = trajectories(series, run)
         for checkpoint in series:
             unchanged(checkpoint)
         return replace(found, result=found.result.model_copy(update={"series": paths}))

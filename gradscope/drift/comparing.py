@@ -42,16 +42,16 @@ def compare(
             progress(_bytes(one) + _bytes(two))
             whole += found
             if one.stop == one.ref.numel:
-                yield from _empty(waiting, one.ref)
+                yield from _empty(waiting)
                 yield measures(one.ref.numel, whole)
                 whole = []
-    yield from _empty(waiting, None)
+    yield from _empty(waiting)
 
 
-def _empty(waiting: Iterator[Pair], until: TensorRef | None) -> Iterator[Measures]:
-    """The measures of pairs without elements, which have no tiles, up to that of ``until``."""
+def _empty(waiting: Iterator[Pair]) -> Iterator[Measures]:
+    """The measures of pairs without elements, which have no tiles, up to the next that has some."""
     for pair in waiting:
-        if pair.base is until:
+        if pair.base.numel:
             return
         yield measures(0, ())
 

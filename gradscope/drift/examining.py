@@ -95,6 +95,7 @@ def _compared(
     from gradscope.drift.logical import logical
     from gradscope.drift.misplaced import with_misplaced
     from gradscope.drift.second_look import same
+    from gradscope.statistics.engine import one_blas_thread
 
     base, new = verified(base, engine), verified(new, engine)
     here, there, known = unstacked(logical(base), logical(new), ggml_names(base, new))
@@ -114,7 +115,8 @@ def _compared(
         )
         for seen in measured
     )
-    seen = with_misplaced(list(engine(_explained, tasks)), here.tensors)
+    with one_blas_thread():
+        seen = with_misplaced(list(engine(_explained, tasks)), here.tensors)
     for checkpoint in (base, new, *parents.values()):
         unchanged(checkpoint)
     result = assembled(base, new, matching, seen, names)

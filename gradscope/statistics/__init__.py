@@ -5,8 +5,10 @@ Loaded when first used, so that the plain records in ``records`` cost no numeric
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradscope.errors import UsageError
 from gradscope.text import quoted
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from gradscope.statistics.description import Pool
     from gradscope.statistics.engine import Engine, Profile, profile, threads
     from gradscope.statistics.tally import Scan
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _HOMES = {
     "Engine": "engine",
@@ -45,14 +50,18 @@ def engine_for(name: str, jobs: int | None = None) -> Engine[Any, Any]:
     Raises UsageError for another name, and where Ray is not installed.
     """
     if name == "local":
-        from gradscope.statistics.engine import threads
-
-        return threads(jobs)
+        return partial(_locally, jobs)
     if name != "ray":
         raise UsageError(f"--engine is local or ray, not {quoted(name)}")
     from gradscope.statistics.ray_engine import tasks_of_ray
 
     return tasks_of_ray(jobs)
+
+
+def _locally(jobs: int | None, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+    from gradscope.statistics.engine import threads  # which headers have no use for
+
+    yield from threads(jobs)(function, tasks)
 
 
 def __getattr__(name: str) -> Any:

@@ -84,13 +84,13 @@ def analyze_weights(
     if headers_only:
         _refuse_data(casts, spectral, shard)
     part = None if shard is None else share(shard)
-    run = None if headers_only and engine == "local" else engine_for(engine, jobs)
+    run = engine_for(engine, jobs)
     opened: list[Checkpoint] = []
     failures = Failures()
     for path in checkpoints:
         with failures.caught():
             opened.append(filtered(open_checkpoint(str(path), key), include, exclude))
-    if headers_only or run is None:
+    if headers_only:
         return report(request, [judged(headers(c), request) for c in opened], failures, casts)
     from gradscope.statistics import scan_for
 

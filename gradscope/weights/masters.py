@@ -56,6 +56,11 @@ def compared(refs: Sequence[TensorRef], found: Mapping[str, Digests]) -> Masters
     return Masters(len(both), tuple(ref.name for ref in astray))
 
 
+def compared_names(refs: Sequence[TensorRef]) -> frozenset[str]:
+    """The tensors whose digests it takes."""
+    return frozenset(ref.name for side in _sides(refs) for ref in side)
+
+
 def _sides(refs: Sequence[TensorRef]) -> tuple[list[TensorRef], list[TensorRef]]:
     """The master weights, and the tensors of the model that one of them may be."""
     masters = [r for r in refs if r.part == "master" and r.dtype in _WIDE and r.numel > 1]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gradscope
@@ -17,7 +18,7 @@ from gradscope.errors import InputError, UsageError
 from gradscope.report.formats.json_ import render
 from gradscope.statistics import engine_for
 
-from ..weights.checkpoints import lora, transformer, write
+from ..weights.checkpoints import gaussian, lora, transformer, write
 
 # -- without Ray ----------------------------------------------------------------------------------
 
@@ -89,6 +90,16 @@ def test_reports_are_those_of_threads(options, ray, tmp_path, monkeypatch):
     paths = ("a.safetensors", "adapter_model.safetensors")
     spread = gradscope.analyze_weights(*paths, **options, engine="ray")
     assert render(spread) == render(gradscope.analyze_weights(*paths, **options))
+
+
+def test_drift_is_that_of_threads(ray: Any, tmp_path: Path) -> None:
+    base = transformer(layers=2) | {"a.empty": np.zeros((0, 4), np.float32)}
+    new = {name: value * np.float32(1.01) for name, value in base.items()}
+    rank_one = gaussian(32, 1, seed=5) @ gaussian(1, 32, seed=6)
+    new["model.layers.1.self_attn.q_proj.weight"] += 30 * rank_one
+    paths = [write(tmp_path / "1.safetensors", base), write(tmp_path / "2.safetensors", new)]
+    spread = gradscope.analyze_drift(*paths, engine="ray")
+    assert render(spread) == render(gradscope.analyze_drift(*paths))
 
 
 def test_a_share_of_a_cluster_is_a_share(ray: Any, tmp_path: Path) -> None:

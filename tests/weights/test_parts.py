@@ -22,7 +22,7 @@ from gradscope.report.config import Config
 from gradscope.report.formats.json_ import render
 from gradscope.report.partial import digest, packed
 from gradscope.report.rules import load_rules
-from gradscope.weights import examining
+from gradscope.weights import examining, masters
 from gradscope.weights.result import Need
 from gradscope.weights.shares import Share, balanced, owned, share
 
@@ -237,6 +237,22 @@ def test_a_file_that_changed_while_it_was_read_costs_what_it_costs_one_job(tmp_p
 
     monkeypatch.setattr(examining, "check_unchanged", check)
     same(tmp_path, ([folder], {}), 3)
+
+
+def test_a_job_whose_second_look_fails_costs_what_it_would_have_seen(tmp_path, monkeypatch) -> None:
+    run = training(tmp_path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise InputError("a.pt", "changed", "changed")
+
+    found = parts(tmp_path, run, 2)
+    monkeypatch.setattr(masters, "_digests", fails)
+    part(tmp_path, "part-1", run, "1/2")
+    report = gradscope.merge(*found)
+    assert report.gate.exit_code == 3
+    assert [e.message for e in report.errors] == ["changed"]
+    assert report.coverage.analyzed == report.coverage.total
+    assert "master-mismatch" not in {f.name for f in report.findings}
 
 
 def test_what_merge_is_asked_is_what_one_run_would_have_been_asked(tmp_path: Path) -> None:
