@@ -91,6 +91,8 @@ def survey(model: Model, inputs: Tensor, target: int | None = None) -> list[Laye
         layers.append(layer if one.made_by is None else replace(
             layer, operator=flow.operations[one.made_by].name, stream=stream[one.made_by],
             made_by=one.made_by, above=flow.operations[one.made_by].above,
+            layout=None if flow.operations[one.made_by].queries and _has_tokens(layer)
+            else layer.layout,
         ))  # fmt: skip
     return layers
 
@@ -125,9 +127,7 @@ def choose(layers: Sequence[Layer]) -> AutoLayer:
 
 def _placed(layers: Sequence[Layer]) -> Iterator[Layer]:
     """The layers whose outputs have positions, and each position what the model knows of it."""
-    tokens = [
-        layer for layer in layers if layer.layout is not None and "tokens" in layer.layout.kind
-    ]
+    tokens = [layer for layer in layers if _has_tokens(layer)]
     sizes = {size for layer in tokens for size in _token_sizes(layer)}
     # Where only maps have one, what attention pools them by are no places of the model's own.
     streams = any(layer.stream for layer in layers if _has_places(layer))
@@ -135,6 +135,10 @@ def _placed(layers: Sequence[Layer]) -> Iterator[Layer]:
         passed = layer.stream or not streams or layer not in tokens
         if passed and _has_places(layer) and not _is_of_heads(layer, sizes):
             yield layer
+
+
+def _has_tokens(layer: Layer) -> bool:
+    return layer.layout is not None and "tokens" in layer.layout.kind
 
 
 def _has_places(layer: Layer) -> bool:

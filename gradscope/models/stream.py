@@ -24,6 +24,8 @@ _VIEWS = frozenset(
 #: Parts of the names of operators that mix channels or places, rather than treat each value alone.
 _MIXING = ("mm", "conv", "linear", "attention", "einsum", "rnn", "lstm", "gru", "fft", "pool")
 _ADDING = ("add", "addcmul")
+#: Products, whose result has the rows of one factor.
+_PRODUCTS = ("mm", "linear", "attention", "einsum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ class Operation:
     #: As bits: itself and all that it was computed from, and of these what was not mixed since.
     above: int
     near: int
+    #: The result's rows and columns.
+    size: tuple[int, int] = (0, 0)
+    #: Whether its rows are no places of the image: queries, which ask for objects of it.
+    queries: bool = False
 
 
 class Flow(TorchDispatchMode):
@@ -46,7 +52,7 @@ class Flow(TorchDispatchMode):
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.operations = [Operation("image", True, (), (), 1, 1)]
+        self.operations = [Operation("image", mixes=True, read=(), added=(), above=1, near=1)]
         self._makers = {_storage(images): 0}
 
     def __torch_dispatch__(
@@ -91,9 +97,35 @@ class Flow(TorchDispatchMode):
                 tuple(maker for maker, t in read if adds and t.shape == made[0].shape),
                 above,
                 1 << number if mixes else near,
+                _size(made[0]),
+                self._are_queries(name, read, made[0]),
             )
         )
         self._makers |= dict.fromkeys(map(_storage, made), number)
+
+    def _are_queries(self, name: str, read: Sequence[tuple[int, Tensor]], made: Tensor) -> bool:
+        """Whether a result's rows come from parameters, or are the least part of a sequence.
+
+        Detectors ask for objects by so many learned tokens, beside the patches or apart. Their
+        number may be that of a grid.
+        """
+        of = read
+        if any(part in name for part in _PRODUCTS):
+            of = [(maker, t) for maker, t in read if _size(made)[0] in t.shape]
+        return all(self.operations[maker].queries or self._is_part(maker, t) for maker, t in of)
+
+    def _is_part(self, maker: int, tensor: Tensor) -> bool:
+        """Whether a tensor [T, C] or [1, T, C] is less than half of the rows that were made."""
+        (rows, columns), (all_rows, all_columns) = _size(tensor), self.operations[maker].size
+        flat = tensor.dim() == 2 or (tensor.dim() == 3 and len(tensor) == 1)
+        return flat and columns == all_columns and 2 * rows < all_rows
+
+
+def _size(tensor: Tensor) -> tuple[int, int]:
+    """Rows and columns of [T, C] or [1, ..., T, C]; nothing for what has more dimensions."""
+    if tensor.dim() < 2 or tensor.shape[:-2].numel() != 1:
+        return (tensor.shape[-2] if tensor.dim() > 1 else 0), 0
+    return tensor.shape[-2], tensor.shape[-1]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -234,3 +234,52 @@ class Plain(nn.Module):
 
 def test_without_a_stream_every_layer_of_tokens_counts() -> None:
     assert chosen(Plain()).layer.name == "head"
+
+
+# --- queries --------------------------------------------------------------------------------------
+
+
+class Asking(nn.Module):
+    """A detector as DETR (apart) or YOLOS (beside): four learned tokens, a grid's number."""
+
+    def __init__(self, beside: bool, queries: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.beside, self.count = beside, queries
+        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
+        self.queries = nn.Parameter(torch.randn(1, queries, WIDTH))
+        self.norm, self.attention = nn.LayerNorm(WIDTH), Attention()
+        self.ask = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.after, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        asked = self.queries.expand(len(x), -1, -1)
+        if self.beside:
+            tokens = torch.cat([tokens, asked], 1)
+        tokens = tokens + self.attention(self.norm(tokens))
+        found = (
+            tokens[:, -self.count :] if self.beside else asked + self.ask(asked, tokens, tokens)[0]
+        )
+        return self.head(self.after(found)).max(1).values
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_queries_are_no_grid_of_patches(beside: bool) -> None:
+    layers = {layer.name: layer for layer in surveyed(Asking(beside).eval())}
+
+    assert {name for name in ("after", "head") if layers[name].layout is not None} == set()
+    assert choose([*layers.values()]).layer.name not in ("after", "head", "ask")
+
+
+def test_tokens_without_their_class_token_are_patches() -> None:
+    class Cut(Asking):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.queries, self.patches(x).flatten(2).transpose(1, 2)], 1)
+            tokens = tokens + self.attention(self.norm(tokens))
+            return self.head(self.after(tokens[:, self.count :])).max(1).values
+
+    net = Cut(beside=False, queries=1).eval()
+
+    assert {str(layer.layout) for layer in surveyed(net) if layer.name == "after"} == {"tokens 4×4"}
+    assert chosen(net).layer.name == "after"
