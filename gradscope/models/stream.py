@@ -66,14 +66,18 @@ class Flow(TorchDispatchMode):
         same = {_storage(tensor) for _, tensor in read} if name in _VIEWS else set()
         made = [tensor for tensor in _tensors(found) if _storage(tensor) not in same]
         known = [(maker, tensor) for maker, tensor in read if maker is not None]
-        self._note(name, known, made)
+        # Fused attention asks with its first argument.
+        asked = "attention" in name and isinstance(args[0], Tensor) and self.maker(args[0]) is None
+        self._note(name, known, made, asked)
         return found
 
     def maker(self, tensor: Tensor) -> int | None:
         """The operation that a tensor, or what it is a view of, came from; None for parameters."""
         return self._makers.get(_storage(tensor))
 
-    def _note(self, name: str, read: Sequence[tuple[int, Tensor]], made: Sequence[Tensor]) -> None:
+    def _note(
+        self, name: str, read: Sequence[tuple[int, Tensor]], made: Sequence[Tensor], asked: bool
+    ) -> None:
         if not read:
             # Made of parameters, perhaps in the place of a tensor that is gone.
             for tensor in made:
@@ -98,7 +102,7 @@ class Flow(TorchDispatchMode):
                 above,
                 1 << number if mixes else near,
                 _size(made[0]),
-                self._are_queries(name, read, made[0]),
+                asked or self._are_queries(name, read, made[0]),
             )
         )
         self._makers |= dict.fromkeys(map(_storage, made), number)

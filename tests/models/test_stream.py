@@ -258,15 +258,17 @@ class Asking(nn.Module):
         if self.beside:
             tokens = torch.cat([tokens, asked], 1)
         tokens = tokens + self.attention(self.norm(tokens))
-        found = (
-            tokens[:, -self.count :] if self.beside else asked + self.ask(asked, tokens, tokens)[0]
-        )
+        if self.beside:
+            found = tokens[:, -self.count :]
+        else:
+            found = asked + self.ask(asked, tokens, tokens, need_weights=False)[0]
         return self.head(self.after(found)).max(1).values
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_queries_are_no_grid_of_patches(beside: bool) -> None:
-    layers = {layer.name: layer for layer in surveyed(Asking(beside).eval())}
+@pytest.mark.parametrize(("beside", "count"), [(False, 4), (True, 4), (False, 16)])
+def test_queries_are_no_grid_of_patches(beside: bool, count: int) -> None:
+    """Not even where they are as many as the patches."""
+    layers = {layer.name: layer for layer in surveyed(Asking(beside, count).eval())}
 
     assert {name for name in ("after", "head") if layers[name].layout is not None} == set()
     assert choose([*layers.values()]).layer.name not in ("after", "head", "ask")

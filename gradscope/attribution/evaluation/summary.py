@@ -62,7 +62,7 @@ def summarised(explanations: Sequence[Explanation]) -> Iterator[Summary]:
         for name, metric in METRICS.items():
             values = _by_picture(own, metric.own)
             if values:
-                half = _half(values)
+                half = half_width(values)
                 centre = mean(values)
                 control = _by_picture(own, metric.control)
                 yield Summary(
@@ -86,7 +86,7 @@ def _by_picture(explanations: Sequence[Explanation], read: Read) -> list[float]:
     return [mean(values) for values in found.values()]
 
 
-def _half(values: Sequence[float]) -> float | None:
+def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % confidence interval of a mean; None for less than three values."""
     if len(values) < 3:
         return None
