@@ -13,7 +13,7 @@ from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.drift.describing import Seen
 from gradscope.drift.matching import canonical
-from gradscope.drift.updates import Dora, Product, Tokens, Update, whole
+from gradscope.drift.updates import Dora, Product, Stack, Tokens, Update, whole
 from gradscope.errors import InputError
 from gradscope.statistics.dtypes import FORMATS
 from gradscope.text import quoted
@@ -47,6 +47,14 @@ class Targets:
                 return found
         bare = module.removeprefix("lora_unet_").removeprefix("lora_transformer_")
         return self.flat.get(f"{bare}_{leaf}")
+
+    def stacks(self, module: str) -> list[Seen]:
+        """The parameters of a module, whatever PEFT wrapped it in, that experts share."""
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        start = f"{canonical(module)}."
+        found = (s for name, s in self.by_name.items() if name.startswith(start))
+        return list({id(s): s for s in found if len(s.base.shape) == 3}.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +123,7 @@ class File:
     def _weight(self, adapter: Adapter, where: Targets) -> Change:
         found = Change(adapter.module, where.weight(adapter.module))
         if found.target is None:
-            return replace(found, reason="the base has no weight of that name")
+            return self._stack(adapter, where)
         config, scale = self._config(adapter), self._scale(adapter)
         base = self.refs.get(f"{adapter.module}{_BASE}") or found.target.base
         reason = _unfit(adapter, base, found.target.new, scale)
@@ -125,6 +133,27 @@ class File:
         if update is None:
             return replace(found, reason="its shape is not that of the weight")
         return replace(found, update=update, base=base, doubt=_doubt(config))
+
+    def _stack(self, adapter: Adapter, where: Targets) -> Change:
+        """Of ``target_parameters``: experts that are stacked in one parameter of the module."""
+        found = Change(adapter.module, None, reason="the base has no weight of that name")
+        config, factors = self._config(adapter), [adapter.shapes.get(f, ()) for f in ("A", "B")]
+        alpha = None if config is None else config.alpha(adapter)
+        if config is None or alpha is None or [len(f) for f in factors] != [2, 2]:
+            return found
+        (many, into), (out, _) = factors
+        sides = sorted((into, out))
+        likely = (s for s in where.stacks(adapter.module) if many % s.base.shape[0] == 0)
+        stacks = [s for s in likely if sorted(s.base.shape[1:]) == sides]
+        if len(stacks) > 1 or (stacks and into == out):
+            return replace(found, reason="which stack of experts it changes is not told")
+        if not stacks:
+            return found
+        (target,) = stacks
+        a, b = (whole(self.refs[adapter.names[f]]) for f in ("A", "B"))
+        root = bool(config.fields.get("use_rslora"))
+        update = Stack.of(a, b, target.base.shape, alpha, root)
+        return Change(adapter.module, target, update, _unlike(target.base, target.new))
 
     def _scale(self, adapter: Adapter) -> float | None:
         """The alpha beside the factors (kohya), else the configuration's."""
@@ -182,11 +211,17 @@ def _unfit(adapter: Adapter, base: TensorRef, new: TensorRef, scale: float | Non
     layout = adapter.layout
     if adapter.method != "lora" or layout is None or layout.grouped or adapter.tucker:
         return f"merges of {adapter.method} are not computed in this form"
+    if scale is None:
+        return "adapter_config.json does not say its alpha"
+    return _unlike(base, new)
+
+
+def _unlike(base: TensorRef, new: TensorRef) -> str | None:
     if base.shape != new.shape:
         return "the weight has another shape in the new checkpoint"
     if new.dtype not in FORMATS or base.dtype not in FORMATS:
         return "the weight is not a float"
-    return "adapter_config.json does not say its alpha" if scale is None else None
+    return None
 
 
 def _doubt(config: AdapterConfig | None) -> str | None:

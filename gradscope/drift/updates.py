@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -98,6 +99,38 @@ class Dora:
     def terms(self, first: int, last: int) -> Values:
         """Those of the product."""
         return np.asarray(abs(self._factors(first, last)) * self.product.terms(first, last))
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """W + s B A of every expert of a stack: B [experts, rows, rank], A [experts, rank, columns]."""
+
+    left: Values
+    right: Values
+    scale: float
+
+    @classmethod
+    def of(cls, a: Values, b: Values, shape: tuple[int, ...], alpha: float, root: bool) -> Stack:
+        """From PEFT's A [experts · rank, in] and B [out, rank · experts], of a weight stored as
+        [experts, out, in] or [experts, in, out]; ``root`` for rsLoRA's scale.
+        """
+        experts, rank = shape[0], len(a) // shape[0]
+        left = b.reshape(len(b), rank, experts).transpose(2, 0, 1)
+        right = a.reshape(experts, rank, -1)
+        if (left.shape[1], right.shape[2]) != shape[1:]:
+            left, right = right.swapaxes(1, 2), left.swapaxes(1, 2)
+        return cls(left, right, alpha / (math.sqrt(rank) if root else rank))
+
+    def merged(self, first: int, weight: Values) -> Values:
+        """With the products of some experts."""
+        part = slice(first, first + len(weight))
+        product = self.left[part] @ self.right[part]
+        return np.asarray(weight + self.scale * product.reshape(weight.shape))
+
+    def terms(self, first: int, last: int) -> Values:
+        """Of each element of the products, the sum of magnitudes."""
+        whole_ = abs(self.left[first:last]) @ abs(self.right[first:last])
+        return np.asarray(abs(self.scale) * whole_.reshape(last - first, -1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,3 +236,38 @@ def test_an_initialisation_that_changes_the_base_is_named(tmp_path: Path) -> Non
 
     assert "'pissa' changes the base as well" in finding.message
     assert expected(told(tmp_path, right, adapter, before=residual)) == set()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("root", [False, True])
+def test_stacked_experts_have_factors_of_their_own(
+    tmp_path: Path, turned: bool, root: bool
+) -> None:
+    """``target_parameters``: A [experts * rank, in], B [out, rank * experts], nested wrappers."""
+    experts, rank, width, inner = 3, 4, 24, 10
+    a_up, b_up = 0.1 * drawn(experts * rank, width), 0.1 * drawn(2 * inner, rank * experts, seed=1)
+    a_down, b_down = 0.1 * drawn(experts * rank, inner), 0.1 * drawn(width, rank * experts, seed=2)
+    state = {"mlp.experts.base_layer.lora_A.weight": a_up,
+             "mlp.experts.base_layer.lora_B.weight": b_up,
+             "mlp.experts.lora_A.weight": a_down, "mlp.experts.lora_B.weight": b_down}  # fmt: skip
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = saved(tmp_path / "a", state, target_parameters=parameters, use_rslora=root)
+    before = {"mlp.experts.gate_up_proj": drawn(experts, 2 * inner, width, seed=3),
+              "mlp.experts.down_proj": drawn(experts, width, inner, seed=4)}  # fmt: skip
+    scale = 6 / (rank**0.5 if root else rank)
+    right = {}
+    for (name, w), (a, b) in zip(before.items(), ((a_up, b_up), (a_down, b_down)), strict=True):
+        new = w.double().clone()
+        for e in range(experts):
+            new[e] += scale * (b.double()[:, e::experts] @ a.double()[e * rank : (e + 1) * rank])
+        right[name] = new.float()
+    if turned:
+        before, right = ({n: t.mT for n, t in s.items()} for s in (before, right))
+    mixed = {n: t.flip(0) for n, t in right.items()}
+
+    report = told(tmp_path, right, adapter, before=before)
+    assert expected(report) == set()
+    assert report.result is not None
+    assert {m.name for m in report.result.merges} == set(before)
+    assert expected(told(tmp_path, {}, adapter, before=before)) == {"missing-change"}
+    assert expected(told(tmp_path, mixed, adapter, before=before)) == {"unexpected-change"}
