@@ -9,6 +9,7 @@ import numpy as np
 from gradscope.flow.facts import Candidate, DeadFacts
 from gradscope.flow.graph import Graph
 from gradscope.flow.limits import BRIDGE, SHORTEST_ZONE, ZERO_SHARE
+from gradscope.flow.loss import learnt
 from gradscope.flow.regions import Stretch, extent, joined, named, rows_of, stretches
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.underflow import underflow
@@ -73,6 +74,7 @@ def _facts(series: Series, flags: Mask, part: Sequence[Stretch], rows: Sequence[
         underflowed=_underflowed(series, first, rows),
         only_biases=all(series.group(row) == "bias" for row in rows),
         weights=weights_of(series, part),
+        learnt=bool(still) and len(rows) == len(series.layers) and learnt(series),
     )
 
 

@@ -85,6 +85,8 @@ class DeadFacts:
     only_biases: bool
     #: The worst of its layers.
     weights: Weights = "kept"
+    #: The loss has come down to its least value, where nothing is left to learn.
+    learnt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

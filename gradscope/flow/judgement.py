@@ -409,11 +409,13 @@ def recovery(facts: DeadFacts, *, recoveries: int, share: float, outlived: float
 
 
 def intervention(facts: DeadFacts, potential: Recovery) -> bool:
-    """Whether a zone lasts and will not end by itself.
+    """Whether a zone lasts, will not end by itself, and should.
 
-    The gradient of a bias before a normalisation layer is rightly zero.
+    The gradient of a bias before a normalisation layer is rightly zero, and so is every gradient
+    once a hinge loss has come down to zero.
     """
-    return facts.age is not None and potential in ("low", "none") and not facts.only_biases
+    rightly = facts.only_biases or facts.learnt
+    return facts.age is not None and potential in ("low", "none") and not rightly
 
 
 # --- the loss -------------------------------------------------------------------------------------

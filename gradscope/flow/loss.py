@@ -31,6 +31,8 @@ _AROUND = 8
 #: fell to a third had fallen by.
 _LEFT = 0.1
 _FEW_SPREADS = 3.0
+#: Share of its first value within which a loss is near its last one.
+_NEAR = 0.1
 #: No trend is as likely at least where none is seen.
 _P = 0.01
 
@@ -81,7 +83,7 @@ def loss_level(series: Series) -> LossLevel | None:
     return LossLevel(
         first=found.start,
         last=found.end,
-        constant=_constant(found.loss),
+        **_constant(series, found),
         lost=lost,
         divergence=_divergence(series, loss, found, lost is not None),
     )
@@ -95,11 +97,45 @@ def _levels(loss: Array, records: NDArray[np.intp]) -> _Levels:
     return _Levels(records, values, np.concatenate([early, np.median(runs, axis=1)]), window)
 
 
-def _constant(loss: Array) -> float | None:
-    """The value that the last eight losses and more share to the bit."""
+def learnt(series: Series) -> bool:
+    """Whether the loss has come down to zero, where no gradient is left."""
+    level = loss_level(series)
+    return level is not None and level.constant == 0 and level.reached
+
+
+def _constant(series: Series, found: _Levels) -> dict[str, Any]:
+    """The value that the last eight losses and more share to the bit, and how it came to that.
+
+    A loss that falls with what is printed of it repeats itself, too: of such, that of a whole run.
+    """
+    loss = found.loss
     same = loss == loss[-1]
     tail = len(loss) if same.all() else int(np.argmin(same[::-1]))
-    return float(loss[-1]) if tail >= MIN_TREND else None
+    if tail < MIN_TREND or (tail < len(loss) and loss[-1] != 0 and _printed(loss)):
+        return {"constant": None}
+    return {
+        "constant": float(loss[-1]),
+        "constant_since": int(series.steps[found.records[-tail]]),
+        "reached": _reached(loss[:-tail], float(loss[-1])),
+    }
+
+
+def _reached(before: Array, value: float) -> bool:
+    """Whether losses came down to a value: all but reached it, or had it now and then.
+
+    What is put there all at once (labels that are masked from some step on) had not.
+    """
+    if len(before) < MIN_TREND:
+        return False
+    away = np.abs(before - value)
+    late, first = away[-MIN_TREND:], away[0]
+    hit = bool((away[-_LONGEST_WINDOW:] == 0).any())
+    return bool(np.median(late) <= (_NEAR if hit else _NEAR**2) * first)
+
+
+def _printed(loss: Array) -> bool:
+    """Whether no loss has more than four decimals."""
+    return bool(np.allclose(loss * 1e4, np.round(loss * 1e4), rtol=0, atol=1e-4))
 
 
 def _lost(series: Series, loss: Array) -> tuple[int, int] | None:

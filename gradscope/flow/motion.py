@@ -18,6 +18,7 @@ from gradscope.flow.limits import (
     TOGETHER_DECADES,
     UPDATE_WARN,
 )
+from gradscope.flow.loss import learnt
 from gradscope.flow.regions import onset
 from gradscope.flow.result import (
     Absence,
@@ -106,7 +107,8 @@ def stagnation(series: Series, levels: Levels, converged: Convergence | None) ->
                 onset=onset(series, first),
                 update_ratio=_recent_ratio(series, first),
                 reason=_reason(series, first) if reason == "update" else reason,
-                converged=converged is not None and converged.loss_fell is not False,
+                converged=(converged is not None and converged.loss_fell is not False)
+                or learnt(series),
                 fastest=_fastest(series, first) if reason == "update" else None,
             )
     return None

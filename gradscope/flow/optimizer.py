@@ -21,26 +21,41 @@ _TINY = 1e-300
 
 
 def unoptimized(series: Series) -> Unoptimized | None:
-    """Layers that get a gradient and that no optimizer holds; None without any.
+    """Parameters that get a gradient and that no optimizer holds; None without any.
 
     The file says so (a group below zero where others have one), and no step ever changed them.
     """
-    groups = [layer.group for layer in series.layers]
+    rows = series.history.layers
+    groups = [row.group for row in rows]
     if not isinstance(series.history.meta.get("optimizer"), Mapping) or not any(
         group is not None for group in groups
     ):
         return None
-    reached: Mask = np.any(series.norm > 0, axis=0)
-    ratio = series.update_ratio
-    moved: Mask = np.zeros(len(groups), bool) if ratio is None else np.any(ratio > 0, axis=0)
-    rows = [r for r, group in enumerate(groups) if group is None and reached[r] and not moved[r]]
-    if not rows:
+    reached: Mask = np.any(series.history.l2 > 0, axis=0)
+    update = series.history.update_l2
+    moved: Mask = np.zeros(len(rows), bool) if update is None else np.any(update > 0, axis=0)
+    loose = frozenset(np.flatnonzero(reached & ~moved & [g is None for g in groups]).tolist())
+    layers = [row for row, parts in enumerate(series.parts) if loose.intersection(parts)]
+    if not layers:
         return None
+    found = [_loose(series, row, loose) for row in layers]
+    sizes = [rows[part].numel for row in layers for part in series.parts[row] if part in loose]
+    parameters = None if None in sizes else sum(size or 0 for size in sizes)
+    whole = series.numel(range(len(series.layers)))
     return Unoptimized(
-        layers=tuple(series.names[row] for row in rows),
-        parameters=series.numel(rows),
-        share=_share(series, rows),
+        layers=tuple(series.names[row] for row in layers),
+        named=tuple(name for names in found for name in names),
+        parameters=parameters,
+        share=parameters / whole if parameters is not None and whole else _share(series, layers),
     )
+
+
+def _loose(series: Series, row: int, loose: frozenset[int]) -> list[str]:
+    """A layer's name, or those of its parameters if only some of them are in no group."""
+    parts = series.parts[row]
+    if loose.issuperset(parts):
+        return [series.names[row]]
+    return [series.history.layers[part].name for part in parts if part in loose]
 
 
 def damping(series: Series, levels: Levels, window: int) -> Damping | None:

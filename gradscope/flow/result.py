@@ -416,9 +416,11 @@ class Divergence(Record):
 
 
 class Unoptimized(Record):
-    """Layers with a gradient that no optimizer holds."""
+    """Layers with a gradient of which no optimizer holds all parameters."""
 
     layers: tuple[str, ...]
+    #: The same, by parameter where an optimizer holds the layer's others.
+    named: tuple[str, ...]
     parameters: int | None
     #: Of all parameters.
     share: float
@@ -486,8 +488,11 @@ class LossLevel(Record):
 
     first: float
     last: float
-    #: The value that the last eight losses or more repeat to the bit.
+    #: The value that the last eight losses or more repeat to the bit, from which step on, and
+    #: whether the loss came down to it instead of being it all at once.
     constant: float | None
+    constant_since: int | None = None
+    reached: bool = False
     #: Between which steps it became NaN or infinite, to the end.
     lost: tuple[int, int] | None
     divergence: Divergence | None

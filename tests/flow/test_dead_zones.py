@@ -167,6 +167,24 @@ def test_idle_experts_are_one_finding_at_medium(count: int) -> None:
     assert "load-balancing" in found.recommendation
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "block_sparse_moe.experts.{0}.w1", "moe.expert_{0}.fc", "mlp/experts/{0}/kernel",
+        "moe.local_experts.{0}.up", "Expert{0}.linear",
+    ],
+)  # fmt: skip
+def test_experts_are_known_under_many_names(pattern: str) -> None:
+    norms = noise(60, 6)
+    norms[:, 1:3] = 0
+    names = ["stem", *(pattern.format(i) for i in range(4)), "head"]
+
+    (found,) = analyze_flow(made(norms, names=names)).findings
+
+    assert (found.name, found.severity) == ("missing-gradient", "medium")
+    assert found.message.startswith("2 of 4 experts get no gradient at the end")
+
+
 def test_a_mixture_all_of_whose_experts_are_dead_is_a_dead_zone() -> None:
     names = {f.name for f in analyze_flow(experts(4, {0, 1, 2, 3})).findings}
 

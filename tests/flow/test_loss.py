@@ -183,7 +183,7 @@ def test_what_explodes_for_good_is_told_as_well() -> None:
 def test_a_history_of_few_losses_is_not_judged() -> None:
     assert level(np.ones(7)) is None
     assert level(np.full(60, np.nan)) is None
-    assert level([3.0, 1.0] + [0.5] * 20).constant == 0.5
+    assert level([3.0, 1.03217] + [0.5] * 20).constant == 0.5
 
 
 # --- what came first ------------------------------------------------------------------------------
@@ -340,3 +340,69 @@ def test_a_loss_that_fell_to_a_third_had_fallen_however_noisy_it_was() -> None:
     (found,) = diverged(loss)
 
     assert found.severity == "high"
+
+
+# --- one value ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, 2.302585, -1.0])
+def test_a_loss_of_one_value_is_told(value: float) -> None:
+    loss = np.full(60, value)
+
+    (beside,) = diverged(loss)
+    (alone,) = diverged(loss, norms=np.empty((60, 0)))
+
+    assert (beside.severity, alone.severity) == ("low", "medium")
+    assert "since step 0, to the end, though gradients are not zero" in beside.message
+    assert "labels masked" in alone.recommendation
+
+
+def test_a_loss_that_stops_changing_is_told_and_one_that_is_printed_short_is_not() -> None:
+    loss = falling(100)
+    loss[70:] = loss[70]
+    printed = np.round(np.geomspace(2.0, 0.05, 100), 1)
+
+    (found,) = diverged(loss)
+
+    assert "since step 70" in found.message
+    assert level(printed).constant is None
+    assert diverged(printed) == []
+
+
+def hinge(at_once: bool, seed: int = 0) -> np.ndarray:
+    """A loss that comes down to zero, or is zero from one step on."""
+    loss = falling(120, 1.0, 0.05, seed)
+    loss = loss if at_once else np.maximum(loss - 0.1 * noise(120, 1, 1.0, seed)[:, 0], 0)
+    loss[80:] = 0
+    return loss
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_hinge_loss_that_came_down_to_zero_is_done_and_labels_that_are_masked_are_not(
+    seed: int,
+) -> None:
+    norms = noise(120, 3, 0.1)
+    norms[80:] = 0
+    done, masked = (
+        analyze_flow(made(norms, loss=hinge(at_once, seed))).findings for at_once in (False, True)
+    )
+
+    (info,) = done
+    assert (info.name, info.severity) == ("dead-zone", "info")
+    assert "come down to 0" in info.message
+    (high,) = masked
+    assert (high.name, high.severity) == ("dead-zone", "high")
+    assert "labels" in high.recommendation
+
+
+def test_a_network_that_stands_still_once_its_loss_is_zero_has_converged() -> None:
+    """Steps of Adam go on for a while after the last gradient."""
+    norms = noise(120, 3, 0.1)
+    norms[80:] = 0
+    steps = {"param_l2": np.ones((120, 3)), "update_l2": np.full((120, 3), 1e-3)}
+    steps["update_l2"][90:] = 1e-9
+
+    found = analyze_flow(made(norms, loss=hinge(at_once=False), **steps)).findings
+
+    assert {f.severity for f in found} == {"info"}
+    assert "stagnation" in {f.name for f in found}

@@ -435,3 +435,19 @@ def test_one_step_that_replaces_the_weights_is_told_also_at_the_start() -> None:
     assert "warm" in found.recommendation
     updates[2] = 0.9
     assert analyze_flow(history).findings == ()
+
+
+@pytest.mark.parametrize(("starved", "told"), [(20, False), (13, False), (8, True)])
+def test_a_network_most_of_which_is_starved_does_not_also_stand_still(
+    starved: int, told: bool
+) -> None:
+    """Deep plain layers: each keeps a part of the gradient, and the first ones get next to none."""
+    norms = noise(100, 24, 0.1)
+    norms[:, :starved] *= 10.0 ** -np.linspace(8, 6, starved)
+    ratio = np.where(np.arange(24) < max(starved, 13), 1e-9, 1e-3) * np.ones((100, 1))
+
+    report = analyze_flow(made(norms, param_l2=np.ones((100, 24)), update_l2=ratio))
+
+    names = {f.name for f in report.findings}
+    assert "vanishing-gradient" in names
+    assert ("stagnation" in names) is told

@@ -16,7 +16,7 @@ from gradscope.flow.joining import series
 from gradscope.flow.levels import levels
 from gradscope.flow.optimizer import accumulation, clipping, damping, unoptimized
 from gradscope.flow.result import Accumulation, Damping
-from gradscope.histories.history import History
+from gradscope.histories.history import History, Layer
 
 from .made import made, noise, of_vectors
 
@@ -64,6 +64,37 @@ def test_a_layer_in_no_group_is_told_with_its_share_of_the_parameters() -> None:
 )
 def test_what_does_not_prove_that_a_layer_is_outside_proves_nothing(history: History) -> None:
     assert unoptimized(series(history)) is None
+
+
+@pytest.mark.parametrize("updates", [True, False])
+def test_of_a_layer_whose_other_parameters_an_optimizer_holds_those_outside_are_named(
+    updates: bool,
+) -> None:
+    """Biases alone were passed on: the gradients of the weights are never zeroed and add up."""
+    rows = tuple(
+        Layer(f"{n}.{what}", kind, size, str(n), group=group)
+        for n in range(3)
+        for what, kind, size, group in (("weight", "matrix", 90, None), ("bias", "bias", 10, 0))
+    )
+    vectors = [[np.zeros(1)] * 6 for _ in range(60)]
+    total = np.zeros((6, 300))
+    for step, batch in enumerate(batches(60, 1.0)):
+        total[::2] += batch
+        total[1::2] = batch
+        vectors[step] = list(total.copy())
+    fields: dict[str, Any] = {"meta": ADAM}
+    if updates:
+        fields |= {
+            "param_l2": np.ones((60, 6)),
+            "update_l2": np.full((60, 6), 1e-3) * np.array([0, 1] * 3),
+        }
+    history = replace(of_vectors(vectors, **fields), layers=rows)
+
+    (found,) = analyze_flow(history).findings
+
+    assert found.name == "not-in-optimizer"
+    assert found.message.startswith("0.weight, 1.weight, 2.weight get gradients")
+    assert "90% of the parameters" in found.message
 
 
 def test_gradients_that_nobody_zeroes_add_up_and_do_not_explode() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import CLIMBING, LOSS_LEVEL
-from gradscope.flow.result import Divergence, FlowResult, Need
+from gradscope.flow.result import Divergence, FlowResult, LossLevel, Need
 from gradscope.flow.rules.say import SEVERITY, begins_after, follows, several, since
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, rule
@@ -38,11 +38,17 @@ def diverged(
     ``adversarial`` times as high is reported, as medium. A loss that rises at one record, after
     steps and weights as usual, is that of other data or labels, and told so: medium where
     ``undone`` of the rise is made good, as on a harder stage.
+
+    A loss that is one value to the bit is told as well, unless it came down to that: medium where
+    nothing else was logged, low beside gradients that go on.
     """
     found = result.loss.divergence if result.loss else None
     limits = {"level": level, "adversarial": adversarial, "steered": steered, "wild": wild}
     limits |= {"undone": undone}
     course = judgement.divergence(found, **limits)
+    unmoved = result.loss is not None and result.loss.constant is not None
+    if course.level == "none" and result.loss and unmoved and not _explained(result):
+        yield _constant(result, result.loss)
     if course.level == "none" and result.loss and result.loss.lost and not result.nonfinite:
         yield _not_finite(result.loss.lost, bool(result.layers))
     if found is None or course.level == "none":
@@ -62,6 +68,27 @@ def diverged(
         _facts(found),
         threshold=level,
         severity=SEVERITY[course.level],
+    )
+
+
+def _explained(result: FlowResult) -> bool:
+    """A loss that came down to its least value is done; what does not move has its own rules."""
+    assert result.loss is not None
+    dead = any(zone.extent.ongoing for zone in result.dead_zones)
+    return result.loss.reached or dead or result.stagnation is not None
+
+
+def _constant(result: FlowResult, loss: LossLevel) -> Observation:
+    said = f"the loss is {loss.constant:g} to the bit since step {loss.constant_since}, to the end"
+    return Observation(
+        "loss",
+        f"{said}, though gradients are not zero" if result.layers else said,
+        "is what is logged the loss that is minimised, or a copy that is made once or rounded?"
+        if result.layers
+        else "look at how the loss is computed: are all labels masked or ignored, is it multiplied "
+        "by zero, does it depend on the parameters at all?",
+        {"constant": loss.constant or 0.0, "since": loss.constant_since or 0},
+        severity=Severity.LOW if result.layers else Severity.MEDIUM,
     )
 
 

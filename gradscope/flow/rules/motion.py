@@ -123,12 +123,21 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
 
 
 def _explained(result: FlowResult) -> bool:
-    """A stack that vanishes, a lasting dead zone and epsilon are told by their own rules."""
+    """Most of a stack that vanishes, a lasting dead zone and epsilon have rules of their own."""
     damped = result.damping is not None and result.damping.share > 0.5
     if result.stagnation and result.stagnation.reason == "epsilon" and damped:
         return True
-    return any(r.systemic and r.extent.ongoing for r in result.vanishing_regions) or any(
-        zone.intervention_required for zone in result.dead_zones
+    starved = {
+        name
+        for region in result.vanishing_regions
+        if region.extent.ongoing and region.severity_level in ("severe", "critical")
+        for name in region.affected_layers
+    }
+    most = 2 * len(starved) > len(result.layers)
+    return (
+        most
+        or any(r.systemic and r.extent.ongoing for r in result.vanishing_regions)
+        or any(zone.intervention_required for zone in result.dead_zones)
     )
 
 

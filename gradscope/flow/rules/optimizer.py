@@ -27,9 +27,9 @@ def not_in_optimizer(result: FlowResult) -> Iterator[Observation | Unknown]:
             yield Unknown("needs the optimizer's parameter groups, which the recorder writes")
         return
     yield Observation(
-        place(found.layers),
-        f"{several(found.layers)} {'gets' if len(found.layers) == 1 else 'get'} gradients and "
-        f"{'is' if len(found.layers) == 1 else 'are'} in no parameter group of the optimizer "
+        place(found.named),
+        f"{several(found.named)} {'gets' if len(found.named) == 1 else 'get'} gradients and "
+        f"{'is' if len(found.named) == 1 else 'are'} in no parameter group of the optimizer "
         f"({found.share:.0%} of the parameters)",
         "pass these parameters to the optimizer (were they made after it, or filtered out?); to "
         "freeze them, set requires_grad to False",

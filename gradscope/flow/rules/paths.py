@@ -96,6 +96,8 @@ def _passing(zones: list[DeadZone], constant: float | None, records: int) -> Obs
 
 def _cause(zone: DeadZone, constant: float | None) -> tuple[str, str]:
     """Why layers are dead, where that is known, and what to do."""
+    if zone.facts is not None and zone.facts.learnt:
+        return "; the loss has come down to 0", _STOP
     if constant is not None:
         said = f"; the loss is {constant:g} to the bit, to the end"
         return said, _COMPUTE_LOSS if zone.extent.ongoing else _revive(zone)
@@ -111,7 +113,12 @@ _COMPUTE_LOSS = (
 )
 
 
+_STOP = "nothing is left to learn of this loss: stop here, or take one that goes on falling"
+
+
 def _dead_severity(zone: DeadZone) -> Severity:
+    if zone.facts is not None and zone.facts.learnt:
+        return Severity.INFO
     if zone.intervention_required:
         return Severity.HIGH
     lasts = zone.extent.ongoing and zone.recovery_potential != "high"
@@ -258,7 +265,7 @@ def _frozen(result: FlowResult, frozen: list[Missing]) -> Observation:
 
 
 #: A layer of one expert of several: what they belong to, and which one it is.
-_EXPERT = re.compile(r"^(.*?\bexperts?)[._](\d+)(?=[._]|$)")
+_EXPERT = re.compile(r"^(.*?experts?)[._/]?(\d+)(?=[._/]|$)", re.IGNORECASE)
 
 
 def _idle_experts(result: FlowResult) -> dict[str, list[int]]:
