@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gradscope import analyze_flow
-from gradscope.flow.analysis import analyze
+from gradscope.flow.measured import analyze
 from gradscope.histories.format import write
 from gradscope.histories.open import open_history
 

@@ -9,15 +9,9 @@ import numpy as np
 
 from gradscope.flow.levels import DECADE
 from gradscope.flow.limits import MIN_WINDOW
-from gradscope.flow.result import (
-    Against,
-    FindingAgainst,
-    FlowResult,
-    LayerAgainst,
-    OnsetAgainst,
-    Pair,
-    Region,
-)
+from gradscope.flow.records.against import Against, FindingAgainst, LayerAgainst, OnsetAgainst, Pair
+from gradscope.flow.records.regions import Region
+from gradscope.flow.result import FlowResult
 from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Series
 from gradscope.histories.history import Integers

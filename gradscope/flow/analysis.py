@@ -1,56 +1,29 @@
-"""``analyze_flow``: history -> analyzers -> rules -> report."""
+"""``analyze_flow``: a history read, measured, judged by the rules and reported."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from gradscope.errors import InputError, UsageError
-from gradscope.flow import judgement
 from gradscope.flow.against import Run, common_steps
 from gradscope.flow.against import against as compared
-from gradscope.flow.curves import curves
-from gradscope.flow.dead_zones import covered, dead, dead_candidates, dead_stretches
-from gradscope.flow.depth import depth_of
-from gradscope.flow.directions import Cosines, cosines
 from gradscope.flow.excerpt import between
-from gradscope.flow.exploding import exploding, exploding_candidates
-from gradscope.flow.graph import Graph, graph_of
 from gradscope.flow.joining import By, series
-from gradscope.flow.layers import layer_flows
-from gradscope.flow.levels import levels
-from gradscope.flow.limits import MIN_TREND, SHORTEST
-from gradscope.flow.loss import loss_level
-from gradscope.flow.motion import convergence, leap, missing, stagnation, update_ratios
-from gradscope.flow.network import flows, network
-from gradscope.flow.nonfinite import nonfinite
-from gradscope.flow.norms import above, explosion
-from gradscope.flow.optimizer import accumulation, captures, clipping, damping, unoptimized
-from gradscope.flow.oscillation import current_rate, oscillations
-from gradscope.flow.paths import critical_paths
-from gradscope.flow.recent import recent
-from gradscope.flow.result import Against, FlowReport, FlowResult, Need
-from gradscope.flow.rules.magnitudes import exploding_gradient, vanishing_gradient
-from gradscope.flow.rules.motion import oscillation as oscillation_rule
-from gradscope.flow.rules.paths import dead_zone
-from gradscope.flow.series import Series
-from gradscope.flow.spikes import spikes
-from gradscope.flow.temporal import WINDOW, directions, recent_records, temporal
-from gradscope.flow.vanishing import vanishing, vanishing_candidates
+from gradscope.flow.limits import SHORTEST
+from gradscope.flow.measured import SERIES_ROWS, analyze
+from gradscope.flow.records.against import Against
+from gradscope.flow.result import FlowReport, FlowResult
+from gradscope.flow.temporal import WINDOW
 from gradscope.histories.history import History
 from gradscope.histories.open import open_history
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
 from gradscope.report.request import Failures, Request, failure, part_failures, requested
 from gradscope.text import plural
-
-#: Rows of (layer, record) that the report holds unless all are asked for.
-SERIES_ROWS = 100_000
-#: Direction vectors, of 128 numbers each, that it holds of gradients which the file has whole.
-VECTORS = 4096
 
 
 def analyze_flow(
@@ -164,140 +137,6 @@ def _refuse_negative(history: History) -> None:
             where = f"{history.layers[row].name} at step {history.steps[record]}"
             message = f"{name} of {where} is {values[record, row]:g}: a norm is never negative"
             raise InputError(history.path, "malformed", message)
-
-
-def analyze(
-    history: History,
-    *,
-    by: By = "layer",
-    window: int = WINDOW,
-    all_series: bool = False,
-    threshold: float | None = None,
-) -> FlowResult:
-    """Every measurement of one history, judged by the rules' own limits: arrays in, result out."""
-    # NaN and infinity are data here, and what is divided by zero is undefined, not an accident.
-    with np.errstate(all="ignore"):
-        return _analyzed(history, by, window, all_series, threshold)
-
-
-def _analyzed(
-    history: History, by: By, window: int, all_series: bool, threshold: float | None
-) -> FlowResult:
-    s = series(history, by)
-    graph = graph_of(s)
-    depth = depth_of(s, graph)
-    against = levels(s, graph)
-    compared = cosines(s)
-    now = recent(s, graph, against, window)
-    edges = flows(s, graph, window)
-    alone = unoptimized(s)
-    net = network(s, graph, now, edges, depth, window)
-    bottlenecks = frozenset(
-        row
-        for row, node in zip(graph.order, net.nodes, strict=True)
-        if node.condition == "bottleneck"
-    )
-    flat = dead(s)
-    zones = dead_stretches(flat)
-    starved = vanishing_candidates(
-        s, graph, against, vanishing(s, against), covered(zones, flat.shape), depth
-    )
-    blown = exploding(s, against)
-    exploded = judgement.exploding(
-        exploding_candidates(s, graph, blown, depth), **judgement.limits(exploding_gradient)
-    )
-    waves = oscillations(s, against, compared, window)
-    fell = convergence(s)
-    total = len(s.steps)
-    shown = range(total) if all_series else range(*_span(recent_records(s, SERIES_ROWS), total))
-    drawn = shown if all_series else shown[-_drawn(s, window) :]
-    turns = directions(s, against, compared, np.array(shown, dtype=np.int64), window)
-    return FlowResult(
-        layers=tuple(layer_flows(s, now, compared, turns, window, shown, drawn)) if total else (),
-        temporal=tuple(temporal(s, turns, window)),
-        network=net,
-        critical_paths=tuple(critical_paths(s.names, graph, edges.capacity, now.rms, bottlenecks)),
-        vanishing_regions=judgement.vanishing(starved, **judgement.limits(vanishing_gradient)),
-        exploding_regions=exploded,
-        dead_zones=judgement.dead_zones(
-            dead_candidates(s, graph, flat, zones), **judgement.limits(dead_zone)
-        ),
-        explosion=explosion(
-            s, exploded, judgement.exploding_layers(exploded, above(s, threshold), threshold)
-        ),
-        topology=graph.topology,
-        steps=total,
-        first_step=int(s.steps[0]) if total else None,
-        last_step=int(s.steps[-1]) if total else None,
-        spikes=tuple(spikes(s, blown.jumps, judgement.lasting(exploded))),
-        skipped_steps=int(s.skipped.sum()),
-        nonfinite=tuple(nonfinite(s, graph)),
-        depth=depth,
-        oscillation=tuple(waves),
-        stagnation=stagnation(s, against, fell),
-        learning_rate=judgement.learning_rate(
-            waves,
-            s.plain_descent and s.gap == 1,
-            current_rate(s),
-            opposed=judgement.limits(oscillation_rule)["opposed"],
-        ),
-        update_ratios=tuple(update_ratios(s)),
-        leap=leap(s),
-        missing=tuple(missing(s)),
-        convergence=fell,
-        curves=curves(s, shown),
-        loss=loss_level(s),
-        unoptimized=alone,
-        damping=damping(s, against, window),
-        clipping=clipping(s),
-        accumulation=accumulation(s, compared, alone),
-        captures=captures(s),
-        measured=tuple(_measured(s, graph, compared)),
-        rows_omitted=(total - len(shown)) * len(s.layers),
-        notes=tuple(_notes(s)),
-    )
-
-
-def _drawn(s: Series, window: int) -> int:
-    """How many of the last records come with direction vectors: a window, more of raw gradients."""
-    return window if s.exact is None else max(window, VECTORS // max(1, len(s.layers)))
-
-
-def _span(recent: Sequence[int], total: int) -> tuple[int, int]:
-    return (recent[0], total) if total and recent else (0, total)
-
-
-def _measured(s: Series, graph: Graph, compared: Cosines | None) -> Iterator[Need]:
-    """The kinds of facts that the history has."""
-    if s.layers:
-        yield Need.NORMS
-    if s.layers and len(s.steps) >= MIN_TREND:
-        yield Need.RECORDS
-    if len([r for r in graph.rows if s.group(r) == "weight"]) >= 2:
-        yield Need.COMPARABLE
-    if compared is not None:
-        yield Need.DIRECTIONS
-    if s.update_ratio is not None:
-        yield Need.UPDATES
-    if graph.topology != "assumed-chain":
-        yield Need.TOPOLOGY
-    if s.zero_fraction is not None:
-        yield Need.ZEROS
-    loss = s.history.loss
-    if loss is not None and np.isfinite(loss).sum() >= MIN_TREND:
-        yield Need.LOSS
-    if any(layer.group is not None for layer in s.layers):
-        yield Need.GROUPS
-
-
-def _notes(s: Series) -> list[str]:
-    notes = [*s.history.notes]
-    notes += [f"{name} are approximate: {why}" for name, why in s.history.approximate.items()]
-    if not s.per_element and s.layers:
-        notes.append("the layers' sizes are unknown: norms are compared instead of RMS gradients")
-    if s.history.meta.get("stage") == "pre_step":
-        notes.append("recorded in the optimizer's pre-step hook: norms are those after clipping")
-    return notes
 
 
 _NOTHING = Coverage(analyzed=0, total=0, unit="layers", bytes=0)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.flow.result import Curves
+from gradscope.flow.records.layers import Curves
 from gradscope.flow.series import Series
 
 

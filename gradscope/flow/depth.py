@@ -7,7 +7,7 @@ import numpy as np
 from gradscope.flow.graph import Graph
 from gradscope.flow.levels import DECADE
 from gradscope.flow.limits import DEPTH_DECADES, SYSTEMIC_FIT, SYSTEMIC_NATS
-from gradscope.flow.result import Depth
+from gradscope.flow.records.regions import Depth
 from gradscope.flow.robust import Array, nanmedian, r_squared, theil_sen
 from gradscope.flow.series import Series
 

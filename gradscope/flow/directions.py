@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradscope.flow.result import Basis
+from gradscope.flow.records.layers import Basis
 from gradscope.flow.robust import Array
 from gradscope.flow.series import Series
 from gradscope.histories.history import Integers, Sketches

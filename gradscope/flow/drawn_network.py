@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gradscope.flow.result import FlowEdge, FlowNode, FlowResult
+from gradscope.flow.records.network import FlowEdge, FlowNode
+from gradscope.flow.result import FlowResult
 from gradscope.report.panels import Chart, inline
 
 #: Nodes that are drawn; of a larger network the ways that matter are.

@@ -40,6 +40,7 @@ from gradscope.flow.limits import (
     UPDATE_HIGH,
 )
 from gradscope.flow.norms import usual_norm
+from gradscope.flow.records.regions import Depth, Peak
 from gradscope.flow.regions import (
     Stretch,
     carried,
@@ -54,7 +55,6 @@ from gradscope.flow.regions import (
     rows_of,
     stretches,
 )
-from gradscope.flow.result import Depth, Peak
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.spikes import Jumps, jumps

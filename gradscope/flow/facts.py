@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
-    from gradscope.flow.result import Extent, Peak
+    from gradscope.flow.records.regions import Extent, Peak
 
 #: What became of a layer's weights: zero since the first record, shrunk to next to nothing, or not.
 Weights = Literal["zero", "shrunk", "kept"]

@@ -12,7 +12,7 @@ import numpy as np
 from gradscope.flow.directions import Cosines, Window, pairwise_cosine
 from gradscope.flow.limits import MIN_WINDOW
 from gradscope.flow.recent import Recent
-from gradscope.flow.result import Basis, GradientDirection, LayerFlow
+from gradscope.flow.records.layers import Basis, GradientDirection, LayerFlow
 from gradscope.flow.robust import Array, nanmedian, steadiness
 from gradscope.flow.series import Series
 from gradscope.flow.temporal import Directions, magnitudes, stability

@@ -18,7 +18,7 @@ from gradscope.flow.limits import (
     SHORTEST,
 )
 from gradscope.flow.precursors import precursors
-from gradscope.flow.result import Divergence, LossLevel
+from gradscope.flow.records.loss import Divergence, LossLevel
 from gradscope.flow.robust import GAUSSIAN, Array, mann_kendall, nanmedian, theil_sen
 from gradscope.flow.series import Series
 

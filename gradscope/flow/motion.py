@@ -19,16 +19,9 @@ from gradscope.flow.limits import (
     UPDATE_WARN,
 )
 from gradscope.flow.loss import learnt
+from gradscope.flow.records.events import Absence, Missing
+from gradscope.flow.records.steps import Convergence, Leap, Stagnation, Standstill, UpdateRatio
 from gradscope.flow.regions import onset
-from gradscope.flow.result import (
-    Absence,
-    Convergence,
-    Leap,
-    Missing,
-    Stagnation,
-    Standstill,
-    UpdateRatio,
-)
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
 from gradscope.histories.history import Status

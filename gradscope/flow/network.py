@@ -12,9 +12,8 @@ from gradscope.flow.graph import LOSS, Graph
 from gradscope.flow.limits import BOTTLENECK_DECADES, BOTTLENECK_FROM, MIN_WINDOW, SPREAD_FLOOR
 from gradscope.flow.paths import Edge, widest
 from gradscope.flow.recent import Recent, kin
-from gradscope.flow.result import (
+from gradscope.flow.records.network import (
     Condition,
-    Depth,
     EdgeType,
     FlowEdge,
     FlowNetwork,
@@ -22,6 +21,7 @@ from gradscope.flow.result import (
     NetworkMetrics,
     NodeType,
 )
+from gradscope.flow.records.regions import Depth
 from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Series
 

@@ -7,7 +7,7 @@ import numpy as np
 from gradscope.flow.graph import Graph
 from gradscope.flow.levels import own_records
 from gradscope.flow.limits import BRIDGE, GROWTH_FACTOR, MIN_TREND, SHORTEST
-from gradscope.flow.result import NonFinite
+from gradscope.flow.records.events import NonFinite
 from gradscope.flow.robust import nanmedian
 from gradscope.flow.series import Series
 

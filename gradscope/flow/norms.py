@@ -9,7 +9,7 @@ import numpy as np
 
 from gradscope.compiled import kernel
 from gradscope.flow.judgement import LayerVerdict, worst
-from gradscope.flow.result import ExplodingLayer, Explosion, Region
+from gradscope.flow.records.regions import ExplodingLayer, Explosion, Region
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Series
 

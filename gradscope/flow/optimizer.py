@@ -9,7 +9,7 @@ import numpy as np
 from gradscope.flow.directions import Cosines
 from gradscope.flow.levels import Levels
 from gradscope.flow.limits import ATTENUATED, MIN_TREND, MIN_WINDOW
-from gradscope.flow.result import Accumulation, Captures, Clipping, Damping, Unoptimized
+from gradscope.flow.records.optimizer import Accumulation, Captures, Clipping, Damping, Unoptimized
 from gradscope.flow.robust import Array, nanmedian, theil_sen
 from gradscope.flow.series import Mask, Series
 

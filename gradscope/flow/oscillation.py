@@ -7,8 +7,8 @@ import numpy as np
 from gradscope.flow.directions import Cosines
 from gradscope.flow.levels import Levels
 from gradscope.flow.limits import MIN_TREND
+from gradscope.flow.records.steps import Oscillation
 from gradscope.flow.regions import onset
-from gradscope.flow.result import Oscillation
 from gradscope.flow.robust import Array, nanmedian, theil_sen
 from gradscope.flow.series import Series
 from gradscope.flow.temporal import Directions, directions

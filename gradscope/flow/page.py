@@ -10,7 +10,9 @@ from typing import Any
 
 from gradscope.flow.drawn_network import network
 from gradscope.flow.page_against import against
-from gradscope.flow.result import FlowResult, LayerFlow, Level
+from gradscope.flow.records.layers import LayerFlow
+from gradscope.flow.records.regions import Level
+from gradscope.flow.result import FlowResult
 from gradscope.flow.rules.say import spikes
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gradscope.flow.result import Against, LayerAgainst
+from gradscope.flow.records.against import Against, LayerAgainst
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 from gradscope.text import plural, shortened
 

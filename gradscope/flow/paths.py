@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from gradscope.flow.graph import LOSS, Graph
-from gradscope.flow.result import CriticalPath
+from gradscope.flow.records.network import CriticalPath
 from gradscope.flow.robust import Array
 
 Edge = tuple[int, int]

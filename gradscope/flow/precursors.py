@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradscope.flow.limits import MIN_TREND
-from gradscope.flow.result import Precursed, Precursor
+from gradscope.flow.records.loss import Precursed, Precursor
 from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Series
 

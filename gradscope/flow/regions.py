@@ -13,7 +13,7 @@ import numpy as np
 from gradscope.compiled import kernel
 from gradscope.flow.graph import Graph
 from gradscope.flow.limits import BRIDGE, SHORTEST
-from gradscope.flow.result import Extent
+from gradscope.flow.records.regions import Extent
 from gradscope.flow.robust import Array
 from gradscope.flow.series import Mask, Series
 

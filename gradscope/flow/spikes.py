@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.flow.limits import SEVERE_RATIO, SHORTEST, SPIKE_RATIO, SPIKE_Z, SPREAD_FLOOR
-from gradscope.flow.result import Region, Spike
+from gradscope.flow.records.events import Spike
+from gradscope.flow.records.regions import Region
 from gradscope.flow.robust import Array, nanmedian, spread
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.trailing import following, leaps, trailing

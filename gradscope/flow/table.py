@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from gradscope.flow.result import Against, CriticalPath, FlowResult, LayerFlow
+from gradscope.flow.records.against import Against
+from gradscope.flow.records.layers import LayerFlow
+from gradscope.flow.records.network import CriticalPath
+from gradscope.flow.result import FlowResult
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import facts, number, table
 from gradscope.text import escaped, listed, shortened

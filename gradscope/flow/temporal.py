@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gradscope.flow.directions import Cosines, Window, turned
 from gradscope.flow.levels import Levels
 from gradscope.flow.limits import ATTENUATED, MIN_TREND, MIN_WINDOW, STANDSTILL
-from gradscope.flow.result import Basis, TemporalFlow
+from gradscope.flow.records.layers import Basis, TemporalFlow
 from gradscope.flow.robust import GAUSSIAN, Array, column_trends, detrended, nanmedian
 from gradscope.flow.series import Mask, Series
 

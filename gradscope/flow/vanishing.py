@@ -36,6 +36,7 @@ from gradscope.flow.limits import (
     STANDSTILL,
     TOGETHER_DECADES,
 )
+from gradscope.flow.records.regions import Depth, Peak
 from gradscope.flow.regions import (
     Stretch,
     carried,
@@ -50,7 +51,6 @@ from gradscope.flow.regions import (
     rows_of,
     stretches,
 )
-from gradscope.flow.result import Depth, Peak
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Mask, Series
 from gradscope.flow.underflow import underflow

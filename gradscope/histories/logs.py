@@ -24,6 +24,7 @@ from gradscope.histories.columns import Row, Table
 from gradscope.histories.history import History
 from gradscope.histories.names import Role, is_known, role_of, step_column
 from gradscope.histories.places import Clock, Place, epoch_of, heading, place_below, place_of
+from gradscope.histories.tabled import history_of
 
 #: How much of a file may come before the first line that says something.
 _SEARCHED = 1 << 22
@@ -104,7 +105,7 @@ def read_log(path: str) -> History:
         table.notes.append("the log has a line for each epoch, so steps are epochs")
     with open(path, encoding="utf-8", errors="replace") as lines:
         said = (row for row in _said(_lines(lines)) if row[2].kind == kind)
-        return table.history("log", _rows(_counted(_of_one_rank(said))))
+        return history_of(table, "log", _rows(_counted(_of_one_rank(said))))
 
 
 def _lines(lines: Iterable[str], most: int | None = None) -> Iterator[tuple[int, str]]:

@@ -17,6 +17,7 @@ from gradscope.errors import InputError, UsageError
 from gradscope.histories.columns import Row, Table, is_long
 from gradscope.histories.history import History
 from gradscope.histories.names import is_known, step_column
+from gradscope.histories.tabled import history_of
 
 #: A greater file is read line by line without asking whether it is one value.
 _JSON_CAP = 1 << 30
@@ -53,7 +54,7 @@ def read_csv(path: str) -> History:
             if _is_download_header(header):
                 return read_downloads(path, [path])
             file.seek(0)
-            return table.history("csv", _cells(table, csv.reader(file, delimiter=delimiter)))
+            return history_of(table, "csv", _cells(table, csv.reader(file, delimiter=delimiter)))
     except UnicodeDecodeError as error:
         raise InputError(path, "malformed", f"is not UTF-8 text: {error.reason}") from None
     except csv.Error as error:
@@ -78,7 +79,9 @@ def read_any_json(path: str) -> History:
         return read_columns(path, whole)
     if is_download(whole):
         columns = ("step", _tag_of(path))
-        return Table(path).history("json", ((n, columns, r[1:]) for n, r in enumerate(whole, 1)))
+        return history_of(
+            Table(path), "json", ((n, columns, r[1:]) for n, r in enumerate(whole, 1))
+        )
     found = rows_in(whole)
     return read_jsonl(path) if found is None else read_json(path, found)
 
@@ -87,7 +90,7 @@ def read_jsonl(path: str) -> History:
     """The history in JSON lines, one object per row. Raises InputError."""
     table = Table(path)
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return table.history("jsonl", _members(_objects(table, file)))
+        return history_of(table, "jsonl", _members(_objects(table, file)))
 
 
 def read_json(path: str, rows: Sequence[Any], form: str = "json") -> History:
@@ -95,7 +98,7 @@ def read_json(path: str, rows: Sequence[Any], form: str = "json") -> History:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise InputError(path, "malformed", f"entry {number} is not an object")
-    return Table(path).history(form, _members(enumerate(rows, 1)))
+    return history_of(Table(path), form, _members(enumerate(rows, 1)))
 
 
 def is_columns(whole: object) -> bool:
@@ -164,7 +167,7 @@ def read_downloads(path: str, files: Sequence[str]) -> History:
             raise InputError(path, "malformed", f"{both} are both of {tag}: give one run's files")
         tags[tag] = file
     rows = merge(*(_of(tag, file) for tag, file in tags.items()), key=_step)
-    return Table(path, nbytes=sum(map(os.path.getsize, files))).history("csv", rows)
+    return history_of(Table(path, nbytes=sum(map(os.path.getsize, files))), "csv", rows)
 
 
 def _step(row: Row) -> float:
@@ -208,7 +211,7 @@ def read_columns(path: str, whole: Mapping[str, list[Any]]) -> History:
     """The history in lists by name: norms, perhaps steps, losses, rates. Raises InputError."""
     names = tuple(whole)
     rows = ((n, names, row) for n, row in enumerate(zip(*whole.values(), strict=True), 1))
-    return Table(path).history("json", rows)
+    return history_of(Table(path), "json", rows)
 
 
 def read_parquet(path: str) -> History:
@@ -223,7 +226,7 @@ def read_parquet(path: str) -> History:
         with parquet.ParquetFile(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(_BATCH))
             rows = (row for batch in batches for row in batch)
-            return Table(path).history("parquet", _members(enumerate(rows, 1)))
+            return history_of(Table(path), "parquet", _members(enumerate(rows, 1)))
     except (ArrowException, OSError, ValueError) as error:
         raise InputError(path, "malformed", f"is not a readable Parquet file: {error}") from None
 

@@ -9,7 +9,8 @@ import pytest
 
 from gradscope.flow.against import common_steps
 from gradscope.flow.analysis import analyze_flow
-from gradscope.flow.result import Against, FlowReport
+from gradscope.flow.records.against import Against
+from gradscope.flow.result import FlowReport
 from gradscope.histories.history import History
 
 from .made import made, noise

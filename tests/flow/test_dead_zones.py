@@ -8,7 +8,7 @@ import pytest
 from gradscope import analyze_flow
 from gradscope.flow.dead_zones import dead
 from gradscope.flow.joining import series
-from gradscope.flow.result import DeadZone
+from gradscope.flow.records.regions import DeadZone
 from gradscope.histories.history import History, Status
 from gradscope.report.model import Finding
 

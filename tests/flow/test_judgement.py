@@ -13,8 +13,12 @@ import pytest
 from gradscope import analyze_flow
 from gradscope.flow import judgement
 from gradscope.flow.facts import DeadFacts, ExplodingFacts, VanishingFacts
-from gradscope.flow.result import Extent, FlowResult, Oscillation, Region
-from gradscope.flow.rules import magnitudes, motion, paths
+from gradscope.flow.records.regions import Extent, Region
+from gradscope.flow.records.steps import Oscillation
+from gradscope.flow.result import FlowResult
+from gradscope.flow.rules import dead, motion, paths
+from gradscope.flow.rules.exploding import exploding_gradient, gradient_spike
+from gradscope.flow.rules.vanishing import vanishing_gradient
 
 from .made import made, noise, quadratic
 
@@ -56,17 +60,17 @@ DEAD = DeadFacts(
 
 
 def vanishing(**changed: Any) -> str:
-    limits = judgement.limits(magnitudes.vanishing_gradient)
+    limits = judgement.limits(vanishing_gradient)
     return judgement.vanishing_level(replace(LOST, **changed), **limits)
 
 
 def exploding(**changed: Any) -> str:
-    limits = judgement.limits(magnitudes.exploding_gradient)
+    limits = judgement.limits(exploding_gradient)
     return judgement.exploding_level(replace(BLOWN, **changed), **limits)
 
 
 def recovery(**changed: Any) -> str:
-    limits = judgement.limits(paths.dead_zone)
+    limits = judgement.limits(dead.dead_zone)
     del limits["records"]
     return judgement.recovery(replace(DEAD, **changed), **limits)
 
@@ -74,8 +78,8 @@ def recovery(**changed: Any) -> str:
 @pytest.mark.parametrize(
     ("judge", "rule"),
     [
-        (judgement.vanishing_level, magnitudes.vanishing_gradient),
-        (judgement.exploding_level, magnitudes.exploding_gradient),
+        (judgement.vanishing_level, vanishing_gradient),
+        (judgement.exploding_level, exploding_gradient),
     ],
 )
 def test_the_limits_of_a_judgement_are_the_parameters_of_its_rule(judge: Any, rule: Any) -> None:
@@ -150,7 +154,7 @@ def test_a_stack_that_vanishes_is_at_least_severe_and_its_biases_mild() -> None:
 
 def test_the_causes_of_vanishing_are_those_of_its_tests_each_with_its_remedy() -> None:
     def cause(**changed: Any) -> tuple[str, str]:
-        text, advice = judgement._vanishing_cause(replace(LOST, **changed))
+        text, advice = judgement.vanished.vanishing_cause(replace(LOST, **changed))
         return "; ".join(text), "; ".join(advice)
 
     assert "not along the whole stack" in cause()[0]
@@ -260,7 +264,7 @@ def test_a_stack_that_explodes_is_at_least_severe_and_non_finite_gradients_are_c
 
 def test_the_causes_of_explosion_are_those_of_its_tests_each_with_its_remedy() -> None:
     def cause(*tests: str, **changed: Any) -> tuple[str, str]:
-        text, advice = judgement._exploding_cause(replace(BLOWN, tests=tests, **changed))
+        text, advice = judgement.exploded.exploding_cause(replace(BLOWN, tests=tests, **changed))
         return "; ".join(text), "; ".join(advice)
 
     assert "NaN or Inf" in cause("non-finite")[0]
@@ -431,7 +435,7 @@ def test_a_rule_with_other_limits_judges_the_same_facts_anew() -> None:
     norms[:, 2] *= 10**-5.5
     result = analyze_flow(made(norms)).result
 
-    rule = magnitudes.vanishing_gradient
+    rule = vanishing_gradient
     assert severities(rule, result) == ["high"]
     assert severities(rule, result, severe=5.8) == ["medium"]
     assert severities(rule, result, critical=5.1) == ["critical"]
@@ -446,7 +450,7 @@ def test_an_explosion_under_other_limits_is_judged_anew_or_harmless() -> None:
     norms[120:] *= 70
     result = analyze_flow(made(norms)).result
 
-    rule = magnitudes.exploding_gradient
+    rule = exploding_gradient
     assert severities(rule, result) == ["high"]
     assert severities(rule, result, severe=90.0) == ["medium"]
     assert severities(rule, result, critical=60.0) == ["critical"]
@@ -463,7 +467,7 @@ def test_a_zone_under_other_limits_is_judged_anew() -> None:
     norms[10:16, 2] = norms[60:, 2] = 0
     result = analyze_flow(made(norms)).result
 
-    rule = paths.dead_zone
+    rule = dead.dead_zone
     assert severities(rule, result) == ["medium", "low"]
     assert severities(rule, result, records=10) == ["medium"]
     assert severities(rule, result, outlived=5.0) == ["high", "low"]
@@ -475,9 +479,9 @@ def test_other_rules_have_limits_that_work() -> None:
     bumped = noise(300, 5, scale=0.1)
     bumped[200] *= 30
     spiked = analyze_flow(made(bumped)).result
-    assert severities(magnitudes.gradient_spike, spiked) == ["low"]
-    assert severities(magnitudes.gradient_spike, spiked, small=50.0) == ["info"]
-    assert severities(magnitudes.gradient_spike, spiked, tall=15.0) == ["medium"]
+    assert severities(gradient_spike, spiked) == ["low"]
+    assert severities(gradient_spike, spiked, small=50.0) == ["info"]
+    assert severities(gradient_spike, spiked, tall=15.0) == ["medium"]
 
     ratio = {"param_l2": np.ones((60, 4)), "update_l2": np.tile([0.7, 0.06, 1e-3, 1e-3], (60, 1))}
     pushed = analyze_flow(made(noise(60, 4), **ratio)).result
@@ -519,6 +523,6 @@ def test_a_result_read_back_from_a_report_keeps_its_verdicts() -> None:
 
     assert "facts" not in text
     assert again.model_dump_json() == text
-    for rule in (magnitudes.vanishing_gradient, magnitudes.exploding_gradient, paths.dead_zone):
+    for rule in (vanishing_gradient, exploding_gradient, dead.dead_zone):
         assert severities(rule, result)
         assert severities(rule, again) == severities(rule, result)

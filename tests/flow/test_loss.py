@@ -10,7 +10,7 @@ import pytest
 from gradscope import analyze_flow
 from gradscope.flow.joining import series
 from gradscope.flow.loss import loss_level
-from gradscope.flow.result import Divergence, LossLevel
+from gradscope.flow.records.loss import Divergence, LossLevel
 from gradscope.report.model import Finding
 
 from .made import made, noise

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from gradscope import analyze_flow
-from gradscope.flow.result import Extent, FlowResult
-from gradscope.flow.rules import magnitudes, motion, paths
+from gradscope.flow.records.regions import Extent
+from gradscope.flow.result import FlowResult
+from gradscope.flow.rules import exploding, motion, nonfinite, paths
 from gradscope.flow.rules.say import place, several, since, span
 from gradscope.histories.history import Exact, History, Sketches, Status
 from gradscope.report.model import Finding
@@ -555,6 +556,6 @@ def test_a_burst_of_nan_is_left_to_the_rule_for_it() -> None:
     result = analyze_flow(made(norms)).result
 
     assert [r.tests for r in result.exploding_regions] == [("non-finite",)]
-    assert seen(magnitudes.exploding_gradient, result) == []
-    assert len(seen(magnitudes.non_finite_gradient, result)) == 1
+    assert seen(exploding.exploding_gradient, result) == []
+    assert len(seen(nonfinite.non_finite_gradient, result)) == 1
     assert seen(motion.stagnation, result) == []

@@ -14,7 +14,7 @@ from gradscope.flow.levels import levels
 from gradscope.flow.motion import convergence, missing, stagnation, update_ratios
 from gradscope.flow.nonfinite import nonfinite
 from gradscope.flow.oscillation import current_rate, oscillations
-from gradscope.flow.result import Stagnation
+from gradscope.flow.records.steps import Stagnation
 from gradscope.histories.history import History, Status
 
 from .made import made, noise, quadratic

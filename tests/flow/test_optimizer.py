@@ -15,7 +15,7 @@ from gradscope.flow.graph import graph_of
 from gradscope.flow.joining import series
 from gradscope.flow.levels import levels
 from gradscope.flow.optimizer import accumulation, clipping, damping, unoptimized
-from gradscope.flow.result import Accumulation, Damping
+from gradscope.flow.records.optimizer import Accumulation, Damping
 from gradscope.histories.history import History, Layer
 
 from .made import made, noise, of_vectors

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from gradscope import analyze_flow
-from gradscope.flow import result as r
 from gradscope.flow.directions import estimate
 from gradscope.flow.network import edge_type
+from gradscope.flow.records.layers import FlowDirection
+from gradscope.flow.records.network import NodeType
 from gradscope.flow.result import FlowResult
 from gradscope.histories.arrays import measured
 from gradscope.histories.history import Status
@@ -132,7 +133,7 @@ def test_temporal_gradient_flow_and_generate_temporal_flows_are_rows_of_their_ow
     assert rows[0].gradient_magnitude == pytest.approx(norms[0, 0], rel=1e-6)
 
 
-@pytest.mark.parametrize("direction", get_args(r.FlowDirection))
+@pytest.mark.parametrize("direction", get_args(FlowDirection))
 def test_flow_direction_and_get_latest_flow_direction_reach_every_state(direction: str) -> None:
     rng = np.random.default_rng(1)
     fixed = rng.normal(size=50)
@@ -193,7 +194,7 @@ def test_flow_node_connectivity_counts_its_edges_and_influence_what_must_pass_it
     assert nodes["layers.0"].influence_score == 0.25
 
 
-@pytest.mark.parametrize("kind", get_args(r.NodeType))
+@pytest.mark.parametrize("kind", get_args(NodeType))
 def test_node_type_and_classify_node_type_reach_every_type(kind: str) -> None:
     norms = noise(40, 15, scale=0.01)
     norms[:, 3] /= 300

@@ -12,7 +12,7 @@ from gradscope import analyze_flow
 from gradscope.flow.growth import growing, growth_rate
 from gradscope.flow.joining import series
 from gradscope.flow.judgement import lasting
-from gradscope.flow.result import Spike
+from gradscope.flow.records.events import Spike
 from gradscope.flow.spikes import jumps, spikes
 
 from .made import made, noise

@@ -312,7 +312,7 @@ def test_what_is_not_finite_is_data_unless_the_step_was_skipped(tmp_path: Path) 
 def test_a_run_known_by_its_log_alone_is_judged_by_its_loss(total: bool, tmp_path: Path) -> None:
     def log(after: float) -> str:
         norm = "'grad_norm': 1.0, " if total else ""
-        losses = [2 / (1 + t / 10) if t < 60 else after for t in range(100)]
+        losses = [2 / (1 + t / 10) if t < 60 else after * (1 + t % 3 / 9) for t in range(100)]
         return "".join(f"{{'loss': {x}, {norm}'epoch': {t}}}\n" for t, x in enumerate(losses))
 
     for after, code, severity in (

@@ -1,5 +1,25 @@
 """The rules of ``gradscope flow``; importing this registers them."""
 
-from gradscope.flow.rules import loss, magnitudes, motion, optimizer, paths
+from gradscope.flow.rules import (
+    dead,
+    exploding,
+    loss,
+    missing,
+    motion,
+    nonfinite,
+    optimizer,
+    paths,
+    vanishing,
+)
 
-__all__ = ["loss", "magnitudes", "motion", "optimizer", "paths"]
+__all__ = [
+    "dead",
+    "exploding",
+    "loss",
+    "missing",
+    "motion",
+    "nonfinite",
+    "optimizer",
+    "paths",
+    "vanishing",
+]

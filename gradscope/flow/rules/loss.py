@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import CLIMBING, LOSS_LEVEL
-from gradscope.flow.result import Divergence, FlowResult, LossLevel, Need
+from gradscope.flow.records.loss import Divergence, LossLevel
+from gradscope.flow.result import FlowResult, Need
 from gradscope.flow.rules.say import SEVERITY, begins_after, follows, several, since
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, rule

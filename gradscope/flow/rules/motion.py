@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradscope.flow.limits import STANDSTILL, UPDATE_HIGH, UPDATE_WARN, UPDATE_WILD
-from gradscope.flow.result import (
-    FlowResult,
-    Leap,
-    LearningRateAdvice,
-    Need,
-    Oscillation,
-    Standstill,
-)
+from gradscope.flow.records.steps import Leap, LearningRateAdvice, Oscillation, Standstill
+from gradscope.flow.result import FlowResult, Need
 from gradscope.flow.rules.say import several, since, told
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule

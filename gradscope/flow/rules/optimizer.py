@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import ATTENUATED
-from gradscope.flow.result import Captures, FlowResult, Need
+from gradscope.flow.records.optimizer import Captures
+from gradscope.flow.result import FlowResult, Need
 from gradscope.flow.rules.say import place, several
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule

@@ -6,15 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gradscope.flow import judgement
-from gradscope.flow.result import (
-    DeadZone,
-    Divergence,
-    Extent,
-    FlowResult,
-    Level,
-    Region,
-    Spike,
-)
+from gradscope.flow.records.events import Spike
+from gradscope.flow.records.loss import Divergence
+from gradscope.flow.records.regions import DeadZone, Extent, Level, Region
+from gradscope.flow.result import FlowResult
 from gradscope.report.severity import Severity
 from gradscope.text import listed
 

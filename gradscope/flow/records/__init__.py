@@ -1,0 +1,1 @@
+"""The parts of the result of ``gradscope flow``, by subject."""
