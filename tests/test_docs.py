@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_pages_of_reference_link_to_headings_that_are_there() -> None:
         plain = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
         anchors = {f"{a}-{n}" if (n := plain[:i].count(a)) else a for i, a in enumerate(plain)}
         assert {link for link in re.findall(r"\]\(#(.*?)\)", page) if link not in anchors} == set()
+
+
+#: Commands of the pages: at a prompt, indented, or a step of a job; without comment, redirection.
+_LINE = re.compile(r"^(?:\$ | {4,}|[^'\n]*?(?:run|script): )gradscope ([^#>\n]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_the_commands_of_the_pages_are_understood(page: Path) -> None:
+    for line in [] if page.name == "commands.md" else _LINE.findall(page.read_text()):
+        # As a shell writes the files of a pattern.
+        name, *words = shlex.split(
+            re.sub(r"(?<= )([^ '\"]*)\*([^ '\"]*)", r"\g<1>1\2 \g<1>2\2", line)
+        )
+        COMMANDS[name].make_context(name, words)  # raises for what it has not
+
+
+def test_the_commands_of_the_pages_are_found() -> None:
+    found = {page.name: len(_LINE.findall(page.read_text())) for page in DOCS.glob("*.md")}
+
+    assert all(found[name] >= 4 for name in ("weights.md", "drift.md", "flow.md", "explain.md"))
+    assert found["gate.md"] >= 8
 
 
 def test_the_index_lists_every_page_once() -> None:

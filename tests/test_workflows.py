@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -18,6 +18,8 @@ import pytest
 from safetensors.numpy import save_file
 
 pytest.importorskip("yaml", reason="PyYAML is of the test extra: run `make test`")
+
+import yaml
 
 from .workflows import ACTION, HOOKS, INSTALL, RUN, run_action
 
@@ -207,6 +209,45 @@ def test_it_installs_the_checkout_that_it_came_with(tmp_path: Path) -> None:
 
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked == [f"-m venv {tmp_path}/gradscope", "-m pip install --quiet /the/action"]
+
+
+# --- what the guide shows -----------------------------------------------------------------------
+
+GUIDE = (ROOT / "docs" / "gate.md").read_text()
+
+
+def examples(language: str) -> Iterator[str]:
+    return (found[1] for found in re.finditer(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL))
+
+
+def scripts() -> dict[str, str]:
+    """The commands of the jobs that the guide shows, by where they run."""
+    documents = [yaml.safe_load(text) for text in examples("yaml")]
+    (gitlab,) = [job for text in documents if isinstance(text, dict) for job in text.values()
+                 if isinstance(job, dict) and "script" in job]  # fmt: skip
+    github = [step["run"] for steps in documents if isinstance(steps, list) for step in steps
+              if "gradscope weights" in step.get("run", "")]  # fmt: skip
+    (jenkins,) = examples("groovy")
+    (said,) = re.findall(r"sh '([^']+)'", jenkins)
+    assert gitlab["artifacts"]["reports"]["junit"] in gitlab["script"]
+    assert re.findall(r"junit '([^']+)'", jenkins)[0] in said
+    return {"gitlab": gitlab["script"], "jenkins": said, "github": "\n".join(github)}
+
+
+@pytest.mark.parametrize("where", ["gitlab", "jenkins", "github"])
+def test_a_job_of_the_guide_fails_on_a_faulty_checkpoint_alone(
+    program, faulty: str, tmp_path: Path, where: str
+) -> None:
+    model = tmp_path / "model.safetensors"
+    for source, code in ((HEALTHY, 0), (faulty, 1)):
+        copyfile(source, model)
+        done = subprocess.run(
+            ["sh", "-c", scripts()[where]], cwd=tmp_path, env=program, capture_output=True
+        )
+        assert done.returncode == code, done.stderr
+    for written in tmp_path.glob("weights.*"):
+        assert b"model.safetensors" in written.read_bytes()
+    assert list(tmp_path.glob("weights.*"))
 
 
 # --- the hooks ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -81,6 +81,7 @@ def read_baseline(path: str | Path) -> Baseline:
     """Raises UsageError for a file that is missing, malformed or of a newer version."""
     try:
         document = json.loads(Path(path).read_bytes())
+        _check_version(document, path)
         found = Baseline.model_validate(document)
     except FileNotFoundError as error:
         raise UsageError(
@@ -96,11 +97,14 @@ def read_baseline(path: str | Path) -> Baseline:
         raise UsageError(f"{path} is not a baseline: {where}{first['msg'].lower()}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a baseline: {error}") from error
-    if found.schema_version != SCHEMA_VERSION:
-        raise UsageError(
-            f"{path} was written by a newer gradscope (schema {escaped(found.schema_version)})"
-        )
     return found
+
+
+def _check_version(document: Any, path: str | Path) -> None:
+    """Before anything else: what an old version does not know is no mistake of the file's."""
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if isinstance(version, str) and version != SCHEMA_VERSION:
+        raise UsageError(f"{path} was written by a newer gradscope (schema {escaped(version)})")
 
 
 def write_baseline(path: str | Path, baseline: Baseline) -> None:

@@ -312,6 +312,8 @@ def test_it_reads_back_and_has_a_line_an_entry(report_of, finding, tmp_path: Pat
         ('{"tolerance": -1}', "'tolerance': input should be greater"),
         ('{"entries": []}', "'entries': extra inputs are not permitted"),
         ('{"schema_version": "2.0"}', "written by a newer gradscope"),
+        ('{"schema_version": "1.1", "later": {}}', r"written by a newer gradscope \(schema 1\.1\)"),
+        ('{"schema_version": 1}', "'schema_version': input should be a valid string"),
     ],
 )
 def test_a_malformed_one_is_a_wrong_request(tmp_path: Path, text, why) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gradscope import analyze_weights
 from gradscope.report.formats import renderer
-from gradscope.report.model import InputFailure
+from gradscope.report.model import Input, InputFailure
 
 UNREAD = InputFailure(input="x.pt", kind="missing", message="file not found")
 
@@ -42,6 +42,16 @@ def test_a_finding_that_fails_the_gate_is_a_failure_and_a_lesser_one_passes(
     assert "prune them" in failed.result[0].text
     assert passed.is_passed
     assert "medium: 5 of 10" in passed.system_out
+
+
+def test_a_suite_is_named_by_what_was_looked_at(report_of, finding) -> None:
+    given = [Input(path=f"{name}.pt", format="x", bytes=1) for name in ("a]]>", "b\x1b", "c", "d")]
+
+    assert junit(report_of()).name == "gradscope.weights runs/m.safetensors"
+    assert junit(report_of(inputs=tuple(given))).name == (
+        "gradscope.weights a]]>.pt, b\\x1b.pt, c.pt and 1 more"
+    )
+    assert junit(report_of(inputs=(), errors=(UNREAD,))).name == "gradscope.weights x.pt"
 
 
 def test_rules_that_found_nothing_pass_and_those_not_asked_are_skipped(report_of, finding) -> None:

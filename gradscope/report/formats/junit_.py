@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from gradscope.report.formats import FILE, Display
 from gradscope.report.gate import fails
 from gradscope.report.model import AnyReport, Finding
-from gradscope.text import escaped, shortened
+from gradscope.text import escaped, listed, shortened
 
 Element = ElementTree.Element
 
@@ -29,10 +29,16 @@ def render(report: AnyReport, display: Display = FILE) -> str:  # noqa: ARG001
     }
     shown = {name: str(count) for name, count in counts.items()}
     suites = Element("testsuites", {"name": "gradscope", **shown})
-    suite = ElementTree.SubElement(suites, "testsuite", {"name": _home(report), **shown})
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": _named(report), **shown})
     suite.extend(cases)
     ElementTree.indent(suites)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(suites, "unicode")}\n'
+
+
+def _named(report: AnyReport) -> str:
+    """The command and what it looked at: several suites stand in one report of a job."""
+    paths = dict.fromkeys((*(i.path for i in report.inputs), *(e.input for e in report.errors)))
+    return f"{_home(report)} {listed(map(shortened, paths), len(paths))}".rstrip()
 
 
 def _home(report: AnyReport) -> str:

@@ -162,7 +162,7 @@ def _verdict(report: AnyReport, display: Display) -> RenderableType:
     return Text.assemble(
         (f"\n{report.verdict.upper()}", style),
         f"  {counted(report)} · {analysed}, {size(coverage.bytes)}{_unasked(report, display)}"
-        f" · exit {gate.exit_code}",
+        f" · exit {gate.exit_code}{' (--fail-on never)' * (gate.fail_on == 'never')}",
         reasons,
     )
 
