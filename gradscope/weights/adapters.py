@@ -28,6 +28,7 @@ _METHODS: Mapping[str, str] = {
     "shira": r"shira_weight",
     "c3a": r"c3a_kernel",
     "hra": r"hra_u",
+    "bone": r"(?:bone|miss)_block",
     "vb-lora": r"vblora_(?:logits_A|logits_B|vector_bank)",
 }
 #: PEFT puts the adapter's name and, for modules, ``weight`` behind a factor's name.
@@ -39,7 +40,9 @@ _FACTOR = re.compile(
 _PROCESSOR = re.compile(
     r"(?:^|\.)(?P<own>\w*?)_?lora(?:\d+|_linear_layer|_conv_layer)?\.(?P<side>down|up)(?:\.weight)?$"
 )
-_MAYBE = re.compile(r"lora|hada_|lokr_|vera_|oft_|ia3_l|fourierft|shira|c3a_|hra_u")
+_MAYBE = re.compile(
+    r"lora|hada_|lokr_|vera_|oft_|ia3_l|fourierft|shira|c3a_|hra_u|(bone|miss)_block"
+)
 _A, _B = ("A", "a", "down", "embedding_A"), ("B", "b", "up", "embedding_B")
 #: What leaves a module as it is, where that is not a zero among the factors of a product: every
 #: part of these methods at its value. A rotation is stored as its (zero) generator.
@@ -49,6 +52,10 @@ _IDENTITY: Mapping[str, Mapping[str, float]] = {
 }
 #: Random projections that are not trained, shared by all modules, or that no module starts without.
 _FROZEN = frozenset({"vera_A", "vera_B", "randlora_A", "randlora_B", "vblora_vector_bank"})
+
+
+#: What multiplies all that a module gives: zeros leave nothing of it.
+MULTIPLIERS = re.compile(r"(^|\.)(lora_magnitude_vector|ia3_l|boft_s)(\.|$)")
 
 
 class Part(NamedTuple):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gradscope.statistics.dtypes import is_float
-from gradscope.weights.names import series
+from gradscope.weights.promises import TEXT
 from gradscope.weights.result import Examined, TensorResult
 
 Fields = Mapping[str, object]
@@ -30,13 +30,16 @@ class Claim:
     kept: bool
 
 
-#: Where a composed model keeps the configuration of its language model.
-_TEXT = ("text_config", "llm_config", "language_config")
 #: Parts of a composed model that its language model's configuration is not about.
 _OTHER_PART = re.compile(
     r"(^|\.)(vision|visual|image|vit|audio|speech|talker|token2wav|code2wav|codec|depth_decoder|"
     r"mm|multi_modal|connector|qformer|projector|perceiver|mtp|ngram)\w*(\.|$)"
 )
+_VISION = re.compile(r"(^|\.)(vision|visual)\w*(\.|$)")
+#: What lies between the vision part and the language model has widths of both.
+_BRIDGE = re.compile(r"(^|\.)\w*(projector|projection|merger|connector|resampler|qformer)\w*(\.|$)")
+#: What a model that writes text is called.
+GENERATES = re.compile(r"(CausalLM|LMHeadModel|ForConditionalGeneration)$")
 _TEXT_PART = re.compile(r"(^|\.)(language_model|text_model|llm)(\.|$)")
 
 
@@ -67,6 +70,14 @@ class Configuration:
             if ends.search(end):
                 yield from (t for t in tensors if len(t.shape) == dims and is_float(t.dtype))
 
+    @property
+    def generates(self) -> bool:
+        """Whether it says that the model writes text."""
+        made = self.fields.get("architectures")
+        return isinstance(made, list) and any(
+            isinstance(name, str) and GENERATES.search(name) for name in made
+        )
+
     @cached_property
     def _by_end(self) -> Mapping[str, Sequence[TensorResult]]:
         """The tensors by the last three parts of their names: few keys, however many layers."""
@@ -91,7 +102,7 @@ _EMBEDDING = (
 def configuration(examined: Examined) -> Configuration:
     """The configuration beside a checkpoint; empty where there is none."""
     config = examined.document("config")
-    nested = next((config[k] for k in _TEXT if isinstance(config.get(k), Mapping)), None)
+    nested = next((config[k] for k in TEXT if isinstance(config.get(k), Mapping)), None)
     composed = any(isinstance(v, Mapping) and k.endswith("_config") for k, v in config.items())
     tensors: Sequence[TensorResult] = examined.tensors
     if composed:
@@ -102,15 +113,27 @@ def configuration(examined: Examined) -> Configuration:
     return Configuration(config, tensors, composed)
 
 
+def vision(examined: Examined) -> Configuration:
+    """The configuration of a composed model's vision part; empty where there is none."""
+    said = examined.document("config").get("vision_config")
+    own = (t for t in examined.tensors if _VISION.search(t.name) and not _BRIDGE.search(t.name))
+    fields = said if isinstance(said, Mapping) else {}
+    return Configuration(fields, list(own) if fields else ())
+
+
 Claims = Callable[[Configuration], Iterator[Claim]]
 
 
-def broken(config: Configuration) -> dict[str, list[Claim]]:
-    """The claims by key where no tensor keeps what the configuration promises."""
+def broken(config: Configuration, part: str = "") -> dict[str, list[Claim]]:
+    """The claims by key where no tensor keeps what the configuration promises.
+
+    Of a ``part`` that is no language model only widths are compared.
+    """
     found: dict[tuple[str, str], list[Claim]] = defaultdict(list)
-    for claims in (_vocabulary, _width, _inner_width, _heads, _positions):
+    widths = (_width, _inner_width)
+    for claims in widths if part else (_vocabulary, *widths, _heads, _positions, _lengths):
         for claim in claims(config):
-            found[claims.__name__, claim.key].append(claim)
+            found[claims.__name__, part + claim.key].append(claim)
     wrong: dict[str, list[Claim]] = defaultdict(list)
     for (_, key), claims_of_key in found.items():
         if not any(claim.kept for claim in claims_of_key):
@@ -146,7 +169,7 @@ def _width(config: Configuration) -> Iterator[Claim]:
     for table in config.embeddings:
         columns = table.shape[1]
         yield Claim("hidden_size", promised, columns, table.name, columns in {promised, *others})
-    for norm in config.matching(r"(^|\.)(input_layernorm|ln_1)\.weight$", 1):
+    for norm in config.matching(r"(^|\.)(input_layernorm|ln_1|layer_norm1)\.weight$", 1):
         yield Claim("hidden_size", promised, norm.numel, norm.name, norm.numel == promised)
 
 
@@ -166,10 +189,11 @@ def _inner_width(config: Configuration) -> Iterator[Claim]:
     if promised is None:
         return
     others = {promised, *config.others(r"inter|ffn|ff_|_ff|inner|mlp|hidden")}
+    halves = not config.generates  # some detectors halve what a gate is beside
     for pattern, axis in _INNER.items():
         for tensor in config.matching(pattern):
             length = tensor.shape[axis]
-            kept = bool(others & {length, 2 * length, length // 2})
+            kept = length in others or (halves and 2 * length in others)
             yield Claim("intermediate_size", promised, length, tensor.name, kept)
 
 
@@ -217,83 +241,19 @@ def _positions(config: Configuration) -> Iterator[Claim]:
         yield Claim("max_position_embeddings", promised, rows, table.name, kept)
 
 
-# -- what is missing, or too many ------------------------------------------------------------------
-
-_GENERATES = re.compile(r"(CausalLM|LMHeadModel|ForConditionalGeneration)$")
-#: What output layers are called, whatever their tensors are called when they are quantised.
-_OUTPUT = re.compile(
-    r"(^|\.)(\w*lm_heads?|embed_out|output_layer|output_projection|output|unembed|proj_out|ff_out|"
-    r"head|classifier|score|predictions\.decoder|final_linear)(\.|$)"
-)
-
-
-def lacks_head(examined: Examined) -> bool:
-    """Whether the output layer is promised to be a matrix of its own, and is not there."""
-    config = examined.document("config")
-    nested = [config[k] for k in _TEXT if isinstance(config.get(k), Mapping)]
-    tied = [f.get("tie_word_embeddings") for f in (config, *nested) if isinstance(f, Mapping)]
-    made = config.get("architectures")
-    generates = made is None or (
-        isinstance(made, list) and any(isinstance(a, str) and _GENERATES.search(a) for a in made)
-    )
-    if not generates or False not in tied or True in tied:
-        return False
-    tables = configuration(examined).embeddings
-    halved = config.get("is_encoder_decoder") is True and not any(
-        "decoder" in t.name for t in examined.tensors
-    )
-    return (
-        bool(tables) and not halved and not any(_may_be_head(t, tables) for t in examined.tensors)
-    )
+#: Key -> a tensor's name, its number of dimensions, and the one that has the length.
+_LENGTHS = {
+    "max_target_positions": (r"(^|\.)decoder\.embed_positions\.weight$", 2, 0),
+    "max_source_positions": (r"(^|\.)encoder\.embed_positions\.weight$", 2, 0),
+    "type_vocab_size": (r"(^|\.)embeddings\.token_type_embeddings\.weight$", 2, 0),
+    "num_mel_bins": (r"(^|\.)encoder\.conv1\.weight$", 3, 1),
+}
 
 
-def _may_be_head(tensor: TensorResult, tables: Sequence[TensorResult]) -> bool:
-    """By its name, or because it is another matrix of a vocabulary by the model's width."""
-    if tensor in tables:
-        return False
-    if _OUTPUT.search(tensor.name) and len(tensor.shape) >= 1:
-        return True
-    return len(tensor.shape) == 2 and any(
-        set(tensor.shape) == set(table.shape) and "lora" not in tensor.name for table in tables
-    )
-
-
-_EXPERT = re.compile(r"^(?P<stack>.*\bexperts)\.(?:expert_)?(?P<number>\d+)\.")
-_STACKED = re.compile(r"\bexperts\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123])(\.weight)?$")
-
-
-def expert_counts(config: Configuration) -> tuple[frozenset[int], Mapping[str, int]]:
-    """How many experts are promised, with and without empty ones, and how many each stack has."""
-    numbers: dict[str, set[int]] = defaultdict(set)
-    stacked: dict[str, int] = {}
-    for tensor in config.tensors:
-        if "experts" not in tensor.name:
-            continue
-        if found := _EXPERT.match(tensor.name):
-            numbers[found["stack"]].add(int(found["number"]))
-        elif _STACKED.search(tensor.name) and len(tensor.shape) == 3:
-            stacked[tensor.name] = tensor.shape[0]
-    keys = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-    promised = config.number(*keys)
-    several = {promised + other for other in config.others("zero_expert")} if promised else ()
-    counts = {stack: len(n) for stack, n in numbers.items()} | stacked
-    return frozenset(filter(None, (promised, *several))), counts
-
-
-def surplus_layers(config: Configuration) -> tuple[str, int, int] | None:
-    """The main stack of layers, where it has more than are promised: name, found, promised."""
-    promised = config.number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    extra = sum(config.others(r"nextn|mtp|num_predict_layers"))
-    if promised is None:
-        return None
-    for stack, members in series(t.name for t in config.tensors).items():
-        found = max(members) + 1
-        if is_main(stack) and found == len(members) and found > promised + extra:
-            return stack, found, promised
-    return None
-
-
-def is_main(stack: str) -> bool:
-    """Whether the number of hidden layers refers to this stack."""
-    own = ("model.layers", "layers", "transformer.h", "h", "encoder.layer", "bert.encoder.layer")
-    return stack in own
+def _lengths(config: Configuration) -> Iterator[Claim]:
+    for key, (pattern, dims, axis) in _LENGTHS.items():
+        promised = config.number(key)
+        for tensor in config.matching(pattern, dims) if promised is not None else ():
+            length = tensor.shape[axis]
+            kept = length == promised or (axis == 0 and length - 2 == promised)
+            yield Claim(key, promised or 0, length, tensor.name, kept)

@@ -20,11 +20,22 @@ from gradscope.weights.result import Examined, TensorResult
 from gradscope.weights.roles import MATRICES, TABLES, Role
 
 _SERIES = r"(?P<path>(?:.*[./])?(?!shared)\w*experts?)"
-#: ``mlp.experts.7.w1.weight``, ``mlp.experts.expert_7.wi.weight``.
-_SPLIT = re.compile(_SERIES + r"[./](?:expert_)?(?P<number>\d+)[./](?P<kind>.+)")
+#: ``mlp.experts.7.w1.weight``, ``mlp.experts.expert_7.wi.weight``, ``experts.mlp.7.w1.weight``,
+#: ``ffn.expert_list.7.up.weight``, ``moe.mlps.7.fc1.weight``.
+_SPLIT = re.compile(
+    _SERIES[:-1]
+    + r"(?:[./](?:mlps?|ffns?|layers|list|modules)|_?(?:list|layers|modules|mlps|ffns|networks))?"
+    + r"|(?:.*[./])?\w*moe[./](?:mlps|ffns|networks))"
+    + r"[./](?:expert_?)?(?P<number>\d+)[./](?P<kind>.+)"
+)
+#: ``moe.expert7.w1.weight``.
+_GLUED = re.compile(_SERIES + r"_?(?P<number>\d+)[./](?P<kind>.+)")
 #: ``mlp.experts.linear_fc1.weight7``, as Transformer Engine's grouped layers have them.
 _GROUPED = re.compile(_SERIES + r"\.(?P<kind>\w+)\.weight(?P<number>\d+)")
-_STACKED = re.compile(r"(?P<path>(?:.*[./])?(?:(?!shared)\w*experts?|\w*moe))[./](?P<kind>.+)")
+_STACKED = re.compile(
+    r"(?P<path>(?:.*[./])?(?:(?!shared)\w*experts?|\w*moe|\w+(?=[./](?:in|out)put_linear\.weight)))"
+    r"[./](?P<kind>.+)"
+)
 _LEAF = re.compile(r"[./](weight|kernel)$")
 #: First matrices of an expert that are two in one: without its gate, or what it gates, it is dead.
 _GATED = re.compile(r"gate_up|up_gate|input_linear|w13|linear_fc1")
@@ -44,11 +55,15 @@ class Place(NamedTuple):
     kind: str
 
 
+def _split(name: str) -> re.Match[str] | None:
+    return _SPLIT.fullmatch(name) or _GLUED.fullmatch(name)
+
+
 def place(name: str) -> Place | None:
     """Which expert a tensor is part of by its name, if any."""
-    if "expert" not in name and "moe" not in name:
+    if "expert" not in name and "moe" not in name and "put_linear" not in name:
         return None
-    if found := _SPLIT.fullmatch(name) or _GROUPED.fullmatch(name):
+    if found := _split(name) or _GROUPED.fullmatch(name):
         return Place(found["path"], int(found["number"]), _LEAF.sub("", found["kind"]))
     if found := _STACKED.fullmatch(name):
         return Place(found["path"], None, _LEAF.sub("", found["kind"]))
@@ -122,7 +137,7 @@ def _routers(tensors: Iterable[TensorResult]) -> Mapping[str, TensorResult]:
     found = {}
     for tensor in tensors:
         named = _ROUTER.fullmatch(tensor.name) if len(tensor.shape) == 2 else None
-        if named is not None and not _SPLIT.fullmatch(tensor.name):
+        if named is not None and not _split(tensor.name):
             found[named["outer"]] = tensor
     return found
 

@@ -12,7 +12,9 @@ from gradscope.weights.family import Family, own_name, place
 _QKV = re.compile(r"in_proj_weight|c_attn|(to_|attn_)?qkv(_proj)?|W_?pack|[Ww]qkv", re.IGNORECASE)
 #: Queries, keys and values of one head (or of those that share keys) after another.
 _BY_HEAD = re.compile(r"query_key_value|linear_qkv")
-_GATED = re.compile(r"gate_up_proj|w12")
+#: Keys and values in one.
+_KV = re.compile(r"(to_|c_|in_proj_)?kv(_proj|_lin)?|key_value|[Ww]kv", re.IGNORECASE)
+_GATED = re.compile(r"(\w+_)?(gate|up)_(and_)?(up|gate)(_proj)?|w_?12|w_?13|wi_fused|in_proj_glu")
 _QUERY = re.compile(r"(self_)?(wq|to_q|q(_proj|_lin)?|query)")
 _KEY = re.compile(r"(self_)?(w[kv]|to_[kv]|[kv](_proj|_lin)?|key|value)")
 _RECURRENT = re.compile(r"(weight_)[ih]h(\w*)")
@@ -26,11 +28,22 @@ def divided(ref: TensorRef, layout: UnitLayout, family: Family) -> UnitLayout:
         return _projections(ref, layout, family)
     if any(_BY_HEAD.fullmatch(name) for name in names):
         return _by_head(layout, family)
-    if any(_GATED.fullmatch(name) for name in names) and layout.units % 2 == 0:
-        return layout.divided(*_equal(layout, "gate", "up"))
+    for pattern, parts in ((_GATED, ("gate", "up")), (_KV, ("k", "v"))):
+        if any(pattern.fullmatch(name) for name in names) and layout.units % 2 == 0:
+            return layout.divided(*_equal(layout, *parts))
+    if _is_gated_by_shape(ref, module, layout, family):
+        return layout.divided(*_equal(layout, "value", "gate"))
     if gates := _RECURRENT.fullmatch(leaf):
         return _gates(module, gates, layout, family)
     return _in_heads(layout, module, names, family)
+
+
+def _is_gated_by_shape(ref: TensorRef, module: str, layout: UnitLayout, family: Family) -> bool:
+    """diffusers' GEGLU: ``net.0.proj`` gives twice what ``net.2`` takes."""
+    if not module.endswith("net.0.proj.") or len(ref.shape) != 2:
+        return False
+    taking = family.refs.get(module.removesuffix("0.proj.") + "2.weight")
+    return taking is not None and layout.units == 2 * taking.shape[-1]
 
 
 def _equal(layout: UnitLayout, *names: str) -> Iterator[Part]:

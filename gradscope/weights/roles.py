@@ -108,11 +108,13 @@ _EMBEDDING = re.compile(
 )
 #: Codebooks of vector quantisers: in a module of that name, or called so.
 _CODEBOOK = re.compile(
-    r"(^|.*\.)(_?codebooks?|codevectors)(\.weight)?|"
+    r"(^|.*\.)(_?codebooks?|codevectors)(\.\d+)?(\.weight)?|"
     r"(^|.*\.)\w*(vq|quantiz|codebook)\w*(\.\w+)?\."
-    r"(_?embed(ding)?s?|embed_sum|codebook)(\.weight)?",
+    r"(_?embed(ding)?s?|embed(ding)?_sum|codebook)(\.weight)?",
     re.IGNORECASE,
 )
+#: Matrices of experts, stacked; JetMoE calls them by what they do alone.
+_EXPERTS = re.compile(r"(experts?|moe)(\.|_|$)|(^|\.)(in|out)put_linear\.weight$")
 _UNEMBEDDING = re.compile(
     r"(^|\.)(lm_head|embed_out|output_projection|unembed|predictions.decoder)$"
 )
@@ -246,7 +248,7 @@ def _matrix(ref: TensorRef, module: str, leaf: str, siblings: Mapping[str, Tenso
         return Role.QUANTIZED
     if len(ref.shape) in (2, 3) and _CODEBOOK.fullmatch(ref.name):
         return Role.CODEBOOK
-    if len(ref.shape) == 3 and re.search(r"(experts?|moe)(\.|_|$)", ref.name):
+    if len(ref.shape) == 3 and _EXPERTS.search(ref.name):
         return Role.EXPERTS
     if "bias" in leaf or is_offset(leaf):
         return Role.BIAS

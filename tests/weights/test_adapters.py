@@ -110,6 +110,8 @@ FRESH: dict[str, tuple[Callable[[int], Factors], str]] = {
     "randlora": (lambda _: {"randlora_lambda": zeros(8, 8), "randlora_gamma": ones(8, 64) / 64},
                  "randlora_lambda"),
     "shira": (lambda _: {"shira_weight": zeros(512)}, "shira_weight"),
+    "bone": (lambda _: {"bone_block": zeros(8, 8, 8)}, "bone_block"),
+    "miss": (lambda _: {"miss_block": zeros(8, 64)}, "miss_block"),
 }  # fmt: skip
 
 
@@ -149,6 +151,30 @@ class TestEveryMethod:
         expected = "info" if method == "adalora" else "medium"  # which takes rank away
         assert said(path) == [expected]
         assert idle(path)[0].evidence == {"zero_adapters": 1, "adapters": 3}
+
+
+@pytest.mark.parametrize("factor", ["lora_magnitude_vector", "ia3_l", "boft_s"])
+def test_multipliers_of_zero_leave_nothing_of_a_module(factor: str, tmp_path: Path) -> None:
+    def trained(n: int) -> Factors:
+        rest = {"lora_A.weight": g(n, 8, 64), "lora_B.weight": g(n + 9, 64, 8)}
+        return {factor: 1 + g(n + 50, 64), **(rest if "lora" in factor else {})}
+
+    tensors = made(trained)
+    assert findings(planted(tmp_path / "sound", tensors, steps=500)) == []
+
+    lost = {n: t * 0 if n.endswith(factor) else t for n, t in tensors.items()}
+    (found,) = (f for f in findings(planted(tmp_path / "lost", lost, steps=500)) if f.severity.rank)
+    assert (found.name, found.severity) == ("all-zero", "high")
+    assert found.evidence["zero_tensors"] == 3
+
+
+def test_factors_of_nan_are_not_dead_as_well(tmp_path: Path) -> None:
+    tensors = lora()
+    name = next(iter(tensors))
+    tensors[name] = np.full_like(tensors[name], np.nan)
+    path = planted(tmp_path, tensors)
+
+    assert [f.name for f in findings(path) if f.severity.rank > 1] == ["non-finite"]
 
 
 def test_factors_that_are_both_zero_are_high_also_at_the_start(tmp_path: Path) -> None:

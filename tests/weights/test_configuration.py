@@ -102,6 +102,62 @@ def test_what_models_do_on_purpose_is_no_finding(change: Config, tmp_path: Path)
     assert keys(planted(tmp_path, transformer(), config)) == []
 
 
+def test_half_of_a_promised_width_is_no_promise_kept_by_a_model_that_writes(tmp_path: Path) -> None:
+    """Detectors count what a gate is beside twice; language models never do."""
+    wide = {**LLAMA, "intermediate_size": 256}
+    assert keys(planted(tmp_path / "a", transformer(), wide)) == ["intermediate_size"]
+    detector = {**wide, "architectures": ["DeimForObjectDetection"]}
+    assert keys(planted(tmp_path / "b", transformer(), detector)) == []
+
+
+SPEECH: Shapes = {
+    "model.encoder.conv1.weight": (32, 80, 3),
+    "model.encoder.embed_positions.weight": (100, 32),
+    "model.decoder.embed_positions.weight": (56, 32),
+    "bert.embeddings.token_type_embeddings.weight": (2, 32),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "told", "wrong"),
+    [
+        ("num_mel_bins", 80, 128),
+        ("max_source_positions", 100, 1500),
+        ("max_target_positions", 54, 448),
+        ("type_vocab_size", 2, 4),
+    ],
+)
+def test_lengths_of_speech_models_and_of_token_types(
+    key: str, told: int, wrong: int, tmp_path: Path
+) -> None:
+    assert keys(planted(tmp_path / "a", shaped(SPEECH), {key: told})) == []
+    assert keys(planted(tmp_path / "b", shaped(SPEECH), {key: wrong})) == [key]
+
+
+TOWER: Shapes = {
+    "vision_tower.layers.0.layer_norm1.weight": (48,),
+    "vision_tower.layers.0.mlp.fc1.weight": (96, 48),
+    "vision_tower.projector.mlp.fc1.weight": (64, 48),
+    "language_model.model.layers.0.mlp.gate_proj.weight": (128, 32),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({}, None),
+        ({"hidden_size": 64}, "vision_config.hidden_size"),
+        ({"intermediate_size": 192}, "vision_config.intermediate_size"),
+    ],
+)
+def test_the_vision_part_has_widths_of_its_own(
+    change: Config, key: str | None, tmp_path: Path
+) -> None:
+    said = {"hidden_size": 48, "intermediate_size": 96, "architectures": ["ForCausalLM"], **change}
+    path = planted(tmp_path, shaped(TOWER), {"vision_config": said})
+    assert keys(path) == ([key] if key else [])
+
+
 def test_a_length_that_follows_from_the_width_is_compared_where_queries_prove_it(
     tmp_path: Path,
 ) -> None:

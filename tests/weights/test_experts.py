@@ -263,6 +263,11 @@ def granite(model: Model) -> Iterator[tuple[str, Array]]:
         yield f"{moe}.output_linear.weight", layer["w2"]
 
 
+def jet(model: Model) -> Iterator[tuple[str, Array]]:
+    for name, tensor in granite(model):
+        yield name.replace("block_sparse_moe", "mlp"), tensor
+
+
 def named(experts: str, router: str, *kinds: str) -> Form:
     """One tensor an expert, by other names."""
 
@@ -332,6 +337,43 @@ NAMES: dict[str, tuple[Form, str, str]] = {
         ),
         "h.1.mlp.deepspeed_moe.experts.deepspeed_experts",
         "h.1.mlp.deepspeed_moe.gate.wg.weight",
+    ),
+    "a list of experts": (
+        named(
+            "blocks.{layer}.ffn.expert_list.{expert}", "blocks.{layer}.ffn.gate.weight",
+            "gate.weight", "up.weight", "down.weight",
+        ),
+        "blocks.1.ffn.expert_list",
+        "blocks.1.ffn.gate.weight",
+    ),
+    "MLPs in a mixture": (
+        named(
+            "blocks.{layer}.moe.mlps.{expert}", "blocks.{layer}.moe.gate.weight",
+            "gate.weight", "up.weight", "down.weight",
+        ),
+        "blocks.1.moe.mlps",
+        "blocks.1.moe.gate.weight",
+    ),
+    "numbers inside": (
+        named(
+            "layers.{layer}.experts.mlp.{expert}", "layers.{layer}.router.weight",
+            "gate.weight", "up.weight", "down.weight",
+        ),
+        "layers.1.experts.mlp",
+        "layers.1.router.weight",
+    ),
+    "glued numbers": (
+        named(
+            "layers.{layer}.moe.expert{expert}", "layers.{layer}.moe.gating.weight",
+            "gate.weight", "up.weight", "down.weight",
+        ),
+        "layers.1.moe.expert",
+        "layers.1.moe.gating.weight",
+    ),
+    "JetMoE": (
+        jet,
+        "model.layers.1.mlp",
+        "model.layers.1.mlp.router.layer.weight",
     ),
 }  # fmt: skip
 

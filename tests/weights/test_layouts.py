@@ -134,6 +134,38 @@ def test_three_squares_in_one_are_three_parts(name: str) -> None:
     assert parts(name, {name: (90, 32)}) == []
 
 
+@pytest.mark.parametrize(
+    "own", ["to_kv", "kv_proj", "kv", "key_value", "Wkv", "c_kv", "in_proj_kv"]
+)
+def test_keys_and_values_in_one_are_two_parts(own: str) -> None:
+    name = f"blocks.0.attn.{own}.weight"
+    assert parts(name, {name: (64, 32)}) == [("k", 32), ("v", 32)]
+    assert parts(name, {name: (63, 32)}) == []
+
+
+@pytest.mark.parametrize(
+    "own", ["gate_up_proj", "up_gate_proj", "gate_and_up_proj", "fc1_gate_up", "w13", "w12"]
+)
+def test_a_gate_and_what_it_gates_are_two_parts(own: str) -> None:
+    name = f"layers.0.mlp.{own}.weight"
+    assert parts(name, {name: (96, 32)}) == [("gate", 48), ("up", 48)]
+
+
+def test_a_gated_projection_is_known_by_what_takes_half_of_it() -> None:
+    name = "block.ff.net.0.proj.weight"
+    assert parts(name, {name: (96, 32), "block.ff.net.2.weight": (32, 48)}) == [
+        ("value", 48),
+        ("gate", 48),
+    ]
+    assert parts(name, {name: (96, 32), "block.ff.net.2.weight": (32, 96)}) == []
+
+
+@pytest.mark.parametrize("own", ["gate", "up_proj", "gate_proj", "w1", "kv_a_proj_with_mqa"])
+def test_what_is_one_matrix_has_no_parts(own: str) -> None:
+    name = f"layers.0.mlp.{own}.weight"
+    assert parts(name, {name: (96, 32)}) == []
+
+
 def test_parts_of_columns_are_parts_of_columns() -> None:
     assert parts("h.0.attn.c_attn.weight", GPT2) == [("q", 48), ("k", 48), ("v", 48)]
     assert layout("h.0.attn.c_attn.weight", GPT2, {"n_head": 4, "n_embd": 48}).head == 12

@@ -969,3 +969,24 @@ def test_values_that_only_a_wider_type_shows_are_not_redundant(tmp_path: Path) -
     made: dict[str, Tensor] = {"a.weight": bf16(gaussian(64, 32))}
     assert isinstance(made["a.weight"], Codes)
     assert findings(saved(made)(tmp_path), "redundant-precision") == []
+
+
+# -- few elements, and the ends of a type ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "fires"), [(4, False), (15, False), (16, True), (64, True)])
+def test_a_gap_among_fewer_than_sixteen_elements_is_chance(
+    count: int, fires: bool, tmp_path: Path
+) -> None:
+    values = gaussian(count, 1, seed=3, scale=1e-4)
+    values[1] = 0.05
+    assert bool(findings(saved({"fc1.weight": values})(tmp_path), "extreme-value")) is fires
+
+
+def test_a_flip_to_the_end_of_the_range_is_one_finding(tmp_path: Path) -> None:
+    bias = gaussian(64, seed=4)
+    bias[7] = 3e38
+    report = gradscope.analyze_weights(
+        saved({"fc.weight": gaussian(64, 32), "fc.bias": bias})(tmp_path)
+    )
+    assert [f.name for f in report.findings if f.severity.rank > 1] == ["extreme-value"]

@@ -200,12 +200,31 @@ def at_zero(alive: Array) -> dict[str, Array]:
     return {"quantizer.quantizers.0.codebook.weight": codebook() * alive[:, None]}
 
 
+def in_a_list(alive: Array) -> dict[str, Array]:
+    return {"quantizer.codebooks.0.weight": codebook() * alive[:, None]}
+
+
+def summed(alive: Array) -> dict[str, Array]:
+    return {"quantizer.vq.layers.0._codebook.embedding_sum": codebook() * alive[:, None]}
+
+
 def the_same(alive: Array) -> dict[str, Array]:
     return {"model.codebook": np.where(alive[:, None], codebook(), codebook(9)[:1])}
 
 
 QUANTISERS: dict[str, Callable[[Array], dict[str, Array]]] = {
-    f.__name__: f for f in (by_counts, lucidrains, columns, in_ema, untouched, at_zero, the_same)
+    f.__name__: f
+    for f in (
+        by_counts,
+        lucidrains,
+        columns,
+        in_ema,
+        untouched,
+        at_zero,
+        in_a_list,
+        summed,
+        the_same,
+    )
 }
 
 

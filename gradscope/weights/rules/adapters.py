@@ -197,8 +197,10 @@ def _neutral(adapter: Adapter, examined: Examined) -> Iterator[str]:
         yield "lora_E"
     elif adapter.neutral is None:
         yield from (f for f, name in adapter.trained.items() if _is(examined, name, 0))
-    elif all(_is(examined, adapter.names[f], v) for f, v in adapter.neutral.items()):
-        yield from adapter.neutral
+    else:
+        there = {f: v for f, v in adapter.neutral.items() if f in adapter.names}
+        if all(_is(examined, adapter.names[f], v) for f, v in there.items()):
+            yield from there
 
 
 def _is(examined: Examined, name: str, value: float) -> bool:

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Sequence
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.text import listed, plural, quoted
+from gradscope.weights.absences import expert_counts, lacks_head, surplus_layers
 from gradscope.weights.adapter_config import adapter_configs
 from gradscope.weights.configuration import (
     Claim,
     Configuration,
     broken,
     configuration,
-    expert_counts,
-    lacks_head,
-    surplus_layers,
+    vision,
 )
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need
@@ -34,14 +33,16 @@ def config_mismatch(examined: Examined) -> Iterator[Observation]:
     Loaders trust `config.json`: they fail, or draw what is missing at random and serve the model
     (Qwen3-VL-Embedding #89, transformers #24551, #33325). Compared are the vocabulary (a table may
     be padded to a multiple of 64 to 1024), widths, heads, positions, experts, layers beyond the
-    promised number, and an output layer of its own where `tie_word_embeddings` is false; a promise
-    is broken when no tensor keeps it. Of an adapter, `r` and `rank_pattern` against the factors.
+    promised number, widths of the vision part, lengths of speech models, and an output layer of its
+    own where `tie_word_embeddings` is false; a promise is broken when no tensor keeps it. Of an
+    adapter, `r` and `rank_pattern` against the factors.
     """
     if examined.adapted:
         yield from _ranks(examined)
         return
     config = configuration(examined)
-    for key, claims in broken(config).items():
+    contradicted = broken(config) | broken(vision(examined), "vision_config.")
+    for key, claims in contradicted.items():
         yield _contradiction(key, claims)
     if layers := surplus_layers(config):
         yield _surplus(*layers)

@@ -9,8 +9,10 @@ from gradscope.report.severity import Severity
 from gradscope.statistics.dtypes import is_narrow
 from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, TensorResult
-from gradscope.weights.roles import AUXILIARY, TRAINING, Role
+from gradscope.weights.roles import AUXILIARY, GAINS, MATRICES, TRAINING, Role
 from gradscope.weights.rules.tensors import VANISHED, mostly_dead, with_numerics
+
+_WIDE = ("F64", "F32", "BF16")
 
 
 @rule("W115", "dtype-headroom", Severity.MEDIUM, reads=Examined, needs=Need.TENSOR)
@@ -50,6 +52,8 @@ def dtype_headroom(
         headroom = numerics.headroom_bits
         if tensor.role is Role.BUFFER:  # masks are filled with the least value there is
             headroom = None
+        if tensor.dtype in _WIDE and tensor.role in MATRICES | GAINS | {Role.BIAS}:
+            headroom = None  # extreme-value judges what no training reaches
         if headroom is not None and headroom < headroom_bits:
             yield Observation(
                 tensor.name,

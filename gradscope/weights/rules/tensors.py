@@ -48,10 +48,17 @@ def with_outliers(
 
 
 def with_units(examined: Examined, roles: Iterable[Role]) -> Iterator[tuple[TensorResult, Units]]:
-    """The measured tensors that have rows, those that are zero altogether aside."""
-    for tensor, statistics in measured(examined, roles):
-        if tensor.units is not None and statistics.zero_count < statistics.count:
-            yield tensor, tensor.units
+    """The measured tensors that have rows, aside from those that are zero altogether or whose rows
+    look dead because they hold nothing finite.
+    """
+    for tensor, s in measured(examined, roles):
+        units = tensor.units
+        if units is None or s.zero_count == s.count:
+            continue
+        if s.finite_count == s.count or s.count - s.finite_count < units.dead_rows * (
+            tensor.numel // max(units.rows, 1)
+        ):
+            yield tensor, units
 
 
 def with_numerics(

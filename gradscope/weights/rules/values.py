@@ -9,8 +9,10 @@ from itertools import pairwise
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.statistics.records import Statistics
-from gradscope.text import listed
+from gradscope.text import listed, plural
+from gradscope.weights.adapters import MULTIPLIERS
 from gradscope.weights.leaves import Leaf, leaf_of
+from gradscope.weights.names import common_pattern
 from gradscope.weights.result import Examined, Need, OutlierResult, TensorResult
 from gradscope.weights.roles import (
     ADAPTERS,
@@ -112,6 +114,7 @@ def extreme_value(
     gap_elsewhere: float = 1e4,
     score: float = 50.0,
     least: int = 1000,
+    least_gap: int = 16,
 ) -> Iterator[Observation]:
     """A few elements lie so far out that storage or conversion must have damaged them.
 
@@ -121,16 +124,18 @@ def extreme_value(
     above 1e6 in a weight, a thousand times what a survey of eight released models found (aprender
     #2039); or a gap: the farthest elements lie 100 times (outside matrices 1e4 times) farther out
     than the next, alone. Flips of mantissa or sign bits leave no such trace; only a hash reveals
-    those. In a constant, a gap must come with such a magnitude, and values that stand for "never"
-    (-1e4 in the transitions of a CRF, 1e8 at the end of a series) are no damage.
+    those. Fewer than 16 elements below 1e6 have gaps by chance. In a constant, a gap must come with
+    such a magnitude, and values that stand for "never" (-1e4 in the transitions of a CRF, 1e8 at
+    the end of a series) are no damage.
     """
     scales = examined.quantization.companions()
     for tensor, s, outliers in with_outliers(examined):
         if tensor.role in TRAINING | {Role.COUNTER} or tensor.name in scales:
             continue
         limit = gap if tensor.role in MATRICES else gap_elsewhere
-        apart, widest = _gap(outliers, score)
         great = (s.abs_max or 0) > magnitude
+        telling = great or tensor.numel >= least_gap
+        apart, widest = _gap(outliers, score) if telling else (0, 0.0)
         if _may_be_constant(tensor) and _stand_for_never(tensor, outliers, apart):
             continue
         if tensor.role is Role.BUFFER and not (great and widest > limit):
@@ -207,13 +212,14 @@ def all_zero(examined: Examined, *, nothing: float = VANISHED) -> Iterator[Obser
     is below 1e-30 was never saved wrong: weight decay shrank it while no gradient reached it, as it
     does to layers that the model does not use: medium. Experts belong to `dead-expert`. Averaged
     (EMA) or master weights that are zero where the model is not are one finding: the next
-    evaluation or step would use them.
+    evaluation or step would use them. So are the multipliers of adapters (DoRA's magnitudes, IA3).
     """
     yield from _zero_copies(examined)
+    yield from _zero_multipliers(examined)
     for tensor, s in measured(examined):
         if s.zero_count < s.count or tensor.role in AUXILIARY | ADAPTERS:
             continue
-        if examined.experts.covers(tensor.name):
+        if examined.experts.covers(tensor.name) or MULTIPLIERS.search(tensor.name):
             continue
         matrix = tensor.role in MATRICES | {Role.QUANTIZED}
         matrix = matrix and not (tensor.role in TABLES and tensor.shape[0] == 1)
@@ -229,6 +235,19 @@ def all_zero(examined: Examined, *, nothing: float = VANISHED) -> Iterator[Obser
     for tensor, s in measured(examined, MATRICES - ADAPTERS):
         if tensor.dtype in ("F32", "BF16") and 0 < (s.abs_max or 0) < nothing:
             yield _decayed(tensor, s, nothing)
+
+
+def _zero_multipliers(examined: Examined) -> Iterator[Observation]:
+    scales = [(t, s) for t, s in measured(examined) if MULTIPLIERS.search(t.name)]
+    zero = [t for t, s in scales if s.zero_count == s.count]
+    if zero:
+        yield Observation(
+            common_pattern(zero),
+            f"{len(zero)} of {plural(len(scales), 'tensor')} that multiply what a module gives are "
+            f"zero: nothing is left of it ({listed([t.name for t in zero], len(zero), 3)})",
+            "go back to an earlier checkpoint of the adapter, or leave these modules out of it",
+            {"zero_tensors": len(zero), "tensors": len(scales), "affected_fraction": 1.0},
+        )
 
 
 def _decayed(tensor: TensorResult, s: Statistics, limit: float) -> Observation:
