@@ -47,6 +47,8 @@ def with_products(
     Of those alone whose first factor is ``own``, where that is given. Raises InputError when a
     file changes while it is read.
     """
+    if not examined.adapters:  # lest every run looks for libraries of BLAS
+        return ()
     refs = {ref.name: ref for ref in examined.checkpoint.tensors}
 
     def spectrum(adapter: Adapter | None) -> Values | None:

@@ -346,7 +346,10 @@ class Masters:
 
 @dataclass(frozen=True)
 class Examined:
-    """One checkpoint as its rules see it: the container and every tensor's measurements."""
+    """One checkpoint as its rules see it: the container and every tensor's measurements.
+
+    Where several jobs share it, each fact travels in ``parts.Found``; ``joining`` unites them.
+    """
 
     command: ClassVar[str] = "weights"
     Needs: ClassVar[type[StrEnum]] = Need

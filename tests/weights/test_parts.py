@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from gradscope.report.formats.json_ import render
 from gradscope.report.partial import digest, packed
 from gradscope.report.rules import load_rules
 from gradscope.weights import examining, masters
-from gradscope.weights.result import Need
+from gradscope.weights.parts import Found
+from gradscope.weights.result import Examined, Need
 from gradscope.weights.shares import Share, balanced, owned, share
 
 from ..quantization.made import LAYOUTS
@@ -270,6 +272,16 @@ def test_what_merge_is_asked_is_what_one_run_would_have_been_asked(tmp_path: Pat
         whole = gradscope.analyze_weights(path, **options)
         assert render(gradscope.merge(*found, **options)) == render(whole)
         assert whole.gate.exit_code == (0 if "ignore" in options or "config" in options else 1)
+
+
+def test_every_fact_that_rules_read_travels_in_a_part() -> None:
+    """A field that this test does not know also belongs into ``parts.Found`` and ``joining``."""
+    made_anew = {"checkpoint", "tensors", "measured", "adapters", "masters", "lost", "attention"}
+    travel = {f.name for f in fields(Examined)} - made_anew
+    assert travel == {
+        "tables", "codebooks", "tokens", "quantization", "indices", "left_out"
+    }  # fmt: skip
+    assert travel <= set(Found.model_fields)
 
 
 # -- who measures what ----------------------------------------------------------------------------
