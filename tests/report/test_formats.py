@@ -180,3 +180,17 @@ def test_a_grid_is_laid_out_as_rich_would(name: str) -> None:
     Console(file=out, width=10_000, no_color=True, _environ={}).print(made)
     drawn = [line.rstrip() for line in out.getvalue().splitlines()]
     assert list(Grid(headings, rows).lines()) == drawn
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_narrow_table_wraps_names_and_marks_numbers_that_are_cut(width: int) -> None:
+    made = table(("method", "left"), ("target", "left"), "min", "max", "complete")
+    made.add_row("integrated-gradients", "285 Egyptian cat", "-0.3569", "0.451", "within 23.92%")
+    out = io.StringIO()
+
+    Console(file=out, width=width, no_color=True, _environ={}).print(made)
+
+    said = " ".join(out.getvalue().split())
+    assert ("285 Egyptian" in said) is (width == 80)
+    assert ("within 23.92%" in said) is (width == 80)
+    assert ("…" in said) is (width == 60)

@@ -23,8 +23,10 @@ def table(*columns: str | tuple[str, str]) -> Table:
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
         heading, justify = (column, "right") if isinstance(column, str) else column
-        wraps = heading in ("tensor", "layer")
-        made.add_column(heading, justify=justify, no_wrap=not wraps, overflow="fold")  # type: ignore[arg-type]
+        wraps = heading in ("tensor", "layer", "target")
+        # Half a number would read as another one.
+        cut = "fold" if wraps else "ellipsis"
+        made.add_column(heading, justify=justify, no_wrap=not wraps, overflow=cut)  # type: ignore[arg-type]
     return made
 
 
