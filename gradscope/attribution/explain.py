@@ -20,8 +20,8 @@ from gradscope.attribution.result import ExplainReport, ExplainResult
 from gradscope.attribution.subject import Tick
 from gradscope.attribution.targets.readings import Wanted
 from gradscope.errors import InputError, UsageError
-from gradscope.models.images import find_images
 from gradscope.models.labels import Labels
+from gradscope.models.picture_files import find_images
 from gradscope.models.preprocessing import Preprocessing
 from gradscope.models.probe import held
 from gradscope.models.quick import quick

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +14,12 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gradscope.errors import InputError
+from gradscope.models.picture_files import decodable, split_frame
 from gradscope.text import plural
 
 Array = npt.NDArray[np.generic]
 #: What Pillow keeps in more than eight bits a pixel.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-#: Formats that Pillow recognises but does not decode by itself: EPS would start Ghostscript, the
-#: others need a handler from the caller.
-_NOT_DECODED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
-#: How the common formats begin, for files without a telling suffix.
-_STARTS = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP", re.DOTALL)
 _NPY = b"\x93NUMPY"
 #: Above the size of any picture within Pillow's limit of pixels.
 _LARGEST = 2**30
@@ -68,70 +61,6 @@ class Picture:
         return np.clip(np.rint(shown.astype(np.float64) * 255), 0, 255).astype(np.uint8)
 
 
-def find_images(paths: Sequence[str]) -> Iterator[str]:
-    """Files as given; for a folder, every picture in it and below, img2 before img10.
-
-    A picture has a suffix that Pillow knows, or begins like a PNG, JPEG, GIF or WebP. Hidden
-    files and folders are left out. Raises InputError for a folder without pictures.
-    """
-    for path in paths:
-        if not os.path.isdir(path):
-            yield path
-            continue
-        found = sorted((p for p in _below(Path(path)) if _is_picture(p)), key=_natural)
-        if not found:
-            raise InputError(
-                path,
-                "missing",
-                "no pictures found in this folder; name a file, or another folder",
-            )
-        yield from map(str, found)
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts):
-            yield path
-
-
-@cache
-def _suffixes() -> frozenset[str]:
-    return frozenset(
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats()
-    )
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(kind for kind in Image.ID if kind not in _NOT_DECODED)
-
-
-def _is_picture(path: Path) -> bool:
-    if path.suffix.lower() in _suffixes():
-        return True
-    try:
-        with path.open("rb") as file:
-            return _STARTS.match(file.read(16)) is not None
-    except OSError:
-        return False
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """A sort key: runs of digits compare as numbers, of any length, letters ignoring case."""
-    runs = re.findall(r"([0-9]+)|([^0-9]+)", str(path))
-    key = [(len(d.lstrip("0")), d.lstrip("0")) if d else (-1, t.casefold()) for d, t in runs]
-    return [*key, (-1, str(path))]
-
-
-def split_frame(path: str) -> tuple[str, int | None]:
-    """The file and the frame in ``photo.gif#3``, counted from 0; None where none is named."""
-    found = re.fullmatch(r"(.+)#([0-9]{1,6})", path, re.DOTALL)
-    if found is None or os.path.exists(path):
-        return path, None
-    return found[1], int(found[2])
-
-
 def open_image(path: str, channels: int = 3) -> Picture:
     """A picture of any format that Pillow reads, or an array [H, W, C] or [C, H, W] in an ``.npy``.
 
@@ -155,7 +84,7 @@ def open_image(path: str, channels: int = 3) -> Picture:
                 array = np.load(io.BytesIO(data), allow_pickle=False)
                 kind, mode, pixels, notes = "NPY", str(array.dtype), *_bands(array, channels)
             else:
-                with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                with Image.open(io.BytesIO(data), formats=decodable()) as image:
                     kind, mode = image.format or "?", image.mode
                     which = _at_frame(image, path, frame)
                     pixels, notes = _pixels(_upright(image), channels)

@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from gradscope.errors import InputError, UsageError
-from gradscope.models.preprocessing import FILTERS, IMAGENET, Preprocessing
-from gradscope.text import plural, quoted
+from gradscope.models.preprocessing import IMAGENET, Preprocessing
+from gradscope.models.processor_values import (
+    Wrong,
+    filter_named,
+    numbers,
+    positive,
+    size_of,
+    value_of,
+    whole,
+)
+from gradscope.text import quoted
 
 #: Written with a model for its weights; what else libraries write is about an architecture.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -119,9 +128,6 @@ def _is_timms(keys: Mapping[str, Any]) -> bool:
     return isinstance(config, Mapping) and {"mean", "input_size"} <= config.keys()
 
 
-Wrong = Callable[[str], Exception]
-
-
 _TIMM = {"input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation"}
 
 
@@ -130,8 +136,8 @@ def from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessi
     if not _is_timms(keys):
         return None
     config = keys.get("pretrained_cfg", keys)
-    channels, height, width = _whole(config["input_size"], "input_size", wrong, 3)
-    share = _positive(_numbers(config.get("crop_pct") or 0.875, "crop_pct", wrong, 1), "crop_pct",
+    channels, height, width = whole(config["input_size"], "input_size", wrong, 3)
+    share = positive(numbers(config.get("crop_pct") or 0.875, "crop_pct", wrong, 1), "crop_pct",
                       wrong)[0]  # fmt: skip
     mode = config.get("crop_mode") or "center"
     if mode not in ("center", "squash"):
@@ -140,8 +146,8 @@ def from_timm(keys: Mapping[str, Any], source: str, wrong: Wrong) -> Preprocessi
     found = Preprocessing(
         scaled if mode == "squash" else min(scaled),
         (height, width),
-        _numbers(config["mean"], "mean", wrong, channels),
-        _positive(_numbers(config.get("std"), "std", wrong, channels), "std", wrong),
+        numbers(config["mean"], "mean", wrong, channels),
+        positive(numbers(config.get("std"), "std", wrong, channels), "std", wrong),
         filter_named(config.get("interpolation") or "bilinear", wrong),
         source=source,
     )
@@ -165,7 +171,7 @@ def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preproces
     if not _KEYS & keys.keys():
         raise wrong(f"it has none of the keys {', '.join(sorted(_KEYS))}")
     resize, crop = _sizes(keys, source, wrong)
-    rescale = _numbers(keys.get("rescale_factor", 1 / 255), "rescale_factor", wrong, 1)
+    rescale = numbers(keys.get("rescale_factor", 1 / 255), "rescale_factor", wrong, 1)
     mean, std = _normalisation(keys, wrong)
     found = Preprocessing(
         resize,
@@ -173,7 +179,7 @@ def _from_keys(given: Mapping[str, Any], source: str, wrong: Wrong) -> Preproces
         mean,
         std,
         filter_named(keys.get("resample", "bilinear"), wrong),
-        _positive(rescale, "rescale_factor", wrong)[0]
+        positive(rescale, "rescale_factor", wrong)[0]
         if _flag(keys, "do_rescale", True, wrong)
         else 1.0,
         source,
@@ -187,11 +193,11 @@ def _sizes(
     """The size to resize to, and the centre to crop."""
     resize: int | tuple[int, int] | None = None
     crop = None
-    size = _size(keys.get("size", 224), "size", wrong)
+    size = size_of(keys.get("size", 224), "size", wrong)
     if _flag(keys, "do_resize", "size" in keys, wrong):
         resize = size
     if _flag(keys, "do_center_crop", "crop_size" in keys, wrong):
-        found = _size(keys.get("crop_size", size), "crop_size", wrong)
+        found = size_of(keys.get("crop_size", size), "crop_size", wrong)
         crop = (found, found) if isinstance(found, int) else found
     if not isinstance(resize, int) or crop is not None:
         return resize, crop
@@ -206,7 +212,7 @@ def _convnext(
     edge: int, keys: Mapping[str, Any], wrong: Wrong
 ) -> tuple[int | tuple[int, int], tuple[int, int]]:
     """ConvNeXT's processor: small sizes are cropped, from 384 on the picture is squashed."""
-    share = _positive(_numbers(keys["crop_pct"], "crop_pct", wrong, 1), "crop_pct", wrong)[0]
+    share = positive(numbers(keys["crop_pct"], "crop_pct", wrong, 1), "crop_pct", wrong)[0]
     return (int(min(edge / share, 1e6)) if edge < 384 else (edge, edge)), (edge, edge)
 
 
@@ -222,68 +228,14 @@ def _normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if not _flag(keys, "do_normalize", True, wrong):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean = _numbers(keys.get("image_mean", IMAGENET.mean), "image_mean", wrong)
-    std = _numbers(keys.get("image_std", IMAGENET.std), "image_std", wrong)
+    mean = numbers(keys.get("image_mean", IMAGENET.mean), "image_mean", wrong)
+    std = numbers(keys.get("image_std", IMAGENET.std), "image_std", wrong)
     if len(mean) != len(std) or len(mean) in (0, 2):
         raise wrong(
             f"image_mean has {len(mean)} numbers and image_std {len(std)}; both need one (grey), "
             "or three and more"
         )
-    return mean, _positive(std, "image_std", wrong)
-
-
-def _size(value: Any, key: str, wrong: Wrong) -> int | tuple[int, int]:
-    if isinstance(value, Mapping):
-        if "shortest_edge" in value:
-            value = value["shortest_edge"]
-        elif "height" in value and "width" in value:
-            value = (value["height"], value["width"])
-        else:
-            raise wrong(f"{key} has neither shortest_edge nor height and width")
-    if isinstance(value, list | tuple):
-        height, width = _whole(value, key, wrong, 2)
-        return height, width
-    return _whole(value, key, wrong, 1)[0]
-
-
-def _whole(value: Any, key: str, wrong: Wrong, count: int) -> tuple[int, ...]:
-    numbers = _numbers(value, key, wrong, count)
-    if any(n != int(n) for n in numbers):
-        raise wrong(f"{key} is {value!r}; pixels are whole numbers")
-    return tuple(int(n) for n in numbers)
-
-
-def _numbers(value: Any, key: str, wrong: Wrong, count: int | None = None) -> tuple[float, ...]:
-    values = value if isinstance(value, list | tuple) else [value]
-    if not values or not all(map(_is_finite, values)) or (count and len(values) != count):
-        wanted = plural(count, "finite number") if count else "a list of finite numbers"
-        raise wrong(f"{key} is {value!r}, not {wanted}")
-    return tuple(float(v) for v in values)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    # An integer beyond every float.
-    except OverflowError:
-        return False
-
-
-def _positive(values: tuple[float, ...], key: str, wrong: Wrong) -> tuple[float, ...]:
-    if min(values) <= 0:
-        raise wrong(f"{key} contains {min(values):g}; it has to be above zero")
-    return values
-
-
-def filter_named(value: Any, wrong: Wrong) -> str:
-    """The filter of a name or of Pillow's number. Raises what ``wrong`` makes of a message."""
-    by_number = {f.value: name for name, f in FILTERS.items()}
-    number = isinstance(value, int) and not isinstance(value, bool)
-    name = by_number.get(value, "") if number else str(value).lower()
-    if name not in FILTERS:
-        raise wrong(f"unknown filter {value!r}; the filters are {', '.join(FILTERS)}")
-    return name
+    return mean, positive(std, "image_std", wrong)
 
 
 def _checked(found: Preprocessing, wrong: Wrong) -> Preprocessing:
@@ -302,7 +254,7 @@ def _pairs(text: str) -> Iterator[tuple[str, Any]]:
         key, equals, value = pair.strip().partition("=")
         if not equals:
             raise _asked(f"{quoted(pair, 60)} is not key=value")
-        yield key.strip(), _value(value.strip())
+        yield key.strip(), value_of(value.strip())
 
 
 def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
@@ -312,18 +264,3 @@ def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
             raise _asked(f"{key} is given twice")
         found[key] = value
     return found
-
-
-def _value(text: str) -> Any:
-    by_word = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in by_word:
-        return by_word[text.lower()]
-    sides = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
-    if sides:
-        return [int(side) for side in sides.groups()]
-    if "/" in text:
-        return [_value(part) for part in text.split("/")]
-    try:
-        return json.loads(re.sub(r"^\((.*)\)$", r"[\1]", text))
-    except (ValueError, RecursionError):
-        return text

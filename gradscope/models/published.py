@@ -10,7 +10,8 @@ from typing import Any
 
 from gradscope.errors import UsageError
 from gradscope.models.preprocessing import Preprocessing
-from gradscope.models.processors import filter_named, from_timm
+from gradscope.models.processor_values import filter_named
+from gradscope.models.processors import from_timm
 
 
 def of_module(module: object) -> Preprocessing | None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gradscope.errors import InputError
-from gradscope.models.images import _natural, find_images, open_image
+from gradscope.models.images import open_image
+from gradscope.models.picture_files import _natural, find_images
 
 RGB = np.random.default_rng(0).integers(0, 255, (6, 4, 3), dtype=np.uint8)
 

@@ -23,7 +23,8 @@ from gradscope.attribution.result import Diagnostics, Files
 from gradscope.errors import UsageError
 from gradscope.files import write_whole
 from gradscope.models.geometry import Geometry
-from gradscope.models.images import Picture, split_frame
+from gradscope.models.images import Picture
+from gradscope.models.picture_files import split_frame
 from gradscope.text import escaped, quoted
 from gradscope.version import __version__
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from gradscope.errors import InputError
-from gradscope.models.images import Picture, find_images, open_image
+from gradscope.models.images import Picture, open_image
+from gradscope.models.picture_files import find_images
 from gradscope.text import quoted
 
 Region = npt.NDArray[np.bool_]
