@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -253,7 +254,11 @@ def _claimed(temporary: str, path: str) -> bool:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(path)
+            raise
     return True
 
 
@@ -290,8 +295,18 @@ def _write_zip(file: Any, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     target = io.BytesIO() if small else file
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, array in arrays.items():
-            buffer = io.BytesIO()
-            npy.write_array(buffer, np.asanyarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), buffer.getbuffer())
+            content = _npy_header(array.dtype, array.shape) + array.tobytes()
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content)
     if small:
         file.write(target.getbuffer())
+
+
+@lru_cache(maxsize=64)
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What stands before an array's numbers; many arrays of a file have the same."""
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects cannot be written")
+    header = io.BytesIO()
+    facts = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(header, facts)
+    return header.getvalue()

@@ -91,6 +91,8 @@ class GradientRecorder:
         self.stage = stage
         #: Whether capture was ever called, and whether it was not before the last record.
         self._called = self._fallback = False
+        #: Whether captures come from closures, and whether one did in the step that is under way.
+        self._inside = self._evaluated = False
         #: Whether nothing is left to do at a step that is not recorded.
         self._settled = False
         self._rows: Rows | None = None
@@ -124,10 +126,15 @@ class GradientRecorder:
         ``scaler`` is a GradScaler, so that steps it skips are known and gradients that it has not
         unscaled yet are; ``max_norm`` is what they will be clipped to. ``optimizer``, one of
         several or its name, is the one whose step this is; without it every one is recorded that
-        steps before the next call.
+        steps before the next call. Of a closure that a step calls several times (as of LBFGS) the
+        first evaluation is recorded: the gradient that the step began with.
 
         Raises UsageError for an optimizer that the recorder does not have.
         """
+        if self._inside:
+            if self._evaluated:
+                return
+            self._evaluated = True
         if scaler is not None and loss_scale is None:
             loss_scale = getattr(scaler, "_scale", None)
         may_skip = loss_scale is not None
@@ -204,6 +211,7 @@ class GradientRecorder:
 
     def before_step(self, owner: int) -> None:
         """For the hook before a step: without a capture call it is the time to measure."""
+        self._evaluated = False
         if not self._called:
             self._fallback = True
             self._take(None, owner, None, {}, None)
@@ -218,6 +226,7 @@ class GradientRecorder:
         """A capture inside the step (of a closure): the hook before it had nothing to see."""
         self._called, self._fallback = True, False
         if self._pending is not None and not self._pending.stepped:
+            self._inside = self._evaluated = True
             self._pending = None
             self._turns.undo()
 
@@ -226,7 +235,7 @@ class GradientRecorder:
         pending = self._pending
         if pending is None:
             return
-        while self._called and self._before:  # of no more use
+        while self._before and self._called and not self._inside:  # of no more use
             self._before.pop().remove()
         pending.stepped += (owner,)
         for part in pending.parts:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ def begun(folder: Path, **options: Any) -> tuple[GradientRecorder, Any, Any]:
     return GradientRecorder(model, optimizer, folder, every=1, **options), model, optimizer
 
 
-def full(*_: Any) -> None:
+def full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -215,8 +218,10 @@ RUN = """
 """
 
 
-def killed(folder: Path, number: int, before: str = "", after: str = "") -> tuple[int, str]:
-    code = textwrap.dedent(RUN).format(before=before, after=after)
+def killed(
+    folder: Path, number: int, before: str = "", after: str = "", code: str = RUN
+) -> tuple[int, str]:
+    code = textwrap.dedent(code).format(before=before, after=after)
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -414,3 +419,150 @@ def test_a_forked_child_has_no_record_of_its_parents(child: str, tmp_path: Path)
     assert history.steps.tolist() == list(range(9))
     assert len(list((tmp_path / "a").iterdir())) == 2
     assert "gradient recording stopped" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "handler", "records"),
+    [
+        (signal.SIGTERM, "sys.exit(3)", 60),  # which ends in our atexit
+        (signal.SIGTERM, "os._exit(3)", 36),  # which nobody sees
+        (signal.SIGINT, "sys.exit(3)", 60),
+    ],
+)
+def test_a_handler_that_comes_later_is_the_programs_own(
+    number: signal.Signals, handler: str, records: int, tmp_path: Path
+) -> None:
+    later = f"signal.signal({int(number)}, lambda *_: {handler})\n    for step in range(300)"
+    code = RUN.replace("for step in range(300)", later)
+
+    returned, _ = killed(tmp_path / "a", number, code=code)
+
+    history = open_history(str(tmp_path / "a"))
+    assert returned == 3
+    assert (len(history.steps), history.failures) == (records, ())
+
+
+def test_an_interrupt_leaves_every_record(tmp_path: Path) -> None:
+    killed(tmp_path / "a", signal.SIGINT)
+
+    assert len(open_history(str(tmp_path / "a")).steps) == 60
+
+
+@pytest.mark.parametrize("where", ["drained", "save"])
+def test_an_interrupt_while_a_shard_is_made_loses_no_record(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook, whose next cell goes on with the recorder."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(recorder, model, optimizer, range(20))
+    train(recorder, model, optimizer, range(5, 9))
+    recorder.close()
+
+    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2, 3, *range(5, 9)]
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_an_exception_of_the_training_passes_and_leaves_what_led_to_it(
+    managed: bool, tmp_path: Path
+) -> None:
+    def loop() -> None:
+        recorder, model, optimizer = begun(tmp_path / "a")
+        with recorder if managed else nullcontext():
+            train(recorder, model, optimizer, range(7))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
+    gc.collect()
+
+    assert open_history(str(tmp_path / "a")).steps.tolist() == list(range(7))
+
+
+@pytest.mark.parametrize(
+    "target", ["tempfile.mkstemp", "os.fsync", "os.chmod", "gradscope.histories.format._claimed"]
+)
+def test_a_write_that_fails_anywhere_leaves_whole_shards_and_nothing_else(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    train(recorder, model, optimizer, range(6))
+    with monkeypatch.context() as patch:
+        patch.setattr(target, full)
+        with pytest.warns(RuntimeWarning, match=r"No space left.*the 1 shard written can be read"):
+            finish(recorder, model, optimizer, range(6, 20))
+
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["00000.npz"]
+    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2, 3]
+
+
+def test_without_links_a_name_is_given_back_when_its_shard_cannot_be_moved_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(os, "replace", full)
+
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        train(recorder, model, optimizer, range(8))
+
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_folder_that_is_deleted_on_the_way_stops_the_recording(tmp_path: Path) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a", capacity=4)
+    train(recorder, model, optimizer, range(6))
+    shutil.rmtree(tmp_path / "a")
+    before = model[0].weight.detach().clone()
+
+    with pytest.warns(RuntimeWarning, match="FileNotFoundError") as said:
+        finish(recorder, model, optimizer, range(6, 20))
+
+    assert len(said) == 1
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_two_processes_in_one_folder_write_over_nothing(tmp_path: Path) -> None:
+    code = textwrap.dedent(RUN).format(before="", after="").replace("time.sleep(60)", "")
+    code = code.replace("every=10", "every=1, capacity=8")
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "a")],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [run.communicate(timeout=120)[1] for run in runs]
+
+    # Whoever comes when the other has begun to write is told so.
+    done = [run for run, words in zip(runs, said, strict=True) if "already holds" not in words]
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert all(run.returncode == 0 for run in done)
+    assert names == [f"{i:05d}.npz" for i in range(38 * len(done))]
+    assert open_history(str(tmp_path / "a")).failures == ()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_workers_of_a_data_loader_leave_the_recording_alone(tmp_path: Path) -> None:
+    recorder, model, optimizer = begun(tmp_path / "a")
+    data: Any = torch.utils.data.DataLoader(
+        torch.ones(8, 6), batch_size=2, num_workers=2, multiprocessing_context="fork"
+    )
+    for epoch in range(2):
+        for step, batch in enumerate(data, 4 * epoch):
+            optimizer.zero_grad()
+            model(batch).sum().backward()
+            recorder.capture(step)
+            optimizer.step()
+    recorder.close()
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert history.steps.tolist() == list(range(8))
+    assert len(list((tmp_path / "a").iterdir())) == 2
