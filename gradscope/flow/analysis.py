@@ -13,7 +13,7 @@ from gradscope.flow.against import Run, common_steps
 from gradscope.flow.against import against as compared
 from gradscope.flow.excerpt import between
 from gradscope.flow.joining import By, series
-from gradscope.flow.limits import SHORTEST
+from gradscope.flow.limits import MIN_TREND, SHORTEST
 from gradscope.flow.measured import SERIES_ROWS, analyze
 from gradscope.flow.records.against import Against
 from gradscope.flow.result import FlowReport, FlowResult
@@ -152,11 +152,8 @@ def _coverage(history: History, result: FlowResult) -> Coverage:
     if result.rows_omitted:
         reason = f"only the last {SERIES_ROWS:,} rows are in the report; --series all has every one"
         skipped.append(Skip(subject=f"{result.rows_omitted:,} rows of the series", reason=reason))
-    if not result.layers and result.loss is not None:
-        # Of such a run the loss is all there is, and it was judged.
-        assert history.loss is not None
-        known = int((~np.isnan(history.loss)).sum())
-        return Coverage(analyzed=known, total=result.steps, unit="losses", bytes=history.nbytes)
+    if not result.layers and history.loss is not None:
+        return _of_losses(history, result.loss is not None)
     if few := _too_few(result):
         skipped.append(few)
     recorded = few is None and any(layer.records for layer in result.layers)
@@ -167,6 +164,23 @@ def _coverage(history: History, result: FlowResult) -> Coverage:
         unit="layers",
         bytes=history.nbytes,
         skipped=tuple(skipped),
+    )
+
+
+def _of_losses(history: History, judged: bool) -> Coverage:
+    """Of a run that logged no gradients the loss is all there is."""
+    assert history.loss is not None
+    known = int((~np.isnan(history.loss)).sum())
+    few = Skip(
+        subject=f"{known:,} loss{'es' * (known != 1)}",
+        reason=f"a loss is judged from {MIN_TREND} on",
+    )
+    return Coverage(
+        analyzed=known if judged else 0,
+        total=len(history.steps),
+        unit="losses",
+        bytes=history.nbytes,
+        skipped=() if judged else (few,),
     )
 
 

@@ -14,10 +14,12 @@ from gradscope.flow.records.network import CriticalPath
 from gradscope.flow.result import FlowResult
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import facts, number, table
-from gradscope.text import escaped, listed, shortened
+from gradscope.text import escaped, listed, plural, shortened
 
 _SHOWN = 40
 _PATHS = 3
+#: Characters of a curve of losses.
+_LOSSES = 40
 _DIFFERING = 12
 _NARROW_NAME = 30
 #: Perceptually ordered, dark to bright; the glyph says the same without colour.
@@ -32,7 +34,8 @@ def flow(result: FlowResult, display: Display) -> Iterator[RenderableType]:
         yield Text.assemble(("note ", "dim"), escaped(note))
     if result.steps:
         yield Text("")
-        yield _network(result)
+        yield _network(result) if result.layers else _losses(result, display)
+    if result.layers and result.steps:
         yield from _layers(result.layers, display)
         yield from _heatmap(result.layers, display)
         yield from _paths(result.critical_paths, display)
@@ -83,10 +86,25 @@ def _factor(decades: float | None) -> str:
     return "–" if decades is None else f"×{10**decades:.2g}"
 
 
+def _span(result: FlowResult) -> str:
+    return f"{result.first_step}–{result.last_step} ({plural(result.steps, 'record')})"
+
+
+def _losses(result: FlowResult, display: Display) -> Text:
+    """A run of which nothing but losses is known."""
+    shown = {"steps": _span(result)}
+    logged = result.curves.loss if result.curves is not None else None
+    known = [value for value in logged or () if value is not None]
+    if known:
+        shown["loss"] = f"{number(known[0])} → {number(known[-1])}"
+        shown["over time (log)"] = trace(known, _LOSSES, display.unicode)
+    return facts(shown)
+
+
 def _network(result: FlowResult) -> Text:
     metrics = result.network.metrics
     shown = {
-        "steps": f"{result.first_step}–{result.last_step} ({result.steps:,} records)",
+        "steps": _span(result),
         "layers": f"{len(result.layers):,}",
         "topology": result.topology,
     }

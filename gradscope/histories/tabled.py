@@ -139,7 +139,8 @@ def _said(table: Table, steps: _Integers) -> Iterator[str]:
             "leaves NaN and infinity out of its histograms"
         )
     if not table.layers:
-        yield ONLY_TOTAL if _of(table, "total") else ONLY_LOSS
+        norms = any(quantity.values for quantity in _of(table, "total").values())
+        yield ONLY_TOTAL if norms else ONLY_LOSS
     last = max(table.steps, default=0)
     if len(steps) and last > steps[-1] and likeliest(_of(table, "loss").items()):
         yield (

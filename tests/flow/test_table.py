@@ -158,3 +158,17 @@ def test_notes_come_first() -> None:
 
     assert "note the layers' sizes are unknown" in text
     assert "pre-step hook" in text
+
+
+@pytest.mark.parametrize("records", [1, 5, 60])
+def test_a_run_of_losses_alone_shows_the_loss_and_no_layers(records: int) -> None:
+    history = made(np.empty((records, 0)), loss=np.geomspace(2.0, 0.5, records))
+
+    text = shown(history)
+
+    last = {1: "2", 5: "0.5", 60: "0.5"}[records]
+    assert f"({records} record{'s' * (records > 1)})  loss 2 → {last}  over time (log) " in text
+    assert "parameters" not in text
+    assert "topology" not in text
+    assert ("a loss is judged from 8 on" in text) is (records < 8)
+    assert analyze_flow(history).gate.exit_code == (4 if records < 8 else 0)

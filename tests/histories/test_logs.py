@@ -15,6 +15,7 @@ from gradscope import analyze_flow
 from gradscope.errors import InputError, UsageError
 from gradscope.histories.history import History
 from gradscope.histories.logs import said_by
+from gradscope.histories.names import ONLY_LOSS, ONLY_TOTAL
 from gradscope.histories.open import open_history
 
 #: transformers, ``PrinterCallback`` and ``ProgressCallback`` of trainer_callback.py: the latter
@@ -265,6 +266,9 @@ def test_the_loss_of_training_beside_that_of_validation_is_read(tmp_path: Path) 
     assert history.steps.tolist() == [1, 2, 3]
     assert history.loss is not None
     assert history.loss.tolist() == [2.5, 2.0, 1.5]
+    assert history.notes == (ONLY_LOSS,)
+    with_norm = "step 1 loss 2.0 grad_norm 1.0\nstep 2 loss 1.0 grad_norm 1.0\n"
+    assert read(tmp_path, with_norm).notes == (ONLY_TOTAL,)
 
 
 def test_the_commonest_kind_of_lines_is_that_of_a_log(tmp_path: Path) -> None:
