@@ -128,19 +128,44 @@ def _quantiles(series: Mapping[str, Sequence[TensorResult]], of: str) -> Chart:
     return Chart(
         f"Values by depth and role{of}",
         "The line is the median of each tensor, the dark band holds half of its values, the light "
-        "one all but the outer 2 %. A band that widens, collapses or jumps is where to look.",
+        "one all but the outer 2 %. A band that widens, collapses or jumps is where to look. "
+        "Neighbours of a long series are one point, whose light band holds those of all.",
         chart.to_dict(),
     )
 
 
+#: Points of a series: more than pixels there are for it.
+_POINTS = 400
+
+
 def _bands(role: str, tensors: Sequence[TensorResult]) -> Iterator[dict[str, Any]]:
-    for depth, tensor in enumerate(tensors):
-        assert tensor.statistics is not None
-        q = tensor.statistics.quantiles or {}
+    each = -(-len(tensors) // _POINTS)
+    for first in range(0, len(tensors), each):
+        together = [(t, _quantiles_of(t)) for t in tensors[first : first + each]]
+        widest, _ = max(together, key=lambda pair: _width(pair[1]))
+        q = {name: [q[name] for _, q in together if name in q] for name in _BANDS}
         yield {
-            "role": role, "depth": depth, "tensor": tensor.name, "median": q.get("0.5"),
-            "q1": q.get("0.01"), "q25": q.get("0.25"), "q75": q.get("0.75"), "q99": q.get("0.99"),
+            "role": role, "depth": first, "tensor": widest.name, "median": _median(q["0.5"]),
+            "q1": min(q["0.01"]), "q25": _median(q["0.25"]), "q75": _median(q["0.75"]),
+            "q99": max(q["0.99"]),
         }  # fmt: skip
+
+
+#: The quantiles that are drawn.
+_BANDS = ("0.01", "0.25", "0.5", "0.75", "0.99")
+
+
+def _quantiles_of(tensor: TensorResult) -> Mapping[str, float]:
+    assert tensor.statistics is not None
+    return tensor.statistics.quantiles or {}
+
+
+def _width(q: Mapping[str, float]) -> float:
+    return q["0.99"] - q["0.01"]
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 # --- casts and spectra ----------------------------------------------------------------------------

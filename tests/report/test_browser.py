@@ -181,9 +181,8 @@ def test_on_a_narrow_screen_a_chart_is_narrower(browser: Any, folder: Path) -> N
 def test_charts_far_below_are_there_for_the_printer(browser: Any, folder: Path) -> None:
     shown = Shown(browser, folder / "flow.html", viewport={"width": 1280, "height": 300})
 
-    shown.page.wait_for_function(
-        "[...document.querySelectorAll('[data-chart]')].every(each => each.dataset.ready)"
-    )
+    for i in range(3):
+        shown.page.wait_for_selector(f"[data-chart][data-ready] >> nth={i}", state="attached")
     shown.page.emulate_media(media="print")
 
     assert shown.page.locator("#theme").is_hidden()

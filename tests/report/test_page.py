@@ -134,7 +134,9 @@ def test_every_tensor_is_in_the_table_with_its_values() -> None:
     titles = [c["title"] for c in grid["columns"]]
     assert [row["cells"][0] for row in grid["rows"]] == [t.name for t in report.result.tensors]
     for row, tensor in zip(grid["rows"], report.result.tensors, strict=True):
-        assert row["cells"][titles.index("std")] == tensor.statistics.std
+        assert row["cells"][titles.index("std")] == pytest.approx(tensor.statistics.std, rel=1e-5)
+        opened = {grid["names"][at]: value for at, value in row["more"]}
+        assert opened["max"] == pytest.approx(tensor.statistics.max, rel=1e-5)
         assert sum(row["bars"]) == sum(tensor.histogram)
 
 

@@ -55,3 +55,24 @@ def test_tensors_of_several_checkpoints_are_told_apart(tmp_path: Path) -> None:
     assert grid(one, two).columns[-1].title == "input"
     assert grid(one).columns[-1].title == "health"
     assert all(len(row.cells) == len(grid(one).columns) for row in grid(one).rows)
+
+
+def test_a_long_series_is_drawn_in_few_points_that_hold_the_widest(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    state = {f"layers.{i}.w": draw.normal(0, 0.1, (4, 8)).astype(np.float32) for i in range(900)}
+    state["layers.501.w"] *= 100
+    save_file(state, tmp_path / "m.safetensors")
+    report = analyze_weights(tmp_path / "m.safetensors")
+
+    chart = next(p for p in panels_of(report) if p.title == "Values by depth and role")
+    assert isinstance(chart, Chart)
+    points = chart.spec["data"]["values"]
+
+    assert len(points) == 300
+    widest = max(points, key=lambda point: point["q99"] - point["q1"])
+    strange = next(t for t in report.result.tensors if t.name == "layers.501.w")
+    assert widest["tensor"] == "layers.501.w"
+    assert (widest["q1"], widest["q99"]) == (
+        strange.statistics.quantiles["0.01"], strange.statistics.quantiles["0.99"],
+    )  # fmt: skip
+    assert abs(widest["median"]) < 0.2

@@ -190,10 +190,26 @@ def _given(panel: Panel) -> Mapping[str, Any]:
         return {"spec": panel.spec}
     if isinstance(panel, Grid):
         columns = [{"title": c.title, "number": c.number, "form": c.form} for c in panel.columns]
-        return {"columns": columns, "rows": list(_rows(panel))}
+        names = {name: i for i, name in enumerate(dict.fromkeys(_names(panel)))}
+        return {"columns": columns, "names": list(names), "rows": list(_rows(panel, names))}
     return {}
 
 
-def _rows(panel: Grid) -> Iterator[Mapping[str, Any]]:
+def _names(panel: Grid) -> Iterator[str]:
+    return (name for row in panel.rows for name, _ in row.more)
+
+
+def _rows(panel: Grid, names: Mapping[str, int]) -> Iterator[Mapping[str, Any]]:
+    """Rows; what opens below one by the numbers of its names, which all rows share."""
     for row in panel.rows:
-        yield {"cells": row.cells, "more": row.more, "bars": row.bars, "ends": row.ends}
+        yield {
+            "cells": [_brief(value) for value in row.cells],
+            "more": [(names[name], _brief(value)) for name, value in row.more],
+            "bars": row.bars,
+            "ends": [_brief(value) for value in row.ends],
+        }
+
+
+def _brief(value: Any) -> Any:
+    """Six digits of a number: a page shows four, and the JSON report has all."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

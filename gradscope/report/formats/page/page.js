@@ -84,7 +84,7 @@
   }
 
   function grid(place, panel, id) {
-    const { columns, rows } = panel;
+    const { columns, names, rows } = panel;
     const state = { column: null, down: false, words: "", limit: PAGE };
     const body = make("tbody"), head = make("tr");
     const table = make("table", {}, make("thead", {}, head), body);
@@ -108,8 +108,8 @@
       const inside = make("td", { colspan: columns.length });
       if (row.bars.length) inside.append(bars(row.bars, Math.min(520, place.clientWidth - 40), 90, row.ends));
       const facts = make("div", { class: "facts" });
-      for (const [name, value] of row.more)
-        facts.append(make("div", {}, make("span", {}, `${name} `), written(value)));
+      for (const [at, value] of row.more)
+        facts.append(make("div", {}, make("span", {}, `${names[at]} `), written(value)));
       inside.append(facts);
       return make("tr", { class: "more" }, inside);
     }
