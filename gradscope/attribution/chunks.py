@@ -23,7 +23,7 @@ class Chunks:
 
     gradient: int
     forward: int
-    #: The same of inputs that differ from one in a window only: what is whole comes late and small.
+    #: The same of inputs that are alike at first, in all but a window: what differs comes small.
     windows: int
     #: Whether the model takes inputs with the channels last in memory.
     channels_last: bool = False

@@ -45,7 +45,7 @@ def forward(chunks: Chunks) -> int:
 
 
 def in_windows(chunks: Chunks) -> int:
-    """The same of inputs that differ from one in a window only."""
+    """The same of inputs that are alike at first, in all but a window."""
     return chunks.windows
 
 

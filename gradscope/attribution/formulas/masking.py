@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from gradscope.attribution.formulas.cams import rectified, weighted
 from gradscope.attribution.formulas.gradients import Result
-from gradscope.attribution.subject import Answer, Points, Subject
+from gradscope.attribution.subject import Answer, Points, Subject, forward, in_windows
 from gradscope.errors import UsageError
 from gradscope.models.model import Tap
 
@@ -78,21 +78,23 @@ def _chosen(flat: Tensor, most: int) -> Tensor:
 def ablationcam(subject: Subject, *, relu: bool) -> Result:
     """sum_k w_k A_k, w_k = (S - S_k) / |S|, S_k the score with channel k set to zero.
 
-    What precedes the layer runs once: the tap returns as many copies of the output as channels are
-    ablated. Where a model cannot carry these copies on, the image is repeated.
+    What precedes the layer runs once a chunk: the tap returns as many copies of the output as
+    channels are ablated. Where a model cannot carry these copies on, the image is repeated.
     """
     activations = subject.activations
     lost = activations.new_empty(activations.shape[:2])
     calls = _calls(subject)
     copies = _carries_copies(subject, calls)
+    # Each chunk runs what precedes the layer anew.
+    size = in_windows if copies else forward
     for image in range(len(lost)):
         one = subject.only(image)
         ablated = _Ablated(one, calls, copies)
-        for which, _, found in one.answers(ablated.lost, lost.shape[1]):
+        for which, _, found in one.answers(ablated.lost, lost.shape[1], size):
             lost[image, which] = found
-    size = subject.own_scores.abs()[:, None]
-    facts: dict[str, Any] = {"prefix_once": copies} | _below_rounding(lost, size)
-    weights = torch.where(size > 0, lost / torch.where(size > 0, size, 1), 0.0)
+    score = subject.own_scores.abs()[:, None]
+    facts: dict[str, Any] = {"prefix_once": copies} | _below_rounding(lost, score)
+    weights = torch.where(score > 0, lost / torch.where(score > 0, score, 1), 0.0)
     return rectified(weighted(weights, activations), relu), facts
 
 
