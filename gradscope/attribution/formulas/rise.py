@@ -34,7 +34,7 @@ def rise(
     as often, so that a constant model gives a map, too. The standard error is told as a share of
     the map's range. With ``error`` masks are drawn until it is no more than that, or there are
     32,768; ``masks`` is not used. What the probability owes to the other cells of a mask, by linear
-    regression, is then replaced by what is expected of it, for which half the masks do.
+    regression, is then replaced by what is expected of it, and fewer masks do.
 
     Masks are drawn on the CPU, one generator each, so neither chunk nor device changes them.
     """
