@@ -225,7 +225,8 @@ def test_every_rule_says_the_same_of_merged_parts(rule, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_codes_and_scales_are_shared_together(layout, tmp_path):
     layers = [LAYOUTS[layout](matrix(n), f"model.layers.{n}.mlp.up_proj") for n in range(3)]
-    path = saved(tmp_path, *layers, **{"model.norm.weight": 1 + gaussian(192)})
+    lone = {f"lone.{n}.weight_scale": n + gaussian(40 + n, seed=n) for n in range(1, 4)}
+    path = saved(tmp_path, *layers, **{"model.norm.weight": 1 + gaussian(192)}, **lone)
     same(tmp_path, ([path], {}), 3)
     same(tmp_path, ([path], {"exclude": ["*.1.*scale*", "*.1.*absmax"]}), 3)
 
