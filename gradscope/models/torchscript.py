@@ -169,7 +169,10 @@ def _defaults(script: torch.jit.ScriptModule, graph: Any) -> tuple[Any, ...]:
     )
     if not types or not types[0].isSubtypeOf(images) or not all(free):
         named = ", ".join(f"{argument.name}: {argument.type}" for argument in taken)
-        raise UsageError(f"this program takes ({named}), not images as one tensor [N, C, H, W]")
+        raise UsageError(
+            f"this program takes ({named}), not images as one tensor [N, C, H, W]; save one whose "
+            "forward takes them so, and hands them on as the model wants them"
+        )
     return tuple(a.default_value for a in arguments)
 
 

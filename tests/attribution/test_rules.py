@@ -107,6 +107,31 @@ def test_an_attribution_that_does_not_add_up_is_incomplete(
 
 
 @pytest.mark.parametrize(
+    ("share", "constants", "said", "advice"),
+    [
+        (0.3, 0.1, "by 30.0%", "stabilisers swallow"),
+        (9.3e11, 6.7e13, "by 9.3e+11 times of it", "relevance grows without bound"),
+        # A path whose ends have nearly the same score.
+        (12.0, None, "by 12 times of it", "steps"),
+    ],
+)
+def test_relevance_that_grows_without_bound_is_told_from_a_coarse_path(
+    share: float, constants: float | None, said: str, advice: str
+) -> None:
+    method = "integrated-gradients" if constants is None else "lrp"
+    own = {} if constants is None else {"relevance_of_constants": constants}
+    made = result(diagnostics=GOOD | {"relative_delta": share, "method": own})
+    (one,) = made.explanations
+    made = made.model_copy(update={"explanations": (one.model_copy(update={"method": method}),)})
+
+    (finding,) = (f for f in evaluate([r for r in load_rules().values() if r.code == "E101"],
+                                      made, "m.pt") if isinstance(f, Finding))  # fmt: skip
+
+    assert said in finding.message
+    assert advice in finding.recommendation
+
+
+@pytest.mark.parametrize(
     ("values", "severity"),
     [
         ((math.nan, math.nan), "critical"),

@@ -16,14 +16,15 @@ from gradscope.report.severity import Severity
     "E101", "incomplete-attribution", Severity.MEDIUM, reads=ExplainResult, needs=Need.COMPLETENESS
 )
 def incomplete_attribution(
-    result: ExplainResult, *, tolerance: float = 0.05, gross: float = 0.2
+    result: ExplainResult, *, tolerance: float = 0.05, gross: float = 0.2, runaway: float = 10.0
 ) -> Iterator[Observation | Unknown]:
     """An attribution's sum is not what the score changed by between reference and image.
 
     Integrated gradients must add up (Sundararajan et al. 2017, completeness). Where they do not,
     the path was sampled too coarsely: medium above ``tolerance`` of the change, high above
     ``gross``. Relevance must be conserved: what arrives at the pixels and at constants is the
-    score. The relative delta is undefined where the score does not change at all.
+    score; more than ``runaway`` times of it missing or added means that it grew without bound. The
+    relative delta is undefined where the score does not change at all.
     """
     for e in result.explanations:
         delta, share = e.diagnostics.completeness_delta, e.diagnostics.relative_delta
@@ -32,15 +33,26 @@ def incomplete_attribution(
         if share is None:
             yield Unknown(f"{e.subject}: the score does not change from the reference")
         elif not share <= tolerance:
+            grows = "relevance_of_constants" in e.diagnostics.method and share > runaway
             yield about(
                 e,
-                f"the attribution's sum misses the change of the score by {share:.1%} "
+                f"the attribution's sum misses the change of the score by {_of(share)} "
                 f"({delta:+.3g})",
-                method_named(e.method).refine,
+                _RUNAWAY if grows else method_named(e.method).refine,
                 {"relative_delta": share, "completeness_delta": delta},
                 threshold=tolerance,
                 severity=Severity.MEDIUM if share <= gross else Severity.HIGH,
             )
+
+
+_RUNAWAY = (
+    "contributions cancel in this model (a sum of branches, a norm by itself), and relevance grows "
+    "without bound: the map shows nothing; use integrated-gradients or deeplift"
+)
+
+
+def _of(share: float) -> str:
+    return f"{share:.1%}" if share < 10 else f"{share:.3g} times of it"
 
 
 @rule("E102", "degenerate-map", Severity.MEDIUM, reads=ExplainResult, needs=Need.MAPS)
