@@ -286,3 +286,35 @@ def test_a_layer_that_was_detached_midway_is_one_finding() -> None:
 
     assert set(found) == {"dead-zone", "missing-gradient"}
     assert found["missing-gradient"].subject == "layers.3"
+
+
+def vanishing_first(then: str) -> History:
+    """Two layers lose their gradient; later one of them, or both, have none at all."""
+    norms = noise(160, 6, 0.1)
+    norms[40:, :2] *= 1e-7
+    dead = {"one": slice(0, 1), "both": slice(0, 2), "another": slice(3, 4), "none": slice(0, 0)}
+    norms[100:, dead[then]] = 0
+    return made(norms)
+
+
+@pytest.mark.parametrize(
+    ("then", "told"),
+    [
+        ("none", ["vanishing-gradient"]),
+        ("one", ["vanishing-gradient"]),
+        ("another", ["dead-zone", "vanishing-gradient"]),
+    ],
+)
+def test_what_vanishes_until_nothing_is_left_is_one_finding(then: str, told: list[str]) -> None:
+    assert sorted(f.name for f in analyze_flow(vanishing_first(then)).findings) == told
+
+
+def test_a_dead_zone_that_is_not_quite_dead_now_and_then_does_not_vanish_too() -> None:
+    norms = noise(160, 5, 0.1)
+    norms[60:, :2] = 0
+    norms[60:64, 0] = norms[110:114, 0] = 1e-7
+
+    assert [f.name for f in analyze_flow(made(norms)).findings] == ["dead-zone"]
+    norms[40:64, 0] = 1e-7  # vanishes long before it dies
+    names = [f.name for f in analyze_flow(made(norms)).findings]
+    assert sorted(set(names)) == ["dead-zone", "vanishing-gradient"]

@@ -52,9 +52,21 @@ def dead_zone(
 
 
 def _told_elsewhere(result: FlowResult, zone: DeadZone, idle: frozenset[str]) -> bool:
-    """Experts that idle, gradients that underflow and losses that diverge have their own rules."""
+    """Experts that idle, underflow, divergence and what vanished first have their own rules."""
     underflowed = zone.facts is not None and zone.facts.underflowed
-    return idle.issuperset(zone.affected_layers) or underflowed or follows(result, zone)
+    idles = idle.issuperset(zone.affected_layers)
+    return idles or underflowed or follows(result, zone) or _vanished(result, zone)
+
+
+def _vanished(result: FlowResult, zone: DeadZone) -> bool:
+    """Whether these layers were vanishing before, as part of what still does and is high."""
+    return any(
+        region.extent.ongoing
+        and region.severity_level in ("severe", "critical")
+        and region.extent.onset[1] < zone.extent.onset[1]
+        and set(region.affected_layers).issuperset(zone.affected_layers)
+        for region in result.vanishing_regions
+    )
 
 
 def _zone(zone: DeadZone, constant: float | None, records: int) -> Observation:

@@ -96,8 +96,19 @@ def own(
         follows = (left is not None and begins_after(region, left)) or (
             adds_up and {"growth", "level"} & set(region.tests)
         )
-        if (not follows or region in always) and not loose.issuperset(region.affected_layers):
+        elsewhere = loose.issuperset(region.affected_layers) or _dies(result, region)
+        if (not follows or region in always) and not elsewhere:
             yield region
+
+
+def _dies(result: FlowResult, region: Region) -> bool:
+    """Whether what vanishes does so where it is dead, now and then not quite."""
+    return region in result.vanishing_regions and any(
+        zone.extent.ongoing
+        and zone.extent.onset[1] <= region.extent.onset[1]
+        and set(zone.affected_layers).issuperset(region.affected_layers)
+        for zone in result.dead_zones
+    )
 
 
 def spikes(result: FlowResult) -> list[Spike]:
