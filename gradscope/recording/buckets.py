@@ -16,9 +16,10 @@ Array = np.ndarray[Any, Any]
 
 
 class Buckets:
-    """A bucket for each element that is sketched, in ``width`` numbers; none when that is 0.
+    """A bucket for each element that is sketched, a byte each, eight to a word of ``words``.
 
-    ``begin`` [3, R + 1] is where each row's elements, buckets and ``chosen`` elements begin.
+    None when ``width`` is 0. ``begin`` [3, R + 1] is where each row's elements, words and
+    ``chosen`` elements begin.
     """
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], width: int) -> None:
@@ -26,15 +27,15 @@ class Buckets:
         self.width = width
         subsets = [_subset(*row) if width else _NONE for row in rows]
         counts = [size if s is None else len(s) for size, s in zip(sizes, subsets, strict=True)]
+        wide = [-(-count // 8) for count in counts]
         parted = [0 if s is None else len(s) for s in subsets]
-        self.begin = np.array([[0, *accumulate(of)] for of in (sizes, counts, parted)], np.int64)
+        self.begin = np.array([[0, *accumulate(of)] for of in (sizes, wide, parted)], np.int64)
         self.chosen = np.concatenate([_NONE, *(s for s in subsets if s is not None)])
-        self.of = np.empty(int(self.begin[1, -1]), np.uint8)
-        for name, subset, first, last in zip(
-            names, subsets, self.begin[1], self.begin[1, 1:], strict=False
-        ):
+        self.words = np.empty(int(self.begin[1, -1]), np.uint64)
+        pieces = np.split(self.words, self.begin[1, 1:-1])
+        for name, piece, subset, count in zip(names, pieces, subsets, counts, strict=True):
             chosen = _NONE if subset is None else subset
-            hashed_to(self.of[first:last], chosen, seed_of(name))  # type: ignore[no-untyped-call]
+            hashed_to(piece, chosen, count, seed_of(name))  # type: ignore[no-untyped-call]
 
 
 _NONE = np.empty(0, np.int64)

@@ -93,7 +93,7 @@ class FlatLot:
         self._slot += 1
         lacking = taken(
             self._places, self._buckets.begin, self._kept, self._before, self._infinity,
-            self._buckets.of, self._buckets.chosen, whole, kept, self._block, self._slot,
+            self._buckets.words, self._buckets.chosen, whole, kept, self._block, self._slot,
         )  # fmt: skip
         status = status_of(self._parameters) if lacking else self._recorded
         part = Part(self.owner, self.rows, status, self._block, self._slot, self if kept else None)

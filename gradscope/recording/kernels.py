@@ -3,7 +3,7 @@
 A torch operation costs microseconds whatever it is given, which small networks feel; so the loops
 read tensors where they are. ``places`` [2, R] are the addresses of each row's gradient and weights,
 0 where there are none. ``begin`` [3, R + 1] says where a row begins: its elements in a flat array,
-its buckets, and the places of a chosen part.
+the words of its buckets, and the places of a chosen part.
 """
 
 from __future__ import annotations
@@ -84,42 +84,54 @@ def _copy(values, out):  # type: ignore[no-untyped-def]
 
 
 @kernel()
-def hashed_to(buckets, chosen, seed):  # type: ignore[no-untyped-def]
-    """The bucket of each element: that of ``measure.buckets``, of the width that sketches have.
+def hashed_to(words, chosen, count, seed):  # type: ignore[no-untyped-def]
+    """The bucket of each of ``count`` elements, eight to a word, the first lowest.
 
-    ``chosen`` are the elements, none for all.
+    They are those of ``measure.buckets``, of the width that sketches have: a byte, as which k more
+    stand for a minus. ``chosen`` are the elements, none for the first.
     """
-    for j in range(len(buckets)):
+    words[:] = 0
+    for j in range(count):
         h = _mixed(chosen[j] if len(chosen) else j, seed)
-        buckets[j] = (h >> 31) * WIDTH + (h & 0x7FFFFFFF) % WIDTH
+        bucket = (h >> 31) * WIDTH + (h & 0x7FFFFFFF) % WIDTH
+        words[j >> 3] |= np.uint64(bucket) << np.uint64((j & 7) << 3)
 
 
 @kernel()
-def _sketch(values, buckets, chosen, norm, table, out):  # type: ignore[no-untyped-def]
+def _byte(word, place):  # type: ignore[no-untyped-def]
+    return (word >> np.uint64(place << 3)) & np.uint64(255)
+
+
+@kernel()
+def _sketch(values, words, chosen, norm, table, out):  # type: ignore[no-untyped-def]
     """The count-sketch of a unit row: out [k], zero where the norm is zero or not finite.
 
-    ``buckets`` has a byte for each element that is sketched: the bucket, and k more for a minus.
-    ``chosen`` are those elements, none for all; their share of the squared norm is taken for that
-    of their number. ``table`` [2 k] is room to work.
+    ``words`` has the buckets of the elements that are sketched. ``chosen`` are those elements, none
+    for all; their share of the squared norm is taken for that of their number. ``table`` [2 k] is
+    room to work.
     """
     if not (norm > 0.0 and np.isfinite(norm)):
         out[:] = 0.0
         return
-    width = len(out)
+    width, count = len(out), len(chosen) if len(chosen) else len(values)
     table[:] = 0.0
     if len(chosen):
-        for j in range(len(buckets)):
-            table[buckets[j]] += values[chosen[j]]
+        for j in range(count):
+            table[_byte(words[j >> 3], j & 7)] += values[chosen[j]]
     else:
-        for j in range(len(buckets)):
-            table[buckets[j]] += values[j]
-    scale = np.sqrt(len(values) / len(buckets)) / norm
+        for i in range(count >> 3):
+            word = words[i]
+            for place in range(8):
+                table[_byte(word, place)] += values[8 * i + place]
+        for j in range(count & ~7, count):
+            table[_byte(words[j >> 3], j & 7)] += values[j]
+    scale = np.sqrt(len(values) / count) / norm
     for k in range(width):
         out[k] = (table[k] - table[width + k]) * scale
 
 
 @kernel()
-def taken(places, begin, kept, before, infinity, buckets, chosen, whole, keep, block, slot):  # type: ignore[no-untyped-def]
+def taken(places, begin, kept, before, infinity, words, chosen, whole, keep, block, slot):  # type: ignore[no-untyped-def]
     """What gradients are before a step: block[slot] [R, 8 + k], in the order of ``flat.CELLS``.
 
     Only the norms unless ``whole``. With ``keep`` gradients and weights are copied, to ``kept`` and
@@ -144,7 +156,7 @@ def taken(places, begin, kept, before, infinity, buckets, chosen, whole, keep, b
                 _copy(values, kept[first:last])
                 _copy(weights, before[first:last])
         if len(table):
-            at = buckets[begin[1, row] : begin[1, row + 1]]
+            at = words[begin[1, row] : begin[1, row + 1]]
             where = chosen[begin[2, row] : begin[2, row + 1]]
             _sketch(values, at, where, norm, table, out[row, cells:])
     return lacking

@@ -42,9 +42,10 @@ class Rows:
         self._modules = [module for _, module, _ in found]
         self._parameters = [parameter for _, _, parameter in found]
         self._held = _held(model)
-        self._filled = [each for each in self._held if each]
         self._counts = list(map(len, self._held))
-        self._known = list(chain.from_iterable(map(dict.values, self._filled)))
+        #: Views of what is held, which change with it, and what they showed.
+        self._there = [each.values() for each in self._held if each]
+        self._known = list(chain.from_iterable(self._there))
         self._types = dict(model.named_modules())
         self._optimizers = optimizers
         self._directions, self._updates = directions, updates
@@ -58,7 +59,7 @@ class Rows:
 
     def same(self) -> bool:
         """Whether the model still has these modules and parameters."""
-        there = chain.from_iterable(map(dict.values, self._filled))
+        there = chain.from_iterable(self._there)
         return self._counts == list(map(len, self._held)) and all(map(is_, there, self._known))
 
     @property

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradscope.recording import measure
+from gradscope.recording.flat import CELLS, FlatLot
 from gradscope.recording.measure import Sketcher, dots, norms, subset
 
 
@@ -102,3 +103,24 @@ def test_inner_products_are_pair_by_pair() -> None:
     second = [torch.ones(2, 3), torch.tensor([-4.0])]
 
     assert dots(first, second).tolist() == [15.0, -8.0]
+
+
+@pytest.mark.parametrize("sizes", [(3001, 7, 1000), (64,), (1, 9, 1001)])
+def test_compiled_loops_sketch_what_torch_sketches(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All elements of small rows and a subset of large ones, whatever their number is."""
+    monkeypatch.setattr(measure, "MOST_SKETCHED", 1000)
+    names = [f"layers.{i}.weight" for i in range(len(sizes))]
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape)
+    gradients = [parameter.grad for parameter in parameters]
+    lot = FlatLot(0, range(len(sizes)), names, parameters, True, False)
+
+    part = lot.take(whole=False, counted=False)
+
+    assert part is not None
+    assert part.block is not None
+    wanted = Sketcher(names, sizes, "cpu")(gradients, norms(gradients, 2), range(len(sizes)))
+    np.testing.assert_allclose(part.block[part.slot, :, len(CELLS) :], wanted, atol=1e-6)
