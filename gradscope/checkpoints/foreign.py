@@ -169,6 +169,10 @@ def _markup(file: Beginning) -> None:
     if head.startswith((b"<!doctype html", b"<html", b"<head", b"<body")) or b"<html" in head:
         remedy = "the download saved an error or login page: fetch the file again, signed in"
         raise _unsupported(file, f"an HTML page{_said(text, b'title')}", remedy)
+    if re.search(rb"<net\s[^>]*>\s*<layers", text[:4096]):
+        raise _unsupported(
+            file, "an OpenVINO model", "it is not read: give the weights it came from"
+        )
     if head.startswith((b"<?xml", b"<error")):
         remedy = f"probably the error message of a download: read it, then {FETCH_AGAIN}"
         raise _unsupported(file, f"an XML document{_said(text, b'message')}", remedy)
@@ -304,8 +308,12 @@ def _is_zlib_pickle(start: bytes) -> bool:
 
 
 def _protobuf(file: Beginning) -> None:
-    """Heuristics on the first fields of ONNX' ModelProto, TensorFlow's SavedModel and GraphDef."""
+    """TensorFlow Lite's identifier; first fields of ONNX' ModelProto, SavedModel and GraphDef."""
     start = file.start
+    if start[4:8] == b"TFL3":
+        raise _unsupported(
+            file, "a TensorFlow Lite model", "it is not read: give the weights it came from"
+        )
     if start[:3] == b"\x08\x01\x12" and (b"serve" in start or b"saver" in start):
         raise _unsupported(file, "a TensorFlow SavedModel", f"TensorFlow is not read: {_CONVERT}")
     if start[:1] == b"\x08" and 0 < start[1] <= 32 and start[2:3] in (b"\x12", b"\x3a", b"\x42"):

@@ -13,6 +13,8 @@ from gradscope.text import escaped
 
 _MAX_DEPTH = 64
 
+_PLAIN = frozenset({str, bytes, int, float, bool, complex, type(None)})
+
 NamedTensors = list[tuple[str, TensorRecord]]
 
 
@@ -62,6 +64,9 @@ def _tensors_below(
     inside = inside or (isinstance(node, Instance) and not (is_module(node) or node.items))
     leaves = _leaves(node)
     for key, child in entries(node):
+        if type(child) in _PLAIN:  # most of what lies beside tensors, in tables of millions
+            budget.spend(1)
+            continue
         path = joined(name, key)
         below = _tensors_below(path, child, budget, (*above, id(node)), inside)
         first = list(islice(below, 1))

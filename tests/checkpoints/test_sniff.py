@@ -124,6 +124,8 @@ REFUSED: list[tuple[str, bytes, Iterable[str]]] = [
     ("JSON", b'{"hidden_size": 8}', ["JSON", "weight_map"]),
     ("GGML", b"tjgg\x03\0\0\0" + bytes(16), ["GGML", "GGUF", "safetensors"]),
     ("ONNX", onnx(), ["ONNX"]),
+    ("TensorFlow Lite", b"\x1c\0\0\0TFL3" + bytes(99), ["TensorFlow Lite", "weights"]),
+    ("OpenVINO", b'<?xml version="1.0"?>\n<net name="m" version="11"><layers>', ["OpenVINO"]),
     ("HDF5", H5 + bytes(99), ["HDF5"]),
     ("HDF5 behind a user block", b"user" * 128 + H5, ["HDF5"]),
     ("Keras", H5 + b"keras_version", ["Keras"]),
