@@ -7,7 +7,7 @@ any form of model; names of attributes do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,8 @@ class OwnSteps:
     white: int
     #: Whether it then resizes the picture, so that it takes any size.
     resizes: bool
+    #: The height and width that it squashes every picture to, whatever its aspect.
+    squashed: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
@@ -46,7 +48,8 @@ class OwnSteps:
 def own_steps(model: Model, channels: int | None = None) -> OwnSteps | None:
     """What the model begins with; None where that is no normalisation of pixels."""
     depth = model.size[0] or channels or 3
-    height, width = (edge or 64 for edge in model.size[1:])
+    # Not square: a model that resizes it may keep its aspect.
+    height, width = model.size[1] or 64, model.size[2] or 96
     # Every pixel value once and the same in each channel, so that channels can be compared.
     ramp = torch.linspace(0, 1, height * width).view(1, 1, height, width)
     parameter = next(model.module.parameters(), ramp)
@@ -55,10 +58,11 @@ def own_steps(model: Model, channels: int | None = None) -> OwnSteps | None:
     # It has seen enough, or the model refuses the size.
     with suppress(Exception), held(model.module), torch.no_grad(), watch:
         model.forward(image, {})
-    return _normalisation(image[0], watch.reached, watch.resizes)
+    return _normalisation(image[0], watch)
 
 
-def _normalisation(image: Tensor, found: Tensor, resizes: bool) -> OwnSteps | None:
+def _normalisation(image: Tensor, watch: _Begins) -> OwnSteps | None:
+    found = watch.reached
     if found.numel() != image.numel():
         return None
     before, after = (t.reshape(len(image), -1).double() for t in (image, found))
@@ -73,8 +77,16 @@ def _normalisation(image: Tensor, found: Tensor, resizes: bool) -> OwnSteps | No
         if all(_of_pictures(m / white, s / white) for m, s in pairs) or all(
             white > 1 and abs(m) < 1e-3 and abs(s / white - 1) < 0.01 for m, s in pairs
         ):
-            return OwnSteps(_rounded(mean), _rounded(std), white, resizes)
+            squashed = _squashed(image.shape[1:], watch.resized)
+            resizes = watch.resized is not None
+            return OwnSteps(_rounded(mean), _rounded(std), white, resizes, squashed)
     return None
+
+
+def _squashed(before: Sequence[int], after: tuple[int, int] | None) -> tuple[int, int] | None:
+    if after is None or abs(after[0] * before[1] / (after[1] * before[0]) - 1) < 0.1:
+        return None
+    return after
 
 
 def _of_pictures(mean: float, std: float) -> bool:
@@ -98,7 +110,7 @@ class _Begins(TorchDispatchMode):
         self._followed = {_storage(image)}
         self._count = image[0].numel()
         self.reached = image[0]
-        self.resizes = False
+        self.resized: tuple[int, int] | None = None
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -112,7 +124,9 @@ class _Begins(TorchDispatchMode):
             return function(*args, **(kwargs or {}))
         shifted = name in _AFFINE and all(t.numel() in (1, 3) for t in others)
         if not shifted and name not in _COPIES:
-            self.resizes = name.startswith(_RESIZING)
+            if name.startswith(_RESIZING):
+                height, width = function(*args, **(kwargs or {})).shape[-2:]
+                self.resized = height, width
             raise _EnoughError
         found = function(*args, **(kwargs or {}))
         for made in _tensors(found):

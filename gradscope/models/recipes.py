@@ -54,7 +54,9 @@ def _guessed(model: Model) -> Chosen:
     plain = replace(guess, mean=(0.0,) * channels, std=(1.0,) * channels, rescale=own.white / 255)
     note = f"the model itself {own}: it gets pixels from 0 to {own.white}"
     if own.resizes:
-        return replace(plain, resize=None, crop=None, source="the model", assumed=False), (note,)
+        # Squashed before, its maps lie over the picture as we know it.
+        whole = replace(plain, resize=own.squashed, crop=None, source="the model", assumed=False)
+        return whole, (note,)
     return fitted(plain, image_size(model)[1:], None), (note,)
 
 

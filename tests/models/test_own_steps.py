@@ -32,7 +32,12 @@ class Begins(nn.Module):
 def each(x: Tensor) -> Tensor:
     """As torchvision's detectors do: a list of images, one after the other, resized."""
     found = [(image - MEAN) / STD for image in x]
-    return torch.stack([interpolate(image[None], (24, 24))[0] for image in found])
+    return torch.stack([interpolate(image[None], scale_factor=0.5)[0] for image in found])
+
+
+def squashed(x: Tensor) -> Tensor:
+    """As SSD does."""
+    return interpolate((x - MEAN) / STD, (24, 24), mode="bilinear")
 
 
 def in_place(x: Tensor) -> Tensor:
@@ -47,6 +52,7 @@ NORMALISING: list[tuple[Callable[[Tensor], Tensor], tuple[float, ...], int, bool
     (lambda x: x / 127.5 - 1, (127.5, 127.5, 127.5), 255, False),
     (lambda x: x / 255, (0.0, 0.0, 0.0), 255, False),
     (each, (0.48, 0.46, 0.41), 1, True),
+    (squashed, (0.48, 0.46, 0.41), 1, True),
 ]
 
 
@@ -120,6 +126,17 @@ def test_a_model_that_resizes_too_gets_the_picture_as_it_is() -> None:
     assert (found.preprocessing.resize, found.preprocessing.rescale) == (None, 1 / 255)
     assert not found.preprocessing.assumed
     assert found.preprocessing.source == "the model"
+
+
+def test_a_model_that_squashes_pictures_gets_them_so() -> None:
+    """Its maps have the aspect of what it squashed them to."""
+    kept = own_steps(as_model(Begins(each).eval()))
+    found = open_vision(Begins(squashed))
+
+    assert kept is not None
+    assert kept.squashed is None
+    assert found.preprocessing.size == (24, 24)
+    assert found.preprocessing.resize == (24, 24)
 
 
 def test_who_asks_for_normalisation_of_such_a_model_is_told() -> None:
