@@ -115,25 +115,27 @@ def _areas(e: Explanation) -> Iterator[Mapping[str, Any]]:
 def _probabilities(image: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
     import altair as alt
 
-    chart = (
-        alt.Chart(inline(rows))
-        .mark_line(point=True, strokeWidth=1.8)
-        .encode(
-            x=alt.X("share:Q", title="pixels", axis=alt.Axis(format="%")),
-            y=alt.Y("probability:Q", scale=alt.Scale(domainMin=0)),
-            color=alt.Color("map:N", sort=None, scale=alt.Scale(
-                range=["@@line1", "@@line2", "@@line3", "@@line4"])),
-            strokeDash=alt.StrokeDash("order:N", title="pixels in the order of", sort=None,
-                                      legend=alt.Legend(symbolType="stroke",
-                                                        symbolStrokeColor="@@dim"),
-                                      scale=alt.Scale(range=[[1, 0], [4, 4]])),
-            tooltip=[alt.Tooltip("map:N"), alt.Tooltip("order:N"),
-                     alt.Tooltip("share:Q", format=".0%"),
-                     alt.Tooltip("probability:Q", format=".3f")],
+    base = alt.Chart(inline(rows)).encode(
+        x=alt.X("share:Q", title="pixels", axis=alt.Axis(format="%")),
+        y=alt.Y("probability:Q", scale=alt.Scale(domainMin=0)),
+        color=alt.Color("map:N", sort=None, scale=alt.Scale(
+            range=["@@line1", "@@line2", "@@line3", "@@line4"])),
+        tooltip=[alt.Tooltip("map:N"), alt.Tooltip("order:N"),
+                 alt.Tooltip("share:Q", format=".0%"),
+                 alt.Tooltip("probability:Q", format=".3f")],
+    )  # fmt: skip
+    lines = base.mark_line(strokeWidth=1.8).encode(
+        strokeDash=alt.StrokeDash(
+            "order:N", title="pixels in the order of", sort=None,
+            legend=alt.Legend(symbolType="stroke", symbolStrokeColor="@@dim", symbolSize=300),
+            scale=alt.Scale(range=[[1, 0], [4, 4]]),
         )
+    )  # fmt: skip
+    chart = (
+        alt.layer(lines, base.mark_circle(size=28, opacity=1))
         .properties(width=340, height=190)
         .facet(facet=alt.Facet("what:N", title=None, sort=_SIDES), columns=2)
-    )  # fmt: skip
+    )
     return Chart(
         f"Insertion and deletion: {PurePath(image).name}",
         "The target's probability as pixels come into a blurred picture, or leave the picture, the "
