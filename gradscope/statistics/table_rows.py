@@ -136,7 +136,8 @@ def _runs(ids: Ids) -> tuple[list[int], list[int]]:
 def _decoded(ref: TensorRef, stored: npt.NDArray[Any]) -> Rows:
     with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, signalling NaNs
         if ref.dtype == "BF16":
-            return np.left_shift(stored, np.uint32(16), dtype=np.uint32).view(np.float32)
+            bits: npt.NDArray[np.uint32] = np.left_shift(stored, np.uint32(16), dtype=np.uint32)
+            return bits.view(np.float32)
         if ref.dtype in codings.CODED:
             return np.asarray(codings.code_values(ref.dtype).astype(np.float32)[stored])
         return stored.astype(np.float32)

@@ -12,7 +12,10 @@ from .made import tensor
 
 def placed(*names: str) -> dict[tuple[str, str], list[str]]:
     tensors = [tensor(name=name, role=Role.LINEAR) for name in names]
-    return {place: [t.name for t in inside] for place, inside in by_place(tensors).items()}
+    return {
+        place: [t.name for t in inside]
+        for place, inside in by_place(tensors, lambda t: t.role.value).items()
+    }
 
 
 def test_blocks_of_a_stack_come_by_their_numbers_and_stacks_as_in_the_file() -> None:
@@ -61,4 +64,4 @@ def test_a_map_keeps_the_order_of_its_cells() -> None:
     drawn = chart.mark_rect().to_dict()
     assert drawn["encoding"]["x"]["sort"] == ["h.2", "h.10"]
     assert drawn["encoding"]["y"]["sort"] == ["w", "b"]
-    assert size == {"width": {"step": 26}, "height": {"step": 15}}
+    assert size == {"width": {"step": 48}, "height": {"step": 15}}
