@@ -58,8 +58,8 @@ def test_every_example_prints_what_is_shown(command: str, shown: str, tmp_path: 
     if "accepted.json" in program:
         program[program.index("accepted.json")] = str(tmp_path / "accepted.json")
     for place, word in enumerate(program):
-        if (found := re.fullmatch(r"part-(\d)\.json", word)) is not None:
-            program[place] = _part(int(found[1]), 2, tmp_path)
+        if (number := re.fullmatch(r"part-(\d)\.json", word)) is not None:
+            program[place] = _part(int(number[1]), 2, tmp_path)
     plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")}
 
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=plain)
