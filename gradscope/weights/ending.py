@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from gradscope.report.model import Coverage, Finding, Input, InputFailure, Skip
 from gradscope.report.request import Request
 from gradscope.weights.casting import Wanted, casting
 from gradscope.weights.examining import Examination
-from gradscope.weights.experts import concerns
+from gradscope.weights.experts import concerns, place
 from gradscope.weights.health import health, overall_health
 from gradscope.weights.result import (
     Need,
@@ -35,15 +35,24 @@ def judged(examination: Examination, request: Request) -> Examination:
     by_subject: dict[str, list[Finding]] = defaultdict(list)
     for finding in said.findings:
         by_subject[finding.subject].append(finding)
-    of_experts = [f for f in said.findings if f.name == "dead-expert"]
+    of_experts = {
+        path: [f for f in found if f.name == "dead-expert"] for path, found in by_subject.items()
+    }
     measured = Need.STATISTICS in examined.measured
     tensors = tuple(
-        _with_health(t, by_subject[t.name] + [f for f in of_experts if concerns(f, t.name)])
+        _with_health(t, by_subject[t.name] + _of_expert(t.name, of_experts))
         if measured and t.numel
         else t
         for t in examined.tensors
     )
     return replace(examination, examined=replace(examined, tensors=tensors), judged=said)
+
+
+def _of_expert(name: str, findings: Mapping[str, Sequence[Finding]]) -> list[Finding]:
+    """Those about the expert that a tensor is part of, by the path of its series."""
+    where = place(name)
+    found = findings.get(where.path, ()) if where is not None else ()
+    return [finding for finding in found if concerns(finding, name)]
 
 
 def _with_health(tensor: TensorResult, findings: Sequence[Finding]) -> TensorResult:
