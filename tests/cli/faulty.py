@@ -121,45 +121,48 @@ _PREPROCESS = ("--preprocess", f"size={_SIDE}x{_SIDE},image_mean=0.5/0.5/0.5,ima
 
 
 class Net(nn.Module):
-    """Three scores of a picture, by a function of its two halves."""
+    """Three scores of a picture, by a function of the means over two halves of its pixels."""
 
-    def __init__(self, scores: Callable[[Tensor, Tensor], Any]) -> None:
+    def __init__(self, scores: Callable[[Tensor, Tensor], Any], bright: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("bright", bright)
         self.scores = scores
 
     def forward(self, x: Tensor) -> Any:
         x = self.weight * x
-        left, right = x[..., : _SIDE // 2], x[..., _SIDE // 2 :]
-        return self.scores(left.mean((1, 2, 3)), right.mean((1, 2, 3)))
+        means = (2 * (x * part).mean((1, 2, 3)) for part in (self.bright, ~self.bright))
+        return self.scores(*means)
 
 
 def _stacked(*scores: Tensor) -> Tensor:
     return torch.stack(scores, 1)
 
 
-def _linear(left: Tensor, right: Tensor) -> Tensor:
-    return _stacked(left, right, -left)
+def _linear(bright: Tensor, dark: Tensor) -> Tensor:
+    return _stacked(bright, dark, -bright)
 
 
-def _saturated(left: Tensor, right: Tensor) -> Tensor:
-    """The answer is on the left, where the gradient is small; on the right it is only steep."""
-    answer = 5 * torch.tanh(20 * left) + 0.01 * torch.sin(1000 * right)
-    return _stacked(answer, 0.1 * right, 0 * left)
+def _saturated(bright: Tensor, dark: Tensor) -> Tensor:
+    """The answer is where it is bright and the gradient small; elsewhere it is only steep."""
+    answer = 5 * torch.tanh(20 * bright) + 0.01 * torch.sin(1000 * dark)
+    return _stacked(answer, 0.1 * dark, 0 * bright)
 
 
-def _heads(left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    return {"kind": _linear(left, right), "colour": _linear(right.square(), left.square())}
+def _heads(bright: Tensor, dark: Tensor) -> dict[str, Tensor]:
+    return {"kind": _linear(bright, dark), "colour": _linear(dark.square(), bright.square())}
 
 
 def _explained(
     scores: Callable[[Tensor, Tensor], Any], *options: str
 ) -> Callable[[Path], tuple[list[str], list[str]]]:
     def plant(folder: Path) -> tuple[list[str], list[str]]:
-        pixels = np.random.default_rng(0).integers(0, 255, (_SIDE, _SIDE, 3), dtype=np.uint8)
-        pixels[:, : _SIDE // 2] |= 128  # bright on the left
+        draw = np.random.default_rng(0)
+        pixels = draw.integers(0, 128, (_SIDE, _SIDE, 3), dtype=np.uint8)
+        bright = draw.permutation(_SIDE * _SIDE).reshape(_SIDE, _SIDE) % 2 == 1
+        pixels[bright] |= 128
         Image.fromarray(pixels).save(folder / "i.png")
-        net, x = Net(scores).eval(), torch.zeros(1, 3, _SIDE, _SIDE)
+        net, x = Net(scores, torch.from_numpy(bright)).eval(), torch.zeros(1, 3, _SIDE, _SIDE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.jit.trace(net, x, strict=False).save(folder / "m.jit")
@@ -200,12 +203,12 @@ def _faults() -> Mapping[str, Fault]:
             "high",
         ),
         "degenerate-map": Fault(_saliency(_saturated, 2), "medium"),
-        "unfaithful": Fault(_saliency(_saturated, 0, "--evaluate"), "medium"),
+        "unfaithful": Fault(_saliency(_saturated, 0, "--evaluate"), "high"),
         "sanity-check-failed": Fault(_saliency(_linear, 0, "--evaluate"), "medium"),
         "low-confidence": Fault(_saliency(_saturated, 1), "low"),
         "assumed-preprocessing": Fault(_explained(_linear, "-m", "saliency"), "low"),
         "non-finite-output": Fault(
-            _saliency(lambda left, right: _stacked(left, right / 0, left)), "critical"
+            _saliency(lambda bright, dark: _stacked(bright, dark / 0, bright)), "critical"
         ),
         "ambiguous-output": Fault(_saliency(_heads), "medium"),
     }  # fmt: skip
