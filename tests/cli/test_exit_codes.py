@@ -260,12 +260,12 @@ def test_a_chart_that_there_is_none_of_is_told_and_costs_no_other_report(
     pytest.importorskip("vl_convert", reason="of the extra html")
     monkeypatch.chdir(folder)
     chart, after = tmp_path / "chart.svg", tmp_path / "r.json"
-    line = "verify good.safetensors --manifest good.manifest.json -q"
+    line = "weights good.safetensors --headers-only -q"
 
     done = run(*line.split(), "--report", f"svg={chart}", "--report", f"json={after}")
 
     assert (done.exit_code, chart.exists()) == (2, False)
-    assert "this report of gradscope verify has no chart" in done.stderr
+    assert "this report of gradscope weights has no chart" in done.stderr
     assert json.loads(after.read_text())["gate"]["exit_code"] == 0
 
 

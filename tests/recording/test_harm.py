@@ -205,6 +205,7 @@ def test_a_recorder_that_nobody_holds_any_more_writes_what_it_has(tmp_path: Path
 RUN = """
     import os, signal, sys, time, torch
     from gradscope import GradientRecorder
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     {before}
