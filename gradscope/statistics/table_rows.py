@@ -38,6 +38,9 @@ _LEAST_SAMPLED, _LEAST = 5, 16
 _PROJECTED, _SEEDS, _ROUNDS, _AT_ONCE = 64, 8, 3, 128
 
 
+NO_ROWS: Rows = np.empty((0, 0), np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Centre:
     """Where near-equal rows lie."""
@@ -54,26 +57,30 @@ class Centre:
             return np.asarray(np.linalg.norm(rows - self.point, axis=1))
 
 
-def centre_of_cluster(ref: TensorRef, hints: Iterable[int] = ()) -> Centre | None:
-    """Where a table's rows lie together that training never told apart, judged by a sample.
+def sampled(ref: TensorRef, hints: Iterable[int] = ()) -> Rows:
+    """Some 3,500 rows of a table at most, evenly and from its ends; none of a small one.
 
-    ``hints`` are ids worth a look, such as tokens called reserved. Reads some 3,500 rows at most.
-    Raises InputError when the file changes or ends while it is read.
+    ``hints`` are ids worth a look, such as tokens called reserved. Raises InputError when the file
+    changes or ends while it is read.
     """
     rows, width = ref.shape
     if rows < LEAST_ROWS or not LEAST_WIDTH <= width <= PIECE:
-        return None
-    sample = _sampled(ref, _sample_ids(rows, width, hints))
+        return NO_ROWS
+    return _rows_at(ref, _sample_ids(rows, width, hints))
+
+
+def centre_of_cluster(rows: Rows) -> Centre | None:
+    """Where a table's rows lie together that training never told apart, judged by a sample."""
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.sqrt(np.einsum("ij,ij->i", sample, sample))
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
     usable = norms < 1e15  # finite, and so are their squares
     if usable.sum() < LEAST_ROWS // 2:
         return None
     usable &= norms > 0.05 * np.median(norms[usable])
-    sample = sample if usable.all() else sample[usable]
-    if len(sample) < LEAST_ROWS // 2:
+    rows = rows if usable.all() else rows[usable]
+    if len(rows) < LEAST_ROWS // 2:
         return None
-    return _cluster(sample)
+    return _cluster(rows)
 
 
 def rows_by_id(
@@ -113,7 +120,7 @@ def _sample_ids(rows: int, width: int, hints: Iterable[int]) -> Ids:
     return np.unique(np.concatenate([evenly, ends, named]))
 
 
-def _sampled(ref: TensorRef, ids: Ids) -> Rows:
+def _rows_at(ref: TensorRef, ids: Ids) -> Rows:
     """Some rows; neighbours are read together."""
     width = ref.shape[1]
     most = max(PIECE // width, 1)

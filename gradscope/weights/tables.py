@@ -16,6 +16,7 @@ from gradscope.weights.roles import Role
 if TYPE_CHECKING:
     from gradscope.statistics import Engine
     from gradscope.statistics.table_rows import Centre
+    from gradscope.statistics.table_rows import Rows as TableSample
 
 #: Rows of these follow one another smoothly: near-equal neighbours were trained.
 _ORDERED = re.compile(r"(^|[._])(wpe|pos|position|relative|time|temporal|age|year)", re.IGNORECASE)
@@ -36,13 +37,15 @@ def table_rows(
     Raises InputError when a file changes or ends while it is read.
     """
     from gradscope.statistics.engine import one_blas_thread
+    from gradscope.statistics.table_rows import centre_of_cluster
 
     tables = list(_tables(refs, tensors))
     if not tables:
         return {}
     hints = reserved_beside(folder)
     with one_blas_thread():
-        centres = list(engine(lambda table: _centre(table[0], hints), tables))
+        # Rows are read here, a few thousand at a time: threads would wait for one another.
+        centres = list(engine(centre_of_cluster, (_sample(ref, hints) for ref, _ in tables)))
     found = {
         ref.name: _rows(ref, units, centre, engine)
         for (ref, units), centre in zip(tables, centres, strict=True)
@@ -60,10 +63,10 @@ def _tables(
             yield refs[tensor.name], tensor.units
 
 
-def _centre(ref: TensorRef, hints: Sequence[int]) -> Centre | None:
-    from gradscope.statistics.table_rows import centre_of_cluster
+def _sample(ref: TensorRef, hints: Sequence[int]) -> TableSample:
+    from gradscope.statistics.table_rows import NO_ROWS, sampled
 
-    return None if _ORDERED.search(ref.name) else centre_of_cluster(ref, hints)
+    return NO_ROWS if _ORDERED.search(ref.name) else sampled(ref, hints)
 
 
 def _rows(

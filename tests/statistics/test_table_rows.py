@@ -13,7 +13,7 @@ import pytest
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import TensorRef
 from gradscope.statistics.engine import threads
-from gradscope.statistics.table_rows import centre_of_cluster, rows_by_id
+from gradscope.statistics.table_rows import centre_of_cluster, rows_by_id, sampled
 
 from ..weights.checkpoints import Tensor, bf16, write
 
@@ -49,7 +49,7 @@ def stored(folder: Path, tensor: Tensor) -> TensorRef:
 
 
 def together(ref: TensorRef) -> list[int]:
-    centre = centre_of_cluster(ref)
+    centre = centre_of_cluster(sampled(ref))
     return [] if centre is None else list(rows_by_id(ref, centre, 0, threads(2)).together)
 
 
@@ -86,7 +86,7 @@ def test_a_block_of_forty_rows_is_found_at_either_end_or_where_a_tokenizer_point
     ids = range(place, place + 40)
     ref = stored(tmp_path, bf16(untold(tokens(40000, 32), np.array(ids), 0.99)))
 
-    centre = centre_of_cluster(ref, ids if hinted else ())
+    centre = centre_of_cluster(sampled(ref, ids if hinted else ()))
 
     assert (centre is not None) is found
     if centre is not None:
@@ -96,7 +96,7 @@ def test_a_block_of_forty_rows_is_found_at_either_end_or_where_a_tokenizer_point
 def test_the_distances_behind_it_are_those_of_float64(tmp_path: Path) -> None:
     values = untold(tokens(4000, 64), np.arange(200), 0.98).astype(np.float32)
     ref = stored(tmp_path, values)
-    centre = centre_of_cluster(ref)
+    centre = centre_of_cluster(sampled(ref))
     assert centre is not None
 
     rows = rows_by_id(ref, centre, 0, threads(1))
@@ -145,7 +145,7 @@ def test_rows_of_each_kind_are_named_once(tmp_path: Path) -> None:
     values[150] = values[120]
     ref = stored(tmp_path, values)
 
-    rows = rows_by_id(ref, centre_of_cluster(ref), 2, threads(2))
+    rows = rows_by_id(ref, centre_of_cluster(sampled(ref)), 2, threads(2))
 
     assert rows.near_zero == (5, 7)
     assert rows.repeated == (1500, 1700)
