@@ -7,7 +7,7 @@ any form of model; names of attributes do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradscope.models.model import Model
 from gradscope.models.probe import held
+from gradscope.models.storages import storage_of, tensors_in
 
 _AFFINE = ("add", "sub", "rsub", "mul", "div")
 #: What is computed of a picture without changing its values.
@@ -107,7 +108,7 @@ class _Begins(TorchDispatchMode):
 
     def __init__(self, image: Tensor) -> None:
         super().__init__()
-        self._followed = {_storage(image)}
+        self._followed = {storage_of(image)}
         self._count = image[0].numel()
         self.reached = image[0]
         self.resized: tuple[int, int] | None = None
@@ -117,9 +118,9 @@ class _Begins(TorchDispatchMode):
     ) -> Any:
         """Runs an operator, and notes what it made of the image."""
         name = function._schema.name.removeprefix("aten::").rstrip("_")
-        read = list(_tensors((args, kwargs or {})))
-        ours = [t for t in read if _storage(t) in self._followed]
-        others = [t for t in read if _storage(t) not in self._followed]
+        read = list(tensors_in((args, kwargs or {})))
+        ours = [t for t in read if storage_of(t) in self._followed]
+        others = [t for t in read if storage_of(t) not in self._followed]
         if not ours:
             return function(*args, **(kwargs or {}))
         shifted = name in _AFFINE and all(t.numel() in (1, 3) for t in others)
@@ -129,23 +130,8 @@ class _Begins(TorchDispatchMode):
                 self.resized = height, width
             raise _EnoughError
         found = function(*args, **(kwargs or {}))
-        for made in _tensors(found):
+        for made in tensors_in(found):
             if made.dtype.is_floating_point and made.numel() >= self._count:
-                self._followed.add(_storage(made))
+                self._followed.add(storage_of(made))
                 self.reached = made.detach().reshape(-1)[: self._count].clone()
         return found
-
-
-def _storage(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))

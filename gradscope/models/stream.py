@@ -7,13 +7,15 @@ of operators cannot tell them apart, the flow of data can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradscope.models.storages import storage_of, tensors_in
 
 #: Operators that compute nothing.
 _VIEWS = frozenset(
@@ -53,7 +55,7 @@ class Flow(TorchDispatchMode):
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self.operations = [Operation("image", mixes=True, read=(), added=(), above=1, near=1)]
-        self._makers = {_storage(images): 0}
+        self._makers = {storage_of(images): 0}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -61,10 +63,10 @@ class Flow(TorchDispatchMode):
         """Runs an operator and notes what it read."""
         name = function._schema.name.removeprefix("aten::")
         # Before it runs: it may write to what it reads.
-        read = [(self.maker(t), t) for t in _tensors((args, kwargs or {}))]
+        read = [(self.maker(t), t) for t in tensors_in((args, kwargs or {}))]
         found = function(*args, **(kwargs or {}))
-        same = {_storage(tensor) for _, tensor in read} if name in _VIEWS else set()
-        made = [tensor for tensor in _tensors(found) if _storage(tensor) not in same]
+        same = {storage_of(tensor) for _, tensor in read} if name in _VIEWS else set()
+        made = [tensor for tensor in tensors_in(found) if storage_of(tensor) not in same]
         known = [(maker, tensor) for maker, tensor in read if maker is not None]
         # Fused attention asks with its first argument.
         asked = "attention" in name and isinstance(args[0], Tensor) and self.maker(args[0]) is None
@@ -73,7 +75,7 @@ class Flow(TorchDispatchMode):
 
     def maker(self, tensor: Tensor) -> int | None:
         """The operation that a tensor, or what it is a view of, came from; None for parameters."""
-        return self._makers.get(_storage(tensor))
+        return self._makers.get(storage_of(tensor))
 
     def _note(
         self, name: str, read: Sequence[tuple[int, Tensor]], made: Sequence[Tensor], asked: bool
@@ -81,7 +83,7 @@ class Flow(TorchDispatchMode):
         if not read:
             # Made of parameters, perhaps in the place of a tensor that is gone.
             for tensor in made:
-                self._makers.pop(_storage(tensor), None)
+                self._makers.pop(storage_of(tensor), None)
         if not read or not made:
             return
         number = len(self.operations)
@@ -105,7 +107,7 @@ class Flow(TorchDispatchMode):
                 asked or self._are_queries(name, read, made[0]),
             )
         )
-        self._makers |= dict.fromkeys(map(_storage, made), number)
+        self._makers |= dict.fromkeys(map(storage_of, made), number)
 
     def _are_queries(self, name: str, read: Sequence[tuple[int, Tensor]], made: Tensor) -> bool:
         """Whether a result's rows come from parameters, or are the least part of a sequence.
@@ -130,21 +132,6 @@ def _size(tensor: Tensor) -> tuple[int, int]:
     if tensor.dim() < 2 or tensor.shape[:-2].numel() != 1:
         return (tensor.shape[-2] if tensor.dim() > 1 else 0), 0
     return tensor.shape[-2], tensor.shape[-1]
-
-
-def _storage(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
-    return number
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
 
 
 def on_stream(operations: Sequence[Operation]) -> list[bool]:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gradscope.errors import NotApplicableError
 from gradscope.models.model import Model
 from gradscope.models.scores import Head
+from gradscope.models.storages import storage_of, tensors_in
 
 #: Where a tensor lies. Tells values apart, where Python objects do not: a view may be another one.
 Place = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -68,7 +69,7 @@ class Step:
         for at, tensor in zip(self.inputs, taken, strict=True):
             leaves[at] = tensor
         arguments, keywords = tree_unflatten(leaves, self.spec)
-        return list(_tensors(self.function(*arguments, **keywords)))
+        return list(_floats(self.function(*arguments, **keywords)))
 
     def pull(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
         """Cotangents of the results, pulled back to the tensors taken by the derivative."""
@@ -152,7 +153,7 @@ class _Recorder(TorchDispatchMode):
         """The number of a new value."""
         self.kept.append(tensor)
         self.numbers[_place(tensor)] = len(self.kept)
-        self.known.add(_storage(tensor))
+        self.known.add(storage_of(tensor))
         return len(self.kept)
 
     def __torch_dispatch__(
@@ -169,7 +170,7 @@ class _Recorder(TorchDispatchMode):
         if writes:
             self._spare(leaves[0])
         output = function(*args, **kwargs)
-        found = list(_tensors(output))
+        found = list(_floats(output))
         # What lies where an input lies is that input: a view of all of it.
         same = not writes and [self.numbers.get(_place(t)) for t in found] == [*inputs.values()]
         if found and not same:
@@ -184,7 +185,7 @@ class _Recorder(TorchDispatchMode):
             value = self.numbers.get(_place(leaf))
             if value is not None:
                 yield at, value
-            elif _storage(leaf) in self.known:
+            elif storage_of(leaf) in self.known:
                 raise NotApplicableError(
                     f"{name_of(function)} reads a tensor of which a part was written in place, so "
                     "that its parts cannot be told apart; use integrated-gradients"
@@ -193,11 +194,11 @@ class _Recorder(TorchDispatchMode):
     def _hold(self, leaves: list[Any]) -> None:
         for at, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
-                self.holders.setdefault(_storage(leaf), []).append((leaves, at))
+                self.holders.setdefault(storage_of(leaf), []).append((leaves, at))
 
     def _spare(self, written: Tensor) -> None:
         """Copy what steps keep of a tensor that is about to be written, and forget its views."""
-        storage = _storage(written)
+        storage = storage_of(written)
         for leaves, at in self.holders.pop(storage, ()):
             leaves[at] = leaves[at].detach().clone()
         for place in [p for p in self.numbers if p[0] == storage]:
@@ -224,11 +225,9 @@ def _takes(function: Any) -> list[str]:
     return [str(argument.type) for argument in function._schema.arguments]
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _floats(output: Any) -> Iterator[Tensor]:
     """The floating point tensors of an operator's output."""
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
-            yield leaf
+    return (t for t in tensors_in(output) if t.is_floating_point() and t.numel())
 
 
 def name_of(function: Any) -> str:
@@ -238,8 +237,4 @@ def name_of(function: Any) -> str:
 
 def _place(tensor: Tensor) -> Place:
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-    return _storage(tensor), int(tensor.storage_offset()), shape, strides, tensor.dtype
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_of(tensor), int(tensor.storage_offset()), shape, strides, tensor.dtype
