@@ -81,10 +81,7 @@ def drift(
     gate: Gate,
 ) -> Reported:
     """What changed between two checkpoints, how much, and why."""
-    from gradscope.cli.terminal import load_compiler, progress_bar
-
-    if not tensors.headers_only:
-        load_compiler()
+    from gradscope.cli.terminal import progress_bar
     from gradscope.drift.analysis import analyze_drift
     from gradscope.drift.expectations import parse_limits
 

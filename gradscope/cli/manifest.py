@@ -32,9 +32,7 @@ def manifest(
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
 ) -> int:
     """The fingerprint of every tensor as a JSON document: type, shape, hash, histogram."""
-    from gradscope.cli.terminal import emit, load_compiler, progress_bar
-
-    load_compiler()
+    from gradscope.cli.terminal import emit, progress_bar
     from gradscope.fingerprints.analysis import manifest as made
     from gradscope.fingerprints.document import written
 
@@ -64,9 +62,7 @@ def verify(
     gate: Gate,
 ) -> Reported:
     """Whether checkpoints are what a manifest recorded; a flipped bit names its tensor."""
-    from gradscope.cli.terminal import load_compiler, progress_bar
-
-    load_compiler()
+    from gradscope.cli.terminal import progress_bar
     from gradscope.fingerprints.analysis import verify as verified
 
     with progress_bar("hashing", wanted=output.progress) as tick:

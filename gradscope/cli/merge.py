@@ -25,8 +25,6 @@ def merge(
     gate: Gate,
 ) -> Reported:
     """Join the partial reports of --shard i/n into the report of one run, and judge it."""
-    from gradscope.cli.terminal import load_compiler
     from gradscope.merging import merge as joined
 
-    load_compiler()
     return joined(*parts, **gate.wanted)

@@ -85,15 +85,13 @@ def weights(
     gate: Gate,
 ) -> Reported:
     """Statistics, outliers, dead units, numerics and health of checkpoints of any size."""
-    from gradscope.cli.terminal import load_compiler, progress_bar
+    from gradscope.cli.terminal import progress_bar
     from gradscope.weights.casting import wanted_casts
     from gradscope.weights.shares import share
 
     wanted_casts(split_commas(cast), snr)  # refused before anything heavy is imported
     if shard is not None:
         share(shard)
-    if not tensors.headers_only:
-        load_compiler()
     from gradscope.weights.analysis import analyze_weights
 
     gc.disable()  # a report of a million tensors is ten million objects, none of them garbage

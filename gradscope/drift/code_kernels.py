@@ -14,14 +14,14 @@ from gradscope.drift.kernels import BLOCK, count
 # -- stored elements as numbers --------------------------------------------------------------------
 
 
-@kernel()
+@kernel(alone=True)
 def decode_bf16(codes, bits):  # type: ignore[no-untyped-def]
     """Bfloat16 as the bits of float32."""
     for i in range(codes.shape[0]):
         bits[i] = np.uint32(codes[i]) << np.uint32(16)
 
 
-@kernel()
+@kernel(alone=True)
 def decode_f16(codes, bits, values):  # type: ignore[no-untyped-def]
     """Float16 as float32; ``bits`` is ``values`` seen as integers."""
     for i in range(codes.shape[0]):
@@ -33,7 +33,7 @@ def decode_f16(codes, bits, values):  # type: ignore[no-untyped-def]
         values[i] *= np.float32(2.0**112)
 
 
-@kernel()
+@kernel(alone=True)
 def decode_table(codes, table, values):  # type: ignore[no-untyped-def]
     """Each code's value, looked up."""
     for i in range(codes.shape[0]):
@@ -63,18 +63,17 @@ def _distances_in(kind: Any) -> Any:
             most = max(most, d)
         return np.int64(min(most, most_said))
 
-    @kernel()
-    def distances(x, y, sign, limit, widths, bits, form, table, counts):  # type: ignore[no-untyped-def]
+    @kernel(alone=True)
+    def distances(x, y, sign, limit, widths, bits, form, places, parts, table, counts):  # type: ignore[no-untyped-def]
         """How far apart two runs of codes of one type are.
 
         ``counts`` receives how many differ and the greatest distance in units in the last place;
         ``table`` counts the distances by the bits that they take. Codes whose magnitude is above
         ``limit`` are not numbers, and at no distance; ``sign`` is that bit alone. ``widths`` is
         [BLOCK] of floats that hold any distance, ``bits`` its view as integers, ``form`` where
-        their exponents begin, and their bias.
+        their exponents begin, and their bias; ``places`` [BLOCK] and ``parts`` are those of
+        ``count``.
         """
-        places = np.empty(BLOCK, np.uint8)
-        parts = np.zeros((4, 64), np.uint32)
         for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
             a = x[block * BLOCK : (block + 1) * BLOCK]
             b = y[block * BLOCK : (block + 1) * BLOCK]
@@ -99,8 +98,8 @@ INTEGERS = {1: np.int32, 2: np.int32, 4: np.uint32, 8: np.uint64}
 DISTANCES = {size: _distances_in(kind) for size, kind in INTEGERS.items()}
 WIDTHS = {1: np.float32, 2: np.float32, 4: np.float64, 8: np.float64}
 #: Where the exponents of these floats begin, and their bias.
-FORM32 = np.int32(23), np.int32(127)
-FORM64 = np.int64(52), np.int64(1023)
+FORM32 = np.array([23, 127], np.int32)
+FORM64 = np.array([52, 1023], np.int64)
 
 
 # -- rounding --------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def _quanta(bits, mantissa_bits, least_exponent, quanta):  # type: ignore[no-unt
         quanta[i] = np.uint64(exponent - mantissa_bits + _BIAS) << _FIELD
 
 
-@kernel(error_model="numpy")
+@kernel()
 def _rounded(x, y, quanta, greatest, counts):  # type: ignore[no-untyped-def]
     nearest = 0
     inner = 0
@@ -151,20 +150,19 @@ def _rounded(x, y, quanta, greatest, counts):  # type: ignore[no-untyped-def]
     counts[BEYOND] += beyond
 
 
-@kernel()
-def roundings(x, y, mantissa_bits, least_exponent, greatest, counts):  # type: ignore[no-untyped-def]
+@kernel(alone=True)
+def roundings(x, y, mantissa_bits, least_exponent, greatest, wide, bits, counts):  # type: ignore[no-untyped-def]
     """Which of ``y`` are ``x`` rounded to a float format: to nearest, towards zero, either way.
 
     ``least_exponent`` is that of the least normal value, ``greatest`` the greatest finite value.
-    Exact: quanta are powers of two, and float64 holds every quotient that matters.
+    ``wide`` [3, BLOCK] and its ``bits`` are room to work. Exact: quanta are powers of two, and
+    float64 holds every quotient that matters.
     """
-    wide = np.empty((3, BLOCK), np.float64)
     for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
         a = x[block * BLOCK : (block + 1) * BLOCK]
         n = a.shape[0]
         for i in range(n):
             wide[0, i] = a[i]
             wide[1, i] = y[block * BLOCK + i]
-        bits = wide[0, :n].view(np.uint64)
-        _quanta(bits, mantissa_bits, least_exponent, wide[2, :n].view(np.uint64))
+        _quanta(bits[0, :n], mantissa_bits, least_exponent, bits[2, :n])
         _rounded(wide[0, :n], wide[1, :n], wide[2, :n], greatest, counts)

@@ -15,8 +15,8 @@ BLOCK = 4096
 LEAST_OCTAVE, OCTAVES = -32, 41
 
 #: How far exponents lie above the end of float32 and float64, and all bits but the sign.
-FIELD32 = np.int32(23), np.int32(0x7FFF_FFFF)
-FIELD64 = np.int64(52), np.int64(0x7FFF_FFFF_FFFF_FFFF)
+FIELD32 = np.array([23, 0x7FFF_FFFF], np.int32)
+FIELD64 = np.array([52, 0x7FFF_FFFF_FFFF_FFFF], np.int64)
 #: Where the sums of a run stand.
 SQUARES_BASE, SQUARES_NEW, PRODUCTS, SQUARES_CHANGE, CHANGES = range(5)
 #: Where the counts of a run stand: elements whose values differ, whose signs differ, that are not
@@ -131,7 +131,7 @@ def _octaves(sizes, base, field, places):  # type: ignore[no-untyped-def]
     The difference of the bits of two positive floats, shifted to their exponents, is the exponent
     of the quotient, rounded down.
     """
-    shift, magnitude = field
+    shift, magnitude = field[0], field[1]
     kind = sizes.dtype.type
     least, most = kind(LEAST_OCTAVE), kind(OCTAVES - 1)
     for i in range(sizes.shape[0]):
@@ -172,7 +172,8 @@ def _keep_largest(x, y, first, values, places, ends):  # type: ignore[no-untyped
             while at > 0 and d > values[at - 1]:
                 values[at] = values[at - 1]
                 places[at] = places[at - 1]
-                ends[:, at] = ends[:, at - 1]
+                for side in range(2):
+                    ends[side, at] = ends[side, at - 1]
                 at -= 1
             values[at] = d
             places[at] = first + i
@@ -211,23 +212,21 @@ def _same_rows(x, first, length, first_row, squares):  # type: ignore[no-untyped
     return total
 
 
-@kernel()
+@kernel(alone=True)
 def compare(  # type: ignore[no-untyped-def]
     x, y, base_bits, first, length, field, scratch, scratch_bits,
-    sums, counts, octaves, squares, changes, changed, values, places, ends,
+    places_of, apart, sums, counts, octaves, squares, changes, changed, values, places, ends,
 ):  # fmt: skip
     """One piece of two tensors as floats of one type.
 
     ``base_bits`` are those of ``x`` as signed integers, ``first`` is the flat index of ``x[0]``,
     ``length`` the elements of a row, ``scratch`` is [3, BLOCK] of their type and its view as such
-    integers, ``field`` FIELD32 or FIELD64. Adds to ``sums``, ``counts``, ``octaves`` (of |Δ| /
-    |base|) and, from the row of ``x[0]`` on, to ``squares``, ``changes``, ``changed``; keeps the
-    largest changes in ``values``, where they are in ``places`` and from what to what they go in
-    ``ends`` [2, …].
+    integers, ``field`` FIELD32 or FIELD64; ``places_of`` [BLOCK] and ``apart`` are those of
+    ``count``. Adds to ``sums``, ``counts``, ``octaves`` (of |Δ| / |base|) and, from the row of
+    ``x[0]`` on, to ``squares``, ``changes``, ``changed``; keeps the largest changes in ``values``,
+    where they are in ``places`` and from what to what they go in ``ends`` [2, …].
     """
     first_row = first // length
-    places_of = np.empty(BLOCK, np.uint8)
-    apart = np.zeros((4, 64), np.uint32)
     for block in range((x.shape[0] + BLOCK - 1) // BLOCK):
         start = block * BLOCK
         a = x[start : start + BLOCK]

@@ -78,9 +78,14 @@ _scratch = threading.local()
 def _buffer(name: str, dtype: Any, shape: tuple[int, ...]) -> Array:
     key = f"{name}{np.dtype(dtype).name}"
     if not hasattr(_scratch, key):
-        setattr(_scratch, key, np.empty(shape, dtype))
+        setattr(_scratch, key, np.zeros(shape, dtype))
     array: Array = getattr(_scratch, key)
     return array
+
+
+def _counting() -> tuple[Array, Array]:
+    """What ``kernels.count`` works with: places of a block, and four tables of zeros."""
+    return _buffer("places", np.uint8, (kernels.BLOCK,)), _buffer("apart", np.uint32, (4, 64))
 
 
 def floats(ref: TensorRef, stored: Array, lane: int) -> Array:
@@ -142,8 +147,8 @@ def _piece(
     field = kernels.FIELD32 if x.dtype == np.float32 else kernels.FIELD64
     kernels.compare(
         x, y, x.view(kind), first * parts, length, field, scratch, scratch.view(kind),
-        found.sums, found.counts, found.octaves, *found.rows, found.values, found.places,
-        found.ends,
+        *_counting(), found.sums, found.counts, found.octaves, *found.rows,
+        found.values, found.places, found.ends,
     )  # fmt: skip
     return found
 
@@ -168,7 +173,7 @@ def _distances(
     wide = widths.itemsize == 8
     code_kernels.DISTANCES[codes.itemsize](
         codes, _bits(two), *_range_of(base.dtype), widths, widths.view(f"i{widths.itemsize}"),
-        code_kernels.FORM64 if wide else code_kernels.FORM32, table, counts,
+        code_kernels.FORM64 if wide else code_kernels.FORM32, *_counting(), table, counts,
     )  # fmt: skip
     return table, counts
 
@@ -196,5 +201,9 @@ def roundings_of(x: Array, y: Array, rounding: Rounding) -> Array:
     form = rounding.form
     exact, rounded = (y, x) if rounding.reverse else (x, y)
     greatest = codings.greatest_finite(rounding.dtype)
-    code_kernels.roundings(exact, rounded, form.mantissa_bits, 1 - form.bias, greatest, counts)
+    wide = _buffer("wide", np.float64, (3, kernels.BLOCK))
+    code_kernels.roundings(
+        exact, rounded, form.mantissa_bits, 1 - form.bias, greatest, wide, wide.view(np.uint64),
+        counts,
+    )  # fmt: skip
     return counts

@@ -35,7 +35,7 @@ class Buckets:
         pieces = np.split(self.words, self.begin[1, 1:-1])
         for name, piece, subset, count in zip(names, pieces, subsets, counts, strict=True):
             chosen = _NONE if subset is None else subset
-            hashed_to(piece, chosen, count, seed_of(name))  # type: ignore[no-untyped-call]
+            hashed_to(piece, chosen, count, seed_of(name))
 
 
 _NONE = np.empty(0, np.int64)

@@ -27,7 +27,7 @@ _MIX = np.uint64(0xFF51AFD7ED558CCD)
 _SALT = np.uint64(0x9E3779B97F4A7C15)
 
 
-@kernel()
+@kernel(alone=True)
 def count_codes(codes, table):  # type: ignore[no-untyped-def]
     """Add the codes of a run to ``table``, one counter a code."""
     for i in range(codes.shape[0]):
@@ -42,13 +42,10 @@ def _count_top(bits, shift, table):  # type: ignore[no-untyped-def]
 
 
 #: What ordering the bit patterns of a float type takes: its sign bit, all ones, and where -Inf and
-#: +Inf come in that order. Typed scalars, because NumPy's rules would widen ``~sign`` to 64 bits.
-ORDER32 = tuple(map(np.uint32, (0x80000000, 0xFFFFFFFF, 0x007FFFFF, 0xFF800000)))
-ORDER64 = tuple(
-    map(
-        np.uint64,
-        (0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x000FFFFFFFFFFFFF, 0xFFF0000000000000),
-    )
+#: +Inf come in that order. All ones are there because NumPy would widen ``~sign`` to 64 bits.
+ORDER32 = np.array([0x80000000, 0xFFFFFFFF, 0x007FFFFF, 0xFF800000], np.uint32)
+ORDER64 = np.array(
+    [0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x000FFFFFFFFFFFFF, 0xFFF0000000000000], np.uint64
 )
 
 
@@ -58,7 +55,7 @@ def _extremes(bits, order):  # type: ignore[no-untyped-def]
 
     Negative floats have all their bits flipped, others the sign bit alone; NaNs lie at the ends.
     """
-    sign, ones, _, _ = order
+    sign, ones = order[0], order[1]
     low = ones
     high = ones ^ ones
     for i in range(bits.shape[0]):
@@ -261,25 +258,24 @@ def _rebias_f16(x):  # type: ignore[no-untyped-def]
 BFLOAT16, FLOAT16, BY_TABLE = 0, 1, 2
 
 
-@kernel()
+@kernel(alone=True)
 def scan_codes(  # type: ignore[no-untyped-def]
-    codes, first, decoding, values, table, row_numel, squares, hashes, lows, highs, dirty, keys
-):
+    codes, first, decoding, values, scratch, scratch_bits,
+    table, counts, row_numel, squares, hashes, lows, highs, dirty, keys,
+):  # fmt: skip
     """One piece of 8- or 16-bit floats: histogram, row sums and hashes, block extremes.
 
-    ``first``, the flat index of ``codes[0]``, is a multiple of BLOCK. ``lows`` and ``highs``
-    receive each block's least and greatest finite value as ``_extremes`` orders them, ``dirty``
-    whether it holds a non-finite one.
+    ``first``, the flat index of ``codes[0]``, is a multiple of BLOCK. ``scratch`` [2, BLOCK] of
+    float32 and ``scratch_bits``, its bits, are room to work. ``counts`` are [NaN, +Inf, -Inf],
+    ``lows`` and ``highs`` receive each block's least and greatest finite value as ``_extremes``
+    orders them, ``dirty`` whether it holds a non-finite one.
     """
-    x_all = np.empty(BLOCK, np.float32)
-    finite_all = np.empty(BLOCK, np.float32)
-    counts = np.zeros(3, np.int64)
     first_row = first // row_numel
     count_codes(codes, table)
     for block in range(lows.shape[0]):
         part = codes[block * BLOCK : (block + 1) * BLOCK]
-        x = x_all[: part.shape[0]]
-        bits = x.view(np.uint32)
+        x = scratch[0, : part.shape[0]]
+        bits = scratch_bits[0, : part.shape[0]]
         if decoding == BFLOAT16:
             _decode_bf16(part, bits)
             low, high = _extremes_bf16(part)
@@ -291,15 +287,15 @@ def scan_codes(  # type: ignore[no-untyped-def]
                 _decode_table(part, values, x)
             low, high = _extremes(bits, ORDER32)
         if high >= ORDER32[3] or low <= ORDER32[2]:
-            kept = _split_nonfinite(x, finite_all, x, counts)
+            kept = _split_nonfinite(x, scratch[1], x, counts)
             dirty[block] = True
-            low, high = _extremes(finite_all[:kept].view(np.uint32), ORDER32)
+            low, high = _extremes(scratch_bits[1, :kept], ORDER32)
         lows[block] = low
         highs[block] = high
         _rows_of_block(x, part, first + block * BLOCK, row_numel, first_row, squares, hashes, keys)
 
 
-@kernel()
+@kernel(alone=True)
 def scan_floats(  # type: ignore[no-untyped-def]
     x, bits, first, shift, order, scratch, scratch_bits,
     table, moments, counts, union, row_numel, squares, hashes, lows, highs, dirty, keys,

@@ -61,12 +61,14 @@ def scan_integers(ref: TensorRef, first: int, stored: Array, table: Array | None
 def _units(ref: TensorRef, first: int, stored: Array, layout: UnitLayout) -> UnitSums:
     """The sums of a piece's units, all of those of the groups that it touches."""
     sums = UnitSums.zeros(layout.first_unit(first), layout.units_from(first, len(stored)))
-    form = (layout.depth, layout.width, layout.inner)
+    form = np.array([layout.depth, layout.width, layout.inner])
     into = (form, sums.first, sums.squares, sums.hashes, kernels.HASH_KEYS)
     if ref.dtype in codings.CODED:
-        unit_kernels.units_of_codes(stored, first, *_decoding(ref), *into)
+        scratch = _scratch_for(np.dtype(np.float32))
+        unit_kernels.units_of_codes(stored, first, *_decoding(ref), *scratch, *into)
     else:
-        unit_kernels.units_of_floats(stored, stored.view(f"u{stored.itemsize}"), first, *into)
+        bits, (room, _) = stored.view(f"u{stored.itemsize}"), _scratch_for(stored.dtype)
+        unit_kernels.units_of_floats(stored, bits, first, room, *into)
     return sums
 
 
@@ -82,8 +84,9 @@ def _scan_codes(
 ) -> Piece:
     rows, blocks = _row_arrays(length, first, len(codes)), _block_arrays(len(codes), np.uint32)
     kernels.scan_codes(
-        codes, first, *_decoding(ref), table, length, *rows, *blocks, kernels.HASH_KEYS
-    )
+        codes, first, *_decoding(ref), *_scratch_for(np.dtype(np.float32)), table,
+        np.zeros(3, np.int64), length, *rows, *blocks, kernels.HASH_KEYS,
+    )  # fmt: skip
     return Piece(first // PIECE, None, (0, 0, 0, 0), 0, *rows, *blocks)
 
 
@@ -92,12 +95,11 @@ def _scan_floats(_: TensorRef, first: int, x: Array, table: Array | None, length
     unsigned: type[np.unsignedinteger[Any]] = np.uint32 if narrow else np.uint64
     shift = unsigned(SHIFT["F32" if narrow else "F64"])
     order = kernels.ORDER32 if narrow else kernels.ORDER64
-    scratch = _scratch_for(x.dtype)
     moments, counts, union = np.zeros(5), np.zeros(4, np.int64), np.zeros(1, unsigned)
     rows, blocks = _row_arrays(length, first, len(x)), _block_arrays(len(x), unsigned)
     kernels.scan_floats(
-        x, x.view(unsigned), first, shift, order, scratch, scratch.view(unsigned),
-        table, moments, counts, union, length, *rows, *blocks, kernels.HASH_KEYS,
+        x, x.view(unsigned), first, shift, order, *_scratch_for(x.dtype), table,
+        moments, counts, union, length, *rows, *blocks, kernels.HASH_KEYS,
     )  # fmt: skip
     zero, nan, posinf, neginf = map(int, counts)
     return Piece(
@@ -115,9 +117,10 @@ def _block_arrays(n: int, unsigned: Any) -> tuple[Array, Array, Array]:
     return np.empty(blocks, unsigned), np.empty(blocks, unsigned), np.zeros(blocks, np.bool_)
 
 
-def _scratch_for(dtype: np.dtype[Any]) -> Array:
+def _scratch_for(dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Room for two blocks of this thread, and its bits."""
     name = dtype.name
     if not hasattr(_scratch, name):
         setattr(_scratch, name, np.empty((2, BLOCK), dtype))
     array: Array = getattr(_scratch, name)
-    return array
+    return array, array.view(f"u{dtype.itemsize}")

@@ -386,10 +386,11 @@ def combined(values: Array, counts: Array) -> tuple[Array, Array]:
 def _from_ordered(ordered: Array) -> npt.NDArray[np.float64]:
     """Invert the kernels' ordered integers; NaN for a block without a finite value."""
     wide = ordered.dtype == np.uint64
-    sign, ones, _, _ = kernels.ORDER64 if wide else kernels.ORDER32
+    sign, ones = (kernels.ORDER64 if wide else kernels.ORDER32)[:2]
     bits = np.where(ordered >= sign, ordered ^ sign, ordered ^ ones)
     with np.errstate(invalid="ignore"):
-        return bits.view(np.float64 if wide else np.float32).astype(np.float64)
+        floats: Array = bits.view(np.float64 if wide else np.float32)
+        return floats.astype(np.float64)
 
 
 def merged(parts: Iterable[Tally]) -> Tally:

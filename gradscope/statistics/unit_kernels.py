@@ -56,7 +56,7 @@ def _units_of_block(x, codes, first, form, first_unit, squares, hashes, keys):  
     ``first`` is the block's flat index in the tensor, ``form`` its (depth, width, inner),
     ``first_unit`` the one that ``squares[0]`` stands for.
     """
-    depth, width, inner = form
+    depth, width, inner = form[0], form[1], form[2]
     position = 0
     while position < x.shape[0]:
         line = (first + position) // inner
@@ -80,14 +80,16 @@ def _units_of_block(x, codes, first, form, first_unit, squares, hashes, keys):  
         position = stop
 
 
-@kernel()
-def units_of_codes(codes, first, decoding, values, form, first_unit, squares, hashes, keys):  # type: ignore[no-untyped-def]
+@kernel(alone=True)
+def units_of_codes(  # type: ignore[no-untyped-def]
+    codes, first, decoding, values, scratch, scratch_bits,
+    form, first_unit, squares, hashes, keys,
+):  # fmt: skip
     """One piece of 8- or 16-bit floats; see ``kernels.scan_codes`` and ``_units_of_block``."""
-    x_all = np.empty(BLOCK, np.float32)
     for start in range(0, codes.shape[0], BLOCK):
         part = codes[start : start + BLOCK]
-        x = x_all[: part.shape[0]]
-        bits = x.view(np.uint32)
+        x = scratch[0, : part.shape[0]]
+        bits = scratch_bits[0, : part.shape[0]]
         if decoding == BFLOAT16:
             _decode_bf16(part, bits)
         elif decoding == FLOAT16:
@@ -99,13 +101,12 @@ def units_of_codes(codes, first, decoding, values, form, first_unit, squares, ha
         _units_of_block(x, part, first + start, form, first_unit, squares, hashes, keys)
 
 
-@kernel()
-def units_of_floats(x, bits, first, form, first_unit, squares, hashes, keys):  # type: ignore[no-untyped-def]
+@kernel(alone=True)
+def units_of_floats(x, bits, first, scratch, form, first_unit, squares, hashes, keys):  # type: ignore[no-untyped-def]
     """One piece of float32 or float64; ``bits`` is ``x`` seen as unsigned integers."""
-    finite_all = np.empty(BLOCK, x.dtype)
     for start in range(0, x.shape[0], BLOCK):
         part = x[start : start + BLOCK]
-        finite = finite_all[: part.shape[0]]
+        finite = scratch[0, : part.shape[0]]
         _zero_nonfinite(part, finite)
         codes = bits[start : start + BLOCK]
         _units_of_block(finite, codes, first + start, form, first_unit, squares, hashes, keys)

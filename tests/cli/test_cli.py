@@ -177,6 +177,25 @@ def test_checkpoints_are_read_without_importing_torch(name: str) -> None:
     assert done.stderr.rstrip().endswith("False"), done.stderr
 
 
+@pytest.mark.parametrize("arguments", [
+    ["weights", DIGITS],
+    ["weights", FIXTURES / "pnet.pt", "--device", "cpu"],
+    ["drift", DIGITS, FIXTURES / "digits.pt"],
+    ["manifest", DIGITS],
+], ids=lambda arguments: arguments[0])  # fmt: skip
+def test_a_command_that_was_run_before_does_without_numba(arguments: list[str | Path]) -> None:
+    program = (
+        "import sys\nfrom gradscope.cli import app\n"
+        f"try: app({list(map(str, arguments))!r})\nexcept SystemExit: pass\n"
+        "print('numba' in sys.modules, file=sys.stderr)"
+    )
+
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.stderr.rstrip().endswith("False"), done.stderr
+
+
 def test_reports_are_written_beside_stdout_and_said_on_stderr(tmp_path: Path) -> None:
     target = tmp_path / "r.json"
 
