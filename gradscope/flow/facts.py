@@ -41,6 +41,8 @@ class VanishingFacts:
     epsilon: float | None
     only_biases: bool
     weights: Weights = "kept"
+    #: Median share of elements without any gradient; None where it was not recorded.
+    zeros: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from gradscope.flow.limits import (
     SHORTEST,
 )
 from gradscope.flow.precursors import precursors
-from gradscope.flow.records.loss import Divergence, LossLevel
+from gradscope.flow.records.loss import Descent, Divergence, LossLevel
 from gradscope.flow.robust import GAUSSIAN, Array, mann_kendall, nanmedian, theil_sen
 from gradscope.flow.series import Series
 
@@ -31,6 +31,10 @@ _AROUND = 8
 #: fell to a third had fallen by.
 _LEFT = 0.1
 _FEW_SPREADS = 3.0
+#: The greatest rises that are looked at.
+_JUMPS = 4
+#: How many times its first level a loss lies below zero that has no least value.
+_DEEP = 10.0
 #: Share of its first value within which a loss is near its last one.
 _NEAR = 0.1
 #: No trend is as likely at least where none is seen.
@@ -86,6 +90,7 @@ def loss_level(series: Series) -> LossLevel | None:
         **_constant(series, found),
         lost=lost,
         divergence=_divergence(series, loss, found, lost is not None),
+        descent=_descent(series, found),
     )
 
 
@@ -101,6 +106,29 @@ def learnt(series: Series) -> bool:
     """Whether the loss has come down to zero, where no gradient is left."""
     level = loss_level(series)
     return level is not None and level.constant == 0 and level.reached
+
+
+def _descent(series: Series, found: _Levels) -> Descent | None:
+    """A loss that has no least value: far below zero, falling no slower than before.
+
+    What is learnt falls ever more slowly, and its gradients with it.
+    """
+    lowest = int(np.argmin(found.loss))
+    loss, count = found.loss[: lowest + 1], lowest + 1
+    if count < 2 * MIN_TREND or not loss[-1] < -_DEEP * max(abs(found.start), found.spread(0)):
+        return None
+    half, quarter = float(loss[count // 2]), max(count // 4, 1)
+    norms = series.total[found.records[:count]]
+    early, late = nanmedian(norms[:quarter]), nanmedian(norms[-quarter:])
+    slower = half - loss[-1] < found.start - half
+    if slower or not early > 0 or not late >= LOSS_LEVEL * early:
+        return None
+    return Descent(
+        first=found.start,
+        last=float(loss[-1]),
+        step=int(series.steps[found.records[lowest]]),
+        gradient_factor=float(late / early),
+    )
 
 
 def _constant(series: Series, found: _Levels) -> dict[str, Any]:
@@ -153,16 +181,20 @@ def _lost(series: Series, loss: Array) -> tuple[int, int] | None:
 
 
 def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) -> Divergence | None:
-    """A loss that rose from its best level for good, or far above it for a while."""
+    """A loss that rose from its best level for good, or far above it or all at once for a while."""
     best = int(np.argmin(found.rolling))
     if not _risen(found, best, found.end):
         best = _before_peak(found)
-    highest = _highest(found, best)
-    before, after, peak = found.rolling[best], found.end, found.rolling[highest]
-    risen = _risen(found, best, after)
-    if not risen and not _far(found, best, peak):
-        return None
-    first = _onset(found, best, after if risen else peak)
+    peak = found.rolling[_highest(found, best)]
+    risen = _risen(found, best, found.end)
+    if risen or _far(found, best, peak):
+        first = _onset(found, best, found.end if risen else peak)
+    else:
+        jumped = _jump(series, loss, found)
+        if jumped is None:
+            return None
+        best, first = jumped - 1, jumped
+    before, after = found.rolling[best], found.end
     record, top = int(found.records[first]), first + int(np.argmax(found.loss[first:]))
     company = _company(series, record)
     steered = (company["learning_rate_factor"] or 0) >= LOSS_LEVEL
@@ -181,6 +213,28 @@ def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) ->
         precursors=precursors(series, loss, int(found.records[best]), int(found.records[top])),
         **company,
     )
+
+
+def _jump(series: Series, loss: Array, found: _Levels) -> int | None:
+    """Where a loss rose at once by most, under weights that had not moved; None if nowhere.
+
+    From ``LOSS_LEVEL`` squared times what it was, beyond its noise, for three records and more.
+    """
+    count = len(found.loss)
+    if count < MIN_TREND + SHORTEST or not found.loss.min() > 0:
+        return None
+    after = nanmedian(np.lib.stride_tricks.sliding_window_view(found.loss, SHORTEST), axis=1)
+    before = found.rolling[MIN_TREND - 1 : count - SHORTEST]
+    times = after[MIN_TREND:] / before
+    order: list[int] = np.argsort(-times)[:_JUMPS].tolist()
+    for at in order:
+        first, low = at + MIN_TREND, before[at]
+        if times[at] < LOSS_LEVEL**2:
+            return None
+        beyond = after[first] - low > LOSS_SPREADS * found.spread(first - 1)
+        if beyond and at_once(series, loss, int(found.records[first]), float(low)):
+            return first
+    return None
 
 
 def _fell(found: _Levels, best: int) -> bool:

@@ -26,6 +26,7 @@ from gradscope.flow.nonfinite import nonfinite
 from gradscope.flow.norms import above, explosion
 from gradscope.flow.optimizer import accumulation, captures, clipping, damping, unoptimized
 from gradscope.flow.oscillation import current_rate, oscillations
+from gradscope.flow.overwritten import overwritten
 from gradscope.flow.paths import critical_paths
 from gradscope.flow.recent import Recent, recent
 from gradscope.flow.records.regions import Depth
@@ -158,6 +159,7 @@ def _steps(g: _Ground) -> dict[str, Any]:
         "learning_rate": judgement.learning_rate(waves, plain, current_rate(s), opposed=opposed),
         "update_ratios": tuple(update_ratios(s)),
         "leap": leap(s),
+        "overwritten": overwritten(s),
         "missing": tuple(missing(s)),
         "convergence": fell,
     }

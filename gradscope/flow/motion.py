@@ -19,6 +19,7 @@ from gradscope.flow.limits import (
     UPDATE_WARN,
 )
 from gradscope.flow.loss import learnt
+from gradscope.flow.optimizer import captures
 from gradscope.flow.records.events import Absence, Missing
 from gradscope.flow.records.steps import Convergence, Leap, Stagnation, Standstill, UpdateRatio
 from gradscope.flow.regions import onset
@@ -125,23 +126,31 @@ def _reason(series: Series, first: int) -> Standstill:
     rates = series.history.lr
     if rates is not None and rates.size:
         rate = np.asarray(rates, np.float64).max(axis=1)
+        if not np.nanmax(rate, initial=0.0) > 0 and np.isfinite(rate).any():
+            return "rate"
         if nanmedian(rate[first:]) < RATE_GONE * np.nanmax(rate[: first + 1]):
             return "schedule"
     total = series.total
     if nanmedian(total[first:]) < 10**-FALL_DECADES * np.max(total[: max(first, SHORTEST)]):
         return "starved"
-    return "rounded" if _rounded(series, first) else "update"
+    zero = _unchanged(series, first)
+    if _half_weights(series):
+        return "rounded" if zero >= _ROUNDED else "update"
+    return "unmoved" if zero == 1 else "update"
 
 
-def _rounded(series: Series, first: int) -> bool:
-    """Whether half-precision weights do not change at all though their gradients are there."""
-    precision = series.history.meta.get("precision")
-    kind = str(precision.get("param") if isinstance(precision, Mapping) else None)
+def _unchanged(series: Series, first: int) -> float:
+    """Share of the steps that do not change a layer at all though it has a gradient."""
     assert series.update_ratio is not None
     known = np.isfinite(series.update_ratio[first:]) & (series.norm[first:] > 0)
     still = series.update_ratio[first:][known] == 0
-    half = kind.removeprefix("torch.") in ("bfloat16", "float16", "half", "bf16", "fp16")
-    return half and bool(still.size) and float(still.mean()) >= _ROUNDED
+    return float(still.mean()) if still.size else 0.0
+
+
+def _half_weights(series: Series) -> bool:
+    precision = series.history.meta.get("precision")
+    kind = str(precision.get("param") if isinstance(precision, Mapping) else None)
+    return kind.removeprefix("torch.") in ("bfloat16", "float16", "half", "bf16", "fp16")
 
 
 def _fastest(series: Series, first: int) -> float | None:
@@ -154,11 +163,23 @@ def _fastest(series: Series, first: int) -> float | None:
 
 def _standing(series: Series, levels: Levels) -> Iterator[tuple[Standstill, Array]]:
     """Whether the median layer stands still at each record, by each sign there is."""
+    if _never_stepped(series):
+        yield "unstepped", np.ones(len(series.steps))
     if series.median_update is not None:
         yield "update", _told(series.median_update, STANDSTILL)
     elif levels.attenuation is not None:
         yield "epsilon", _told(nanmedian(levels.attenuation, axis=1), ATTENUATED)
     yield "repeats", _repeats(series).astype(np.float64)
+
+
+def _never_stepped(series: Series) -> bool:
+    """Whether no step followed any capture, and no norm of the weights ever changed."""
+    counted, norms = captures(series), series.history.param_l2
+    if counted is None or counted.steps or norms is None or not np.isfinite(norms).any():
+        return False
+    if counted.calls * (1 - counted.skipped) < MIN_TREND:  # mixed precision skipped them all
+        return False
+    return bool((np.nanmin(norms, axis=0) == np.nanmax(norms, axis=0)).all())
 
 
 def _told(values: Array, limit: float) -> Array:

@@ -23,13 +23,14 @@ _TINY = 1e-300
 def unoptimized(series: Series) -> Unoptimized | None:
     """Parameters that get a gradient and that no optimizer holds; None without any.
 
-    The file says so (a group below zero where others have one), and no step ever changed them.
+    The file says so (a group below zero where others have one, or in a file that counts the
+    optimizer's steps), and no step ever changed them.
     """
     rows = series.history.layers
     groups = [row.group for row in rows]
-    if not isinstance(series.history.meta.get("optimizer"), Mapping) or not any(
-        group is not None for group in groups
-    ):
+    meta = series.history.meta
+    known = any(group is not None for group in groups) or bool(meta.get("optimizer_steps"))
+    if not isinstance(meta.get("optimizer"), Mapping) or not known:
         return None
     reached: Mask = np.any(series.history.l2 > 0, axis=0)
     update = series.history.update_l2

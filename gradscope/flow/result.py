@@ -22,6 +22,7 @@ from gradscope.flow.records.steps import (
     Leap,
     LearningRateAdvice,
     Oscillation,
+    Overwritten,
     Stagnation,
     UpdateRatio,
 )
@@ -69,6 +70,7 @@ class FlowResult(Record):
     learning_rate: LearningRateAdvice | None = None
     update_ratios: tuple[UpdateRatio, ...] = ()
     leap: Leap | None = None
+    overwritten: Overwritten | None = None
     missing: tuple[Missing, ...] = ()
     loss: LossLevel | None = None
     unoptimized: Unoptimized | None = None

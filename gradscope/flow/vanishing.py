@@ -212,7 +212,18 @@ def _facts(
         epsilon=series.adaptive_epsilon,
         only_biases=all(series.group(run.row) == "bias" for run in part),
         weights=weights_of(series, part),
+        zeros=_zeros(series, part),
     )
+
+
+def _zeros(series: Series, part: Sequence[Stretch]) -> float | None:
+    """Median share of elements that are zero, of layers that are no embedding."""
+    dense = [run for run in part if series.layers[run.row].kind != "embedding"]
+    if series.zero_fraction is None or not dense:
+        return None
+    shares = [series.zero_fraction[run.first : run.end, run.row] for run in dense]
+    middle = float(nanmedian(np.concatenate(shares)))
+    return middle if math.isfinite(middle) else None
 
 
 def _peak(series: Series, decades: Array, part: Sequence[Stretch]) -> Peak | None:

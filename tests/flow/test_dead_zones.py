@@ -206,6 +206,25 @@ def dead_findings(history: History) -> list[Finding]:
     return [f for f in analyze_flow(history).findings if f.name == "dead-zone"]
 
 
+@pytest.mark.parametrize(("before", "told"), [(3, True), (20, True), (60, False)])
+def test_units_that_a_step_killed_are_told_with_that_step(before: int, told: bool) -> None:
+    """A rate that is too high: one step replaces the weights, and nothing is left to learn."""
+    norms, updates = noise(160, 3, 0.1), np.full((160, 3), 1e-3)
+    norms[80:, :2] = 0
+    norms[80 - before] *= 90
+    updates[80 - before] = 4.0
+    run = made(norms, param_l2=np.ones((160, 3)), update_l2=updates)
+
+    report = analyze_flow(run)
+
+    (zone,) = (f for f in report.findings if f.name == "dead-zone")
+    others = [f.name for f in report.findings if f is not zone and f.severity.rank >= 2]
+    assert zone.severity == "high"
+    assert (f"the step of record {80 - before} had changed" in zone.message) is told
+    assert zone.recommendation.startswith("lower the learning rate") is told
+    assert (others == []) is told
+
+
 @pytest.mark.parametrize("layers", [3, 6, 12])
 def test_zones_that_pass_are_one_finding(layers: int) -> None:
     """Stochastic depth: any block is left out now and then."""

@@ -175,6 +175,10 @@ def test_the_causes_of_vanishing_are_those_of_its_tests_each_with_its_remedy() -
     assert "epsilon below 0.0001" in advice
     assert "bias=False" in cause(only_biases=True)[1]
     assert "bias=False" not in cause()[1]
+    assert "units are dead" in cause(zeros=0.95)[0]
+    assert "units are dead" not in cause(zeros=0.85)[0]
+    assert "units are dead" not in cause(zeros=0.95, systemic=True, nats_per_layer=1.2)[0]
+    assert "units are dead" not in cause(zeros=0.95, tests=("numeric",))[0]
     every = cause(tests=("depth", "time", "numeric", "update"), epsilon=1.0)
     assert every[0].count(";") == 3
     assert "clip" not in every[1]

@@ -504,7 +504,7 @@ def test_what_was_not_measured_is_not_evaluated_and_says_why() -> None:
     bare = reasons(made(noise(60, 3)))
     assert set(bare) == {
         *("oscillation", "stagnation", "bottleneck", "update-ratio"),
-        *("diverged", "not-in-optimizer", "carried-over", "epsilon-damped"),
+        *("diverged", "not-in-optimizer", "carried-over", "epsilon-damped", "overwritten-weights"),
     }
     assert "losses" in bare["diverged"]
     assert "groups" in bare["not-in-optimizer"]

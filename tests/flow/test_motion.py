@@ -186,6 +186,52 @@ def test_layers_at_zero_do_not_make_the_rest_repeat_and_zeros_alone_repeat_nothi
     assert standing(made(np.empty((20, 0)))) is None
 
 
+@pytest.mark.parametrize(
+    ("updates", "fields", "reason"),
+    [
+        (0.0, {}, "unmoved"),
+        (0.0, {"lr": np.full((60, 1), 1e-3)}, "unmoved"),
+        (0.0, {"lr": np.zeros((60, 1))}, "rate"),
+        (0.0, {"lr": np.r_[np.full((20, 1), 1.0), np.zeros((40, 1))]}, "schedule"),
+        (0.0, {"meta": {"precision": {"param": "bfloat16"}}}, "rounded"),
+        (1e-9, {"lr": np.full((60, 1), 1e-3)}, "update"),
+    ],
+)
+def test_a_network_that_does_not_move_at_all_is_told_by_why(
+    updates: float, fields: dict[str, object], reason: str
+) -> None:
+    """Gradients zeroed before the step, a rate of zero, steps that are rounded away, small ones."""
+    run = moved(np.full((60, 3), updates), **fields)
+    if reason == "schedule":
+        run.update_l2[:20] = 1e-3
+
+    found = standing(run)
+    (finding,) = (f for f in analyze_flow(run).findings if f.name == "stagnation")
+
+    assert found is not None
+    assert (found.reason, finding.severity) == (reason, "medium")
+    assert ("zero_grad" in finding.recommendation) is (reason == "unmoved")
+
+
+@pytest.mark.parametrize("steps", [0, 60])
+@pytest.mark.parametrize("weights", ["still", "moving"])
+def test_an_optimizer_that_never_stepped_is_told_where_the_weights_never_changed(
+    steps: int, weights: str
+) -> None:
+    norms = np.ones((60, 3)) if weights == "still" else np.linspace([1, 1, 1], [2, 1, 1], 60)
+    meta = {"captures": 60, "optimizer_steps": steps}
+
+    report = analyze_flow(made(noise(60, 3), param_l2=norms, meta=meta))
+
+    found = {f.name: f for f in report.findings}
+    never = steps == 0 and weights == "still"
+    assert ("stagnation" in found) is never
+    assert ("carried-over" in found) is (steps == 0 and not never)
+    if never:
+        assert "in 60 captures the optimizer never stepped" in found["stagnation"].message
+        assert "optimizer.step()" in found["stagnation"].recommendation
+
+
 def test_steps_that_repeat_have_their_ratio_told() -> None:
     norms = noise(60, 2)
     norms[40:] = norms[40]

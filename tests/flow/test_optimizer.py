@@ -227,6 +227,19 @@ def test_a_gradient_that_agrees_with_itself_does_not_add_up() -> None:
     assert added(steady[:4]) is None
 
 
+def test_an_optimizer_that_holds_other_parameters_than_those_recorded_is_told() -> None:
+    """It was made of a copy of the model, or before the model was moved or wrapped."""
+    parts = {"param_l2": np.ones((60, 3)), "update_l2": np.zeros((60, 3))}
+    counted = {"captures": 60, "optimizer_steps": 60, "optimizer": {"class": "SGD"}}
+
+    (found,) = analyze_flow(made(noise(60, 3), meta=counted, **parts)).findings
+    unknown = analyze_flow(made(noise(60, 3), meta={"optimizer": {"class": "SGD"}}, **parts))
+
+    assert (found.name, found.severity) == ("not-in-optimizer", "medium")
+    assert "100% of the parameters" in found.message
+    assert "not-in-optimizer" not in {f.name for f in unknown.findings}
+
+
 @pytest.mark.parametrize(
     ("calls", "steps", "told"), [(40, 10, 1), (40, 20, 1), (40, 0, 1), (40, 34, 0), (40, 40, 0)]
 )

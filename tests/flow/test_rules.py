@@ -102,6 +102,13 @@ def underflowing() -> History:
     return made(noise(60, 3), **fields)
 
 
+def replaced() -> History:
+    weights = np.ones((60, 3))
+    weights[30:] = 0.5
+    loss = np.where(np.arange(60) < 30, 0.1, 2.0) * noise(60, 1, 0.05)[:, 0]
+    return made(noise(60, 3), param_l2=weights, update_l2=np.full((60, 3), 1e-3), loss=loss)
+
+
 FIRING: dict[str, tuple[Callable[[], History], str, str]] = {
     "non-finite-gradient": (with_nan, "critical", "layers.1"),
     "vanishing-gradient": (vanished, "critical", "layers.2"),
@@ -123,6 +130,7 @@ FIRING: dict[str, tuple[Callable[[], History], str, str]] = {
     ),
     "carried-over": (summed, "medium", "network"),
     "epsilon-damped": (damped, "medium", "network"),
+    "overwritten-weights": (replaced, "medium", "layers.0 … layers.2"),
 }
 
 

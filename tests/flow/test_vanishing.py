@@ -343,3 +343,22 @@ def test_a_layer_behind_a_branch_that_starts_from_zero_does_not_vanish(
     norms[:end, 2] *= 1e-5
 
     assert len(result(made(norms)).vanishing_regions) == regions
+
+
+@pytest.mark.parametrize("kind", ["matrix", "embedding"])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_the_share_of_elements_without_a_gradient_is_the_median_of_the_region(
+    share: float, kind: str
+) -> None:
+    """Most of the units behind a layer are dead; of an embedding a batch touches few rows."""
+    norms, zeros = noise(100, 6), np.full((100, 6), 0.1)
+    norms[60:, 2] *= 1e-5
+    zeros[60:, 2] = np.linspace(share - 0.02, share + 0.02, 40)
+    kinds = ["matrix"] * 6
+    kinds[2] = kinds[5] = kind
+
+    (region,) = result(made(norms, zero_fraction=zeros, kinds=kinds)).vanishing_regions
+
+    (facts,) = region.facts
+    assert facts.zeros == (None if kind == "embedding" else pytest.approx(share, abs=1e-6))
+    assert ("units are dead" in region.cause) is (kind == "matrix" and share > 0.9)

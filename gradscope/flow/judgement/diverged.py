@@ -30,6 +30,9 @@ def divergence(
 ) -> Course:
     """A loss that rose for good is severe, one that came back moderate, by the limits of F111.
 
+    One that jumped under weights that had not moved and came back is mild: what it was asked from
+    there on is learnt.
+
     One that never fell and rises without a sign of overshooting may be that of a network which
     another one competes with: it is moderate when it is ``adversarial`` times as high, else none.
     """
@@ -43,8 +46,9 @@ def divergence(
         far = found.before > 0 and height >= adversarial * found.before
         return Course("moderate" if far else "none", evidence)
     left = (found.after - found.before) / (found.peak - found.before)
-    mended = found.ends == "returned" or found.recovers or (found.at_once and left <= 1 - undone)
-    mended &= found.progressed
+    if found.at_once and left <= 1 - undone and (found.progressed or found.ends == "returned"):
+        return Course("mild" if found.ends == "returned" else "moderate", evidence)
+    mended = (found.ends == "returned" or found.recovers) and found.progressed
     return Course("moderate" if mended else "severe", evidence)
 
 

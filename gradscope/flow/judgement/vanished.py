@@ -83,11 +83,20 @@ WEIGHTLESS: Mapping[Weights, tuple[str, str]] = {
 }
 
 
+#: Share of elements without gradient from which a layer that vanishes is one of dead units.
+_DYING = 0.9
+
+
 def vanishing_cause(facts: VanishingFacts) -> tuple[Words, Words]:
     """What the evidence points at, and what to do about that; never clipping."""
     if facts.weights != "kept":
         cause, remedy = WEIGHTLESS[facts.weights]
         return (cause,), (remedy,)
+    if (facts.zeros or 0) >= _DYING and not facts.systemic and "numeric" not in facts.tests:
+        return (f"{facts.zeros:.0%} of their elements get no gradient: most units are dead",), (
+            "lower the learning rate, or warm it up (a step that is too large kills ReLUs); use a "
+            "leaky activation, or initialise these layers again",
+        )
     causes, advice = [], []
     if facts.systemic and facts.nats_per_layer is not None:
         causes.append(

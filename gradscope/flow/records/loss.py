@@ -47,6 +47,17 @@ class Divergence(Record):
     precursors: tuple[Precursor, ...] = ()
 
 
+class Descent(Record):
+    """A loss that falls below zero without a bound, ever faster, and gradients grow with it."""
+
+    first: float
+    #: The lowest one, and its step.
+    last: float
+    step: int
+    #: How many times the total gradient norm has grown.
+    gradient_factor: float
+
+
 class LossLevel(Record):
     """What the loss did; levels are medians of windows."""
 
@@ -60,3 +71,4 @@ class LossLevel(Record):
     #: Between which steps it became NaN or infinite, to the end.
     lost: tuple[int, int] | None
     divergence: Divergence | None
+    descent: Descent | None = None

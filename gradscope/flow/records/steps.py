@@ -9,7 +9,9 @@ from pydantic import Field
 from gradscope.flow.records.layers import Basis
 from gradscope.report.model import Record
 
-Standstill = Literal["update", "schedule", "starved", "rounded", "epsilon", "repeats"]
+Standstill = Literal[
+    "unstepped", "rate", "schedule", "starved", "unmoved", "rounded", "update", "epsilon", "repeats"
+]
 
 
 class LearningRateAdvice(Record):
@@ -64,6 +66,20 @@ class Leap(Record):
     step: int
     #: Among the records at the start that nothing is compared with.
     first: bool
+
+
+class Overwritten(Record):
+    """Weights that became others without a step of the optimizer."""
+
+    #: After the first and by the second of these steps.
+    onset: tuple[int, int]
+    layers: tuple[str, ...]
+    #: The median change of their norms, as a share.
+    change: float
+    #: How many times as high the loss is just after as before; 1 within its noise.
+    loss_factor: float | None
+    #: How often that happened.
+    times: int
 
 
 class Convergence(Record):

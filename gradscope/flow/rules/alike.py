@@ -12,9 +12,9 @@ from gradscope.report.model import Fact
 
 def by_cause(regions: Iterable[Region]) -> list[list[Region]]:
     """Regions that one advice answers, wherever and whenever they are."""
-    groups: dict[tuple[object, ...], list[Region]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Region]] = defaultdict(list)
     for region in regions:
-        groups[region.tests, region.mitigation_suggestions].append(region)
+        groups[region.mitigation_suggestions].append(region)
     return list(groups.values())
 
 

@@ -10,7 +10,7 @@ from gradscope.flow.limits import SHORTEST_ZONE
 from gradscope.flow.records.regions import DeadZone
 from gradscope.flow.result import FlowResult, Need
 from gradscope.flow.rules.missing import idle_layers
-from gradscope.flow.rules.say import follows, place, several, span
+from gradscope.flow.rules.say import follows, place, several, shatters, span
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.text import plural
@@ -41,14 +41,13 @@ def dead_zone(
         outlived=outlived,
     )
     idle = idle_layers(result)
-    constant = result.loss.constant if result.loss else None
     told = [zone for zone in zones if not _told_elsewhere(result, zone, idle)]
     passing = [zone for zone in told if _dead_severity(zone) is Severity.LOW]
     for zone in told:
         if zone not in passing:
-            yield _zone(zone, constant, records)
+            yield _zone(result, zone, records)
     if passing:
-        yield _passing(passing, constant, records)
+        yield _passing(result, passing, records)
 
 
 def _told_elsewhere(result: FlowResult, zone: DeadZone, idle: frozenset[str]) -> bool:
@@ -69,8 +68,13 @@ def _vanished(result: FlowResult, zone: DeadZone) -> bool:
     )
 
 
-def _zone(zone: DeadZone, constant: float | None, records: int) -> Observation:
+def _zone(result: FlowResult, zone: DeadZone, records: int) -> Observation:
+    constant = result.loss.constant if result.loss else None
     cause, remedy = _cause(zone, constant)
+    if step := shatters(result, zone):
+        cause = f"; the step of record {step.step} had changed the median layer by "
+        cause += f"{step.ratio:.0%} of its norm"
+        remedy = "lower the learning rate, or warm it up; scale the inputs and the loss to about 1"
     return Observation(
         place(zone.affected_layers),
         f"no gradient in {several(zone.affected_layers)} for "
@@ -89,10 +93,10 @@ def _zone(zone: DeadZone, constant: float | None, records: int) -> Observation:
     )
 
 
-def _passing(zones: list[DeadZone], constant: float | None, records: int) -> Observation:
+def _passing(result: FlowResult, zones: list[DeadZone], records: int) -> Observation:
     """Zones that ended, or will, as one: the longest is told, and how many there were."""
     longest = max(zones, key=lambda zone: zone.extent.records)
-    found = _zone(longest, constant, records)
+    found = _zone(result, longest, records)
     if len(zones) == 1:
         return found
     layers = list(dict.fromkeys(name for zone in zones for name in zone.affected_layers))

@@ -18,7 +18,7 @@ from gradscope.flow.records.events import Spike
 from gradscope.flow.records.regions import Region
 from gradscope.flow.result import FlowResult, Need
 from gradscope.flow.rules.alike import again, by_cause, evidence, layers_of, worst_of
-from gradscope.flow.rules.say import SEVERITY, own, place, several, span, spikes
+from gradscope.flow.rules.say import SEVERITY, endless, own, place, several, span, spikes
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.text import listed, plural
@@ -53,8 +53,11 @@ def exploding_gradient(
     weights, and by growth that doubles the norm within so many steps (``doubling_``). But for
     steps that replace the weights the loss has the last word: while it falls, growth takes
     ``falling`` times as much and is at most high, and the rest is at most low; where it is unknown,
-    a tall input side alone is at most medium. Non-finite gradients are left to F101.
+    a tall input side alone is at most medium. Non-finite gradients are left to F101, and those of a
+    loss that falls without a bound to F111.
     """
+    if endless(result):
+        return
     regions = judgement.exploding(
         (region for region in result.exploding_regions if "non-finite" not in region.tests),
         mild=mild,

@@ -6,9 +6,17 @@ from collections.abc import Iterator
 
 from gradscope.flow import judgement
 from gradscope.flow.limits import CLIMBING, LOSS_LEVEL
-from gradscope.flow.records.loss import Divergence, LossLevel
+from gradscope.flow.records.loss import Descent, Divergence, LossLevel
 from gradscope.flow.result import FlowResult, Need
-from gradscope.flow.rules.say import SEVERITY, begins_after, follows, several, since
+from gradscope.flow.rules.say import (
+    BOUNDLESS,
+    SEVERITY,
+    begins_after,
+    follows,
+    overwrites,
+    several,
+    since,
+)
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
@@ -38,11 +46,18 @@ def diverged(
     more than a ``wild`` share of the weights, steps up the gradient); without it only a loss
     ``adversarial`` times as high is reported, as medium. A loss that rises at one record, after
     steps and weights as usual, is that of other data or labels, and told so: medium where
-    ``undone`` of the rise is made good, as on a harder stage.
+    ``undone`` of the rise is made good, as on a harder stage, and low where it is learnt as well as
+    what was before.
 
     A loss that is one value to the bit is told as well, unless it came down to that: medium where
-    nothing else was logged, low beside gradients that go on.
+    nothing else was logged, low beside gradients that go on. So is one that falls below zero
+    without a bound, no slower than before, while gradients grow with it: medium, or as severe as
+    their explosion.
     """
+    if result.loss and result.loss.descent:
+        if not result.nonfinite:
+            yield _endless(result, result.loss.descent)
+        return
     found = result.loss.divergence if result.loss else None
     limits = {"level": level, "adversarial": adversarial, "steered": steered, "wild": wild}
     limits |= {"undone": undone}
@@ -52,7 +67,7 @@ def diverged(
         yield _constant(result, result.loss)
     if course.level == "none" and result.loss and result.loss.lost and not result.nonfinite:
         yield _not_finite(result.loss.lost, bool(result.layers))
-    if found is None or course.level == "none":
+    if found is None or course.level == "none" or overwrites(result, found):
         return
     layers = [n for r in result.regions if begins_after(r, found) for n in r.affected_layers]
     went = f"; gradients went with it in {several(list(dict.fromkeys(layers)))}" if layers else ""
@@ -90,6 +105,19 @@ def _constant(result: FlowResult, loss: LossLevel) -> Observation:
         "by zero, does it depend on the parameters at all?",
         {"constant": loss.constant or 0.0, "since": loss.constant_since or 0},
         severity=Severity.LOW if result.layers else Severity.MEDIUM,
+    )
+
+
+def _endless(result: FlowResult, found: Descent) -> Observation:
+    levels = [SEVERITY[region.severity_level] for region in result.exploding_regions]
+    return Observation(
+        "loss",
+        f"the loss falls without a bound, from {found.first:.3g} to {found.last:.3g} (step "
+        f"{found.step}), no slower than before, and the gradient norm grew "
+        f"{found.gradient_factor:.3g} times with it",
+        f"{BOUNDLESS}; a critic needs a penalty on its slope or clipped weights",
+        {"first": found.first, "last": found.last, "gradient_factor": found.gradient_factor},
+        severity=max([Severity.MEDIUM, *levels], key=lambda severity: severity.rank),
     )
 
 

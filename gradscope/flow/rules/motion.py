@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradscope.flow.limits import STANDSTILL, UPDATE_HIGH, UPDATE_WARN, UPDATE_WILD
+from gradscope.flow.limits import LOSS_LEVEL, STANDSTILL, UPDATE_HIGH, UPDATE_WARN, UPDATE_WILD
 from gradscope.flow.records.steps import Leap, LearningRateAdvice, Oscillation, Standstill
 from gradscope.flow.result import FlowResult, Need
-from gradscope.flow.rules.say import several, since, told
+from gradscope.flow.rules.say import (
+    endless,
+    overwrites,
+    place,
+    several,
+    severity_of,
+    shatters,
+    since,
+    told,
+)
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
@@ -81,8 +90,8 @@ def _lower(advice: LearningRateAdvice | None) -> str:
 def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Observation | Unknown]:
     """The network no longer moves at the end of the history.
 
-    Steps below ``still`` of the weights, a gradient below the optimizer's epsilon, or gradients
-    that repeat to the bit, for eight records (a quarter of them in short histories). Gradients
+    Steps below ``still`` of the weights or none at all, a gradient below the optimizer's epsilon,
+    or gradients that repeat to the bit, for eight records (a quarter of short histories). Gradients
     that fell with the loss have converged, which is info. High where the gradients fell by three
     decades and the loss did not: the run is starved.
     """
@@ -94,6 +103,11 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
     slow = f"steps change the weights by less than {still:g} of their norm"
     reasons = {
         "update": slow,
+        "rate": "the learning rate is 0",
+        "unstepped": f"in {plural(result.captures.calls, 'capture')} the optimizer never stepped"
+        if result.captures
+        else "the optimizer never stepped",
+        "unmoved": "no step changes any weight, though there are gradients",
         "schedule": f"the learning rate fell to a thousandth and less; {slow}",
         "starved": f"gradients fell by three decades and more; {slow}",
         "rounded": "steps are rounded away: half-precision weights do not change at all",
@@ -118,6 +132,8 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
 
 def _explained(result: FlowResult) -> bool:
     """Most of a stack that vanishes, a lasting dead zone and epsilon have rules of their own."""
+    if result.unoptimized and result.unoptimized.share == 1:
+        return True
     damped = result.damping is not None and result.damping.share > 0.5
     if result.stagnation and result.stagnation.reason == "epsilon" and damped:
         return True
@@ -137,7 +153,13 @@ def _explained(result: FlowResult) -> bool:
 
 #: What to do about a network that stands still, by reason.
 _MOVE: dict[Standstill, str] = {
-    "update": "raise the learning rate",
+    "update": "raise the learning rate; if it is what it should be, look at what shortens the "
+    "steps: a clipping limit, or gradients that are clipped before they are unscaled",
+    "rate": "set it; a warm-up that begins at 0 has to be stepped at every batch",
+    "unstepped": "call optimizer.step() after backward(), and give the recorder the optimizer that "
+    "steps",
+    "unmoved": "are gradients zeroed between backward() and optimizer.step() (zero_grad() in the "
+    "wrong place), or the learning rate too small for the weights' type?",
     "schedule": "check the schedule: is a scheduler meant for epochs stepped at every batch?",
     "starved": "the loss saturates: use one that works on logits, and look at what its gradient "
     "passes first (a sigmoid or softmax at its limit; in a GAN, a discriminator that has won)",
@@ -164,9 +186,13 @@ def update_ratio(
     rather than trained. A single step at which the median layer changes by more than ``leap`` of
     its norm is medium, also among the first, where no median shows it.
     """
+    if endless(result):
+        return
     found = sorted((u for u in result.update_ratios if u.median > low), key=lambda u: -u.median)
     if not found:
-        if result.leap is not None and result.leap.ratio > leap and told(result) is None:
+        fatal = any(shatters(result, zone) for zone in result.dead_zones)
+        known = fatal or told(result) is not None
+        if result.leap is not None and result.leap.ratio > leap and not known:
             yield _leap(result.leap, leap)
         return
     total = sum(layer.numel or 0 for layer in result.layers)
@@ -204,3 +230,40 @@ def _leap(found: Leap, limit: float) -> Observation:
         threshold=limit,
         severity=Severity.MEDIUM,
     )
+
+
+@rule("F117", "overwritten-weights", Severity.MEDIUM, reads=FlowResult, needs=Need.UPDATES)
+def overwritten_weights(result: FlowResult, *, level: float = LOSS_LEVEL) -> Iterator[Observation]:
+    """Most weights changed further between two records than the steps of the optimizer explain.
+
+    The norm of weights cannot change by more than the norm of the step: something else wrote into
+    them. A checkpoint or an average that was loaded, a second initialisation, a resumed run that
+    begins from other weights. Medium where the loss then is ``level`` times as high, and as high as
+    the loss that does not come back; else info, as pruned or clipped weights are meant to change.
+    """
+    found = result.overwritten
+    if found is None:
+        return
+    harmful = (found.loss_factor or 0) >= level
+    after = f"; the loss is {found.loss_factor:.3g} times as high after it" if harmful else ""
+    again = f"; {found.times} times in all" if found.times > 1 else ""
+    yield Observation(
+        place(found.layers),
+        f"weights were overwritten between steps {found.onset[0]} and {found.onset[1]}: the norms "
+        f"of {several(found.layers)} changed by {found.change:.0%}, further than the optimizer's "
+        f"steps{after}{again}",
+        "look at what is loaded or initialised there: a checkpoint of another step, averaged "
+        "weights that were not swapped back, a resume that did not restore the model"
+        if harmful
+        else "nothing if that is meant (pruning, clipped or normalised weights)",
+        {"change": found.change, "step": found.onset[1], "times": found.times}
+        | ({} if found.loss_factor is None else {"loss_factor": found.loss_factor}),
+        severity=_harm(result) if harmful else Severity.INFO,
+    )
+
+
+def _harm(result: FlowResult) -> Severity:
+    """As severe as what the loss did from there on, and medium where it has come back."""
+    rose = told(result)
+    course = severity_of(rose) if rose and overwrites(result, rose) else Severity.MEDIUM
+    return max(course, Severity.MEDIUM, key=lambda severity: severity.rank)

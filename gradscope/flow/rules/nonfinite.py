@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradscope.flow.records.events import NonFinite
 from gradscope.flow.result import FlowResult, Need
-from gradscope.flow.rules.say import since
+from gradscope.flow.rules.say import BOUNDLESS, since
 from gradscope.report.model import Fact
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
@@ -67,6 +67,9 @@ def _non_finite(result: FlowResult, diverged: float) -> Observation:
     if onset is not None:
         said += f"; the run had been diverging {since(onset)}"
     advice = _where_to_look(first) if onset is None else _back_before(onset)
+    if result.loss and result.loss.descent:
+        said += f"; the loss had fallen without a bound, to {result.loss.descent.last:.3g}"
+        advice = BOUNDLESS
     return Observation(first.origin or "loss", said, advice, facts)
 
 

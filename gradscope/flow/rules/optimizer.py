@@ -102,7 +102,8 @@ def carried_over(
     where the sum of two batches is up to twice the first.
     """
     if result.captures and judgement.captured_unfinished(result.captures, unfinished):
-        yield _unfinished(result.captures, unfinished)
+        if result.stagnation is None or result.stagnation.reason != "unstepped":
+            yield _unfinished(result.captures, unfinished)
         return
     if Need.DIRECTIONS not in result.measured:
         yield Unknown("needs the directions of gradients: a recording with sketches, or vectors")
@@ -124,12 +125,18 @@ def carried_over(
 
 
 def _unfinished(found: Captures, limit: float) -> Observation:
+    what = "these are gradients that still add up over micro-batches, not those of a step"
+    remedy = "call capture() once a step, after the last micro-batch, and record again: trends and "
+    remedy += "levels of this history mix full and partial sums"
+    if not found.steps:
+        what = "whether they add up over micro-batches is not known"
+        remedy = "give the recorder the optimizer that steps, call capture() once a step, after "
+        remedy += "the last micro-batch, and record again"
     return Observation(
         "network",
         f"capture() was called {found.calls:,} times for {plural(found.steps, 'optimizer step')}: "
-        "these are gradients that still add up over micro-batches, not those of a step",
-        "call capture() once a step, after the last micro-batch, and record again: trends and "
-        "levels of this history mix full and partial sums",
+        f"{what}",
+        remedy,
         {"captures": found.calls, "optimizer_steps": found.steps},
         threshold=limit,
     )

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gradscope.flow import judgement
+from gradscope.flow.limits import LOSS_LEVEL
 from gradscope.flow.records.events import Spike
 from gradscope.flow.records.loss import Divergence
 from gradscope.flow.records.regions import DeadZone, Extent, Level, Region
+from gradscope.flow.records.steps import Leap
 from gradscope.flow.result import FlowResult
 from gradscope.report.severity import Severity
 from gradscope.text import listed
@@ -22,6 +24,8 @@ SEVERITY: dict[Level, Severity] = {
     "critical": Severity.CRITICAL,
 }
 _NAMES = 4
+#: Records within which units die of a step that was too large.
+_SOON = 32
 
 
 def place(layers: Sequence[str]) -> str:
@@ -57,11 +61,42 @@ def _rules() -> tuple[Callable[..., object], Callable[..., object]]:
     return diverged, carried_over
 
 
+def severity_of(found: Divergence | None) -> Severity:
+    """How severe a loss that left its level is by the limits of F111; info where it did not."""
+    return SEVERITY[judgement.divergence(found, **judgement.limits(_rules()[0])).level]
+
+
 def told(result: FlowResult) -> Divergence | None:
     """The divergence that `diverged` reports: what begins with it is told there."""
     found = result.loss.divergence if result.loss else None
-    course = judgement.divergence(found, **judgement.limits(_rules()[0]))
-    return None if course.level == "none" else found
+    return None if severity_of(found) is Severity.INFO else found
+
+
+#: What to do about a loss without a least value.
+BOUNDLESS = "check the sign of the loss and of its terms: what is minimised needs a least value"
+
+
+def endless(result: FlowResult) -> bool:
+    """Whether the loss falls without a bound: gradients, steps and weights grow because of it."""
+    return result.loss is not None and result.loss.descent is not None
+
+
+def overwrites(result: FlowResult, found: Divergence) -> bool:
+    """Whether weights were overwritten where a loss rose, which is told by that."""
+    other = result.overwritten
+    if other is None or (other.loss_factor or 0) < LOSS_LEVEL:
+        return False
+    return other.onset[0] <= found.onset[1] and (found.onset[0] or 0) <= other.onset[1]
+
+
+def shatters(result: FlowResult, zone: DeadZone) -> Leap | None:
+    """The step that replaced most weights shortly before units died, which is its doing."""
+    found, records = result.leap, max(result.steps - 1, 1)
+    if found is None or found.ratio <= 1 or not zone.intervention_required:
+        return None
+    spacing = ((result.last_step or 0) - (result.first_step or 0)) / records
+    soon = 0 <= zone.extent.onset[1] - found.step <= _SOON * max(spacing, 1)
+    return found if soon else None
 
 
 def follows(result: FlowResult, zone: DeadZone) -> bool:
@@ -69,8 +104,7 @@ def follows(result: FlowResult, zone: DeadZone) -> bool:
     left = told(result)
     if left is None or left.at_once or zone.extent.onset[1] < left.onset[1]:
         return False
-    limits = judgement.limits(_rules()[0])
-    return SEVERITY[judgement.divergence(left, **limits).level].rank >= Severity.HIGH.rank
+    return severity_of(left).rank >= Severity.HIGH.rank
 
 
 def begins_after(region: Region, found: Divergence) -> bool:
@@ -114,8 +148,11 @@ def _dies(result: FlowResult, region: Region) -> bool:
 def spikes(result: FlowResult) -> list[Spike]:
     """The spikes that are events of their own, the tallest first.
 
-    Not what follows a loss that diverged, nor the jump with which an explosion begins.
+    Not what follows a loss that diverged or has no least value, nor the jump with which an
+    explosion begins, nor those of a run of which a step that was too large left nothing.
     """
+    if endless(result) or any(shatters(result, zone) for zone in result.dead_zones):
+        return []
     left = told(result)
     signs = () if left is None else (left.onset[1], *(sign.onset[1] for sign in left.precursors))
     alone = (
