@@ -249,4 +249,4 @@ def _strip(module: Any, entry: str, machine: Any) -> None:
     builder.getModulePassManager().run(module, builder)
     lacking = [f.name for f in module.functions if f.is_declaration and "llvm." not in f.name]
     if lacking:
-        raise TypeError(f"machine code that is to run alone needs {', '.join(lacking)}")
+        raise TypeError(f"{entry} cannot run alone: it needs {', '.join(lacking)}")

@@ -82,9 +82,7 @@ def flow(
     gate: Gate,
 ) -> Reported:
     """Where gradients vanish, explode, die or oscillate in a recorded run, and since when."""
-    from gradscope.cli.terminal import load_compiler, working
-
-    load_compiler()
+    from gradscope.cli.terminal import working
     from gradscope.flow.analysis import analyze_flow
 
     def analysed() -> FlowReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import importlib
 import os
 import sys
 import threading
@@ -61,22 +60,6 @@ def use_threads(jobs: int | None) -> None:
         import torch
 
         torch.set_num_threads(jobs)
-
-
-def load_compiler() -> None:
-    """Import numba's array functions without their search for SciPy's BLAS.
-
-    No kernel here calls it, and where SciPy is installed finding it takes a fifth of a second. Only
-    for this process: a library has no business with another one's imports.
-    """
-    hidden = "scipy" not in sys.modules
-    if hidden:
-        sys.modules["scipy"] = None  # type: ignore[assignment]
-    try:
-        importlib.import_module("numba.np.arraymath")
-    finally:
-        if hidden:
-            del sys.modules["scipy"]
 
 
 def _discard_stdout() -> None:

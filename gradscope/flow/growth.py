@@ -63,12 +63,13 @@ def _blocks(values: Array) -> Array:
     return medians
 
 
-@kernel()
+@kernel(alone=True)
 def _of_four(values: Array, medians: Array) -> None:
     """Medians of every four records of [4 N, L]; NaN where any of them is."""
     for i in range(len(medians)):
         for row in range(medians.shape[1]):
-            a, b, c, d = values[4 * i : 4 * i + 4, row]
+            a, b = values[4 * i, row], values[4 * i + 1, row]
+            c, d = values[4 * i + 2, row], values[4 * i + 3, row]
             low = max(min(a, b), min(c, d))
             high = min(max(a, b), max(c, d))
             middle = low if low == high else 0.5 * (low + high)

@@ -69,7 +69,9 @@ def middle(values: Array, centre: float = 0.0) -> float:
 
 def _middle(values: Array, centre: float, low: float, high: float, room: Array) -> float | None:
     """None where it does not lie inside, or more lies there than there is room for."""
-    below, count = _gathered(values, centre, low, high, room)
+    counts = np.zeros(2, np.int64)
+    _gathered(values, centre, low, high, room, counts)
+    below, count = counts.tolist()
     upper = len(values) // 2 - below
     lower = upper - 1 + len(values) % 2
     if count > len(room) or lower < 0 or upper >= count:
@@ -79,11 +81,11 @@ def _middle(values: Array, centre: float, low: float, high: float, room: Array) 
     return a if a == b else 0.5 * (a + b)
 
 
-@kernel()
+@kernel(alone=True)
 def _gathered(
-    values: Array, centre: float, low: float, high: float, room: Array
-) -> tuple[int, int]:
-    """How many distances are below a range, and how many in it, which are copied."""
+    values: Array, centre: float, low: float, high: float, room: Array, counts: Array
+) -> None:
+    """Count the distances below a range, and those in it, which are copied."""
     below, count = 0, 0
     for value in values:
         distance = abs(value - centre)
@@ -93,7 +95,7 @@ def _gathered(
             if count < len(room):
                 room[count] = distance
             count += 1
-    return below, count
+    counts[0], counts[1] = below, count
 
 
 def _deviation(values: Array, mean: float) -> float:

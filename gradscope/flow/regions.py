@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.compiled import kernel
 from gradscope.flow.graph import Graph
@@ -16,6 +17,8 @@ from gradscope.flow.limits import BRIDGE, SHORTEST
 from gradscope.flow.records.regions import Extent
 from gradscope.flow.robust import Array
 from gradscope.flow.series import Mask, Series
+
+Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,41 +32,41 @@ class Stretch:
 
 def hysteresis(enter: Mask, stay: Mask) -> Mask:
     """Cells of ``stay`` whose unbroken stretch in time has a cell of ``enter``."""
-    out = np.zeros_like(enter)
+    out = np.zeros(enter.shape, np.bool_)
     rows = np.flatnonzero(enter.any(axis=0))
-    for row in rows.tolist():
-        _held_on(enter[:, row], stay[:, row], out[:, row])
+    _held_on(np.ascontiguousarray(enter), np.ascontiguousarray(stay), rows, out)
     return out
 
 
-@kernel()
-def _held_on(enter: Mask, stay: Mask, out: Mask) -> None:
-    """One layer: forwards from each entry as long as it stays, then backwards."""
-    on = False
-    for t in range(len(enter)):
-        on = enter[t] or (on and stay[t])
-        out[t] = on
-    for t in range(len(enter) - 1, -1, -1):
-        on = out[t] or (on and stay[t])
-        out[t] = on
+@kernel(alone=True)
+def _held_on(enter: Mask, stay: Mask, rows: Rows, out: Mask) -> None:
+    """Layer by layer: forwards from each entry as long as it stays, then backwards."""
+    for row in rows:
+        on = False
+        for t in range(len(enter)):
+            on = enter[t, row] or (on and stay[t, row])
+            out[t, row] = on
+        for t in range(len(enter) - 1, -1, -1):
+            on = out[t, row] or (on and stay[t, row])
+            out[t, row] = on
 
 
 def carried(flags: Mask, known: Mask) -> Mask:
     """Flags with those of cells that are not known taken from the last known one before."""
     rows = np.flatnonzero(flags.any(axis=0))
-    out = np.zeros_like(flags)
-    for row in rows.tolist():
-        _carried(flags[:, row], known[:, row], out[:, row])
+    out = np.zeros(flags.shape, np.bool_)
+    _carried(np.ascontiguousarray(flags), np.ascontiguousarray(known), rows, out)
     return out
 
 
-@kernel()
-def _carried(flags: Mask, known: Mask, out: Mask) -> None:
-    on = False
-    for t in range(len(flags)):
-        if known[t]:
-            on = flags[t]
-        out[t] = on
+@kernel(alone=True)
+def _carried(flags: Mask, known: Mask, rows: Rows, out: Mask) -> None:
+    for row in rows:
+        on = False
+        for t in range(len(flags)):
+            if known[t, row]:
+                on = flags[t, row]
+            out[t, row] = on
 
 
 def stretches(flags: Mask, shortest: int = SHORTEST, bridge: int = BRIDGE) -> list[Stretch]:

@@ -19,7 +19,8 @@ def trailing(
     """
     found = np.full((2, *values.shape), np.nan)
     wanted = np.ones(values.shape, np.bool_) if where is None else where
-    _trailing(np.ascontiguousarray(values), wanted, window, least, GAUSSIAN, found)
+    values, wanted = np.ascontiguousarray(values), np.ascontiguousarray(wanted)
+    _trailing(values, wanted, least, GAUSSIAN, np.empty(window), found)
     return found[0], found[1]
 
 
@@ -30,18 +31,21 @@ def leaps(values: Array, window: int, rise: float) -> NDArray[np.bool_]:
     over the least of themselves and of the block before, which few do.
     """
     found = np.zeros(values.shape, np.bool_)
-    _leaps(np.ascontiguousarray(values), window, rise, found)
+    bounds = np.empty((3, values.shape[1]))
+    holes = np.zeros(values.shape[1], np.bool_)
+    _leaps(np.ascontiguousarray(values), rise, np.empty(window), bounds, holes, found)
     return found
 
 
 def following(values: Array, where: NDArray[np.bool_], window: int) -> Array:
     """Median of up to ``window`` finite values after the cells that are set; NaN elsewhere."""
     found = np.full(values.shape, np.nan)
-    _following(np.ascontiguousarray(values), where, np.empty(window), found)
+    values, where = np.ascontiguousarray(values), np.ascontiguousarray(where)
+    _following(values, where, np.empty(window), found)
     return found
 
 
-@kernel()
+@kernel(alone=True)
 def _following(values, where, ordered, found):  # type: ignore[no-untyped-def]
     records, layers = values.shape
     for t in range(records):
@@ -58,16 +62,19 @@ def _following(values, where, ordered, found):  # type: ignore[no-untyped-def]
                 found[t, layer] = _middle(ordered, count)
 
 
-@kernel()
-def _leaps(values, window, rise, found):  # type: ignore[no-untyped-def]
+@kernel(alone=True)
+def _leaps(values, rise, ordered, bounds, holes, found):  # type: ignore[no-untyped-def]
+    """``ordered`` [window], ``bounds`` [3, L] and ``holes`` [L], which is False, are worked in."""
     records, layers = values.shape
-    ordered = np.empty(window)
-    before, low = np.empty((2, layers))
-    high, holes = np.empty(layers), np.zeros(layers, np.bool_)
-    before[:] = np.inf
-    for first in range(0, records, window):
+    window = ordered.shape[0]
+    before, low, high = bounds[0], bounds[1], bounds[2]
+    for layer in range(layers):
+        before[layer] = np.inf
+    for block in range((records + window - 1) // window):
+        first = block * window
         end = min(first + window, records)
-        low[:], high[:] = np.inf, -np.inf
+        for layer in range(layers):
+            low[layer], high[layer] = np.inf, -np.inf
         for t in range(first, end):
             for layer in range(layers):
                 v = values[t, layer]
@@ -78,7 +85,8 @@ def _leaps(values, window, rise, found):  # type: ignore[no-untyped-def]
             if holes[layer] or high[layer] - min(low[layer], before[layer]) > rise:
                 for t in range(first, end):
                     found[t, layer] = _leaps_at(values[:, layer], t, rise, ordered)
-        before[:] = low
+        for layer in range(layers):
+            before[layer] = low[layer]
 
 
 @kernel()
@@ -101,11 +109,11 @@ def _gather(values, end, ordered):  # type: ignore[no-untyped-def]
     return count
 
 
-@kernel()
-def _trailing(values, where, window, least, factor, found):  # type: ignore[no-untyped-def]
+@kernel(alone=True)
+def _trailing(values, where, least, factor, ordered, found):  # type: ignore[no-untyped-def]
     """Each window is moved on from the last one that was wanted, or made anew."""
     records, layers = values.shape
-    ordered = np.empty(window)
+    window = ordered.shape[0]
     for layer in range(layers):
         column = values[:, layer]
         count, oldest, last = 0, 0, -window - 1
@@ -155,7 +163,7 @@ def _middle(ordered, count):  # type: ignore[no-untyped-def]
 @kernel()
 def _mad(ordered, count, middle):  # type: ignore[no-untyped-def]
     """Median distance to the middle: the sorted values are merged outwards from it."""
-    right = np.searchsorted(ordered[:count], middle)
+    right = _place(ordered, count, middle)
     left = right - 1
     previous = distance = 0.0
     for _ in range(count // 2 + 1):
@@ -180,5 +188,18 @@ def _insert(ordered, count, value):  # type: ignore[no-untyped-def]
 
 @kernel()
 def _remove(ordered, count, value):  # type: ignore[no-untyped-def]
-    for at in range(np.searchsorted(ordered[:count], value), count - 1):
+    for at in range(_place(ordered, count, value), count - 1):
         ordered[at] = ordered[at + 1]
+
+
+@kernel()
+def _place(ordered, count, value):  # type: ignore[no-untyped-def]
+    """Where a value comes first among so many."""
+    low, high = 0, count
+    while low < high:
+        half = (low + high) // 2
+        if ordered[half] < value:
+            low = half + 1
+        else:
+            high = half
+    return low
