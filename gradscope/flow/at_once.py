@@ -11,7 +11,7 @@ import numpy as np
 from gradscope.flow.robust import Array, nanmedian
 from gradscope.flow.series import Series
 
-#: Records after a jump within which its height is taken, and before it that it has to stand above.
+#: Records after a jump whose median is its height, and before it that it has to stand above.
 _JUST_AFTER = 8
 #: Records before it that tell what is usual, at least and at most.
 _LEAST, _USUAL = 4, 32
@@ -29,7 +29,7 @@ def at_once(series: Series, loss: Array, record: int, low: float) -> bool:
     just_before = loss[max(0, record - _JUST_AFTER) : record]
     if not np.isfinite(just_before).any():
         return False
-    usual, height = np.nanmax(just_before), np.nanmax(loss[record : record + _JUST_AFTER]) - low
+    usual, height = np.nanmax(just_before), nanmedian(loss[record : record + _JUST_AFTER]) - low
     if not loss[record] >= max(usual + height / 2, _TIMES * usual):
         return False
     signs = [_usual_step(series, record), _usual_way(series, record)]

@@ -27,6 +27,7 @@ from functools import cached_property, reduce
 
 import numpy as np
 
+from gradscope.flow.company import rate_factor
 from gradscope.flow.facts import Candidate, ExplodingFacts
 from gradscope.flow.graph import Graph
 from gradscope.flow.growth import growing, growth_rate
@@ -212,6 +213,7 @@ def _facts(
         growth=rate,
         loss_rises=loss_rises(series.history.loss, run.first, run.end),
         usual_norm=usual,
+        rate_factor=rate_factor(series, run.first) if run.first else None,
     )
 
 

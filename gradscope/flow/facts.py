@@ -64,6 +64,8 @@ class ExplodingFacts:
     loss_rises: bool | None
     #: 90th percentile of the total norm over the calmer half of the run.
     usual_norm: float
+    #: By which factor the learning rate was raised where it began; None where unknown.
+    rate_factor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradscope.flow.at_once import at_once
+from gradscope.flow.company import company
 from gradscope.flow.limits import (
     LOSS_LEVEL,
     LOSS_LOST,
     LOSS_SPREADS,
     MIN_TREND,
     SHORTEST,
+    UPDATE_HIGH,
 )
 from gradscope.flow.precursors import precursors
 from gradscope.flow.records.loss import Descent, Divergence, LossLevel
@@ -25,8 +26,6 @@ from gradscope.flow.series import Series
 _LONGEST_WINDOW = 32
 #: Least spread of a loss, as a share of its level: a deterministic one has none.
 _SPREAD_FLOOR = 1e-3
-#: Records on either side of the onset that are compared.
-_AROUND = 8
 #: Share of a rise that is left of it where a loss recovers, and robust deviations that a loss which
 #: fell to a third had fallen by.
 _LEFT = 0.1
@@ -63,10 +62,13 @@ class _Levels:
         """1.4826 MAD of the losses that a level is the median of.
 
         Few losses have no spread: at the start it is that of the calmer of the first and the last
-        window, one of which may hold the rise.
+        window, one of which may hold the rise. The lowest of many windows is calm by chance: no
+        less than what neighbours differ by before it.
         """
         if at + 1 >= self.window:
-            return _spread(self.loss[at + 1 - self.window : at + 1])
+            near = self.loss[max(0, at + 1 - _LONGEST_WINDOW) : at + 1]
+            swing = GAUSSIAN * float(np.median(np.abs(np.diff(near)))) / 2**0.5
+            return max(_spread(self.loss[at + 1 - self.window : at + 1]), swing)
         return min(_spread(self.loss[: self.window]), _spread(self.loss[-self.window :]))
 
 
@@ -187,7 +189,7 @@ def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) ->
         best = _before_peak(found)
     peak = found.rolling[_highest(found, best)]
     risen = _risen(found, best, found.end)
-    if risen or _far(found, best, peak):
+    if risen or _far(found, best, peak, _calm_start(series)):
         first = _onset(found, best, found.end if risen else peak)
     else:
         jumped = _jump(series, loss, found)
@@ -196,8 +198,8 @@ def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) ->
         best, first = jumped - 1, jumped
     before, after = found.rolling[best], found.end
     record, top = int(found.records[first]), first + int(np.argmax(found.loss[first:]))
-    company = _company(series, record)
-    steered = (company["learning_rate_factor"] or 0) >= LOSS_LEVEL
+    around = company(series, record)
+    steered = (around["learning_rate_factor"] or 0) >= LOSS_LEVEL
     ends: Literal["higher", "returned", "non-finite"] = "higher" if risen else "returned"
     return Divergence(
         onset=(int(series.steps[found.records[first - 1]]), int(series.steps[record])),
@@ -211,7 +213,7 @@ def _divergence(series: Series, loss: Array, found: _Levels, nonfinite: bool) ->
         recovers=risen and _recovers(found, top, float(before), after),
         at_once=not steered and at_once(series, loss, record, float(before)),
         precursors=precursors(series, loss, int(found.records[best]), int(found.records[top])),
-        **company,
+        **around,
     )
 
 
@@ -275,15 +277,26 @@ def _risen(found: _Levels, best: int, level: float) -> bool:
         return False
     noise = found.spread(best)
     if low > 0 and level >= LOSS_LEVEL**2 * low:
-        return bool(rise > 2 * noise)
+        return bool(rise > _FEW_SPREADS * noise)
     multiple = level >= LOSS_LEVEL * low if low > 0 else rise >= gained
     return bool(multiple and rise > LOSS_SPREADS * noise)
 
 
-def _far(found: _Levels, best: int, peak: float) -> bool:
-    """Whether the loss was far above all before for a whole window, whatever it did then."""
-    low = max(found.rolling[best], found.loss[0])
-    return bool(low > 0 and peak >= LOSS_LEVEL**2 * low and peak - low > found.spread(best))
+def _calm_start(series: Series) -> bool:
+    """Whether the first steps are known to have been ordinary: no one of them raised the loss."""
+    early = None if series.median_update is None else series.median_update[:MIN_TREND]
+    return early is not None and bool(np.nanmax(early, initial=0.0) < UPDATE_HIGH)
+
+
+def _far(found: _Levels, best: int, peak: float, calm: bool) -> bool:
+    """Whether the loss was far above all before for a whole window, whatever it did then.
+
+    The first loss alone is what it came from where the first step may have raised it; else it may
+    be low by chance.
+    """
+    low = max(found.rolling[best], found.loss[0], found.start if calm else -np.inf)
+    rise, least = peak - low, _FEW_SPREADS * found.spread(best)
+    return bool(low > 0 and peak >= LOSS_LEVEL**2 * low and rise > least)
 
 
 def _onset(found: _Levels, best: int, level: float) -> int:
@@ -294,52 +307,3 @@ def _onset(found: _Levels, best: int, level: float) -> int:
     top = best + int(np.argmax(found.rolling[best:] >= min(level, found.rolling[best:].max())))
     below = np.flatnonzero(found.loss[: max(top, 1)] <= ceiling)
     return int(below[-1]) + 1 if len(below) else max(best, 1)
-
-
-def _company(series: Series, record: int) -> dict[str, float | None]:
-    """What else changed there: learning rate, gradient norm, size and direction of steps."""
-    first, step = max(0, record - _AROUND), max(0, record - 1)
-    total = series.total
-    return {
-        # The step that raised the loss was made one record before.
-        "learning_rate_factor": _factor(
-            _rate(series), slice(first, max(step, 1)), slice(step, record + _AROUND)
-        ),
-        "gradient_factor": max(
-            (
-                factor
-                for end in (record + 2 * _AROUND, None)
-                if (factor := _factor(total, slice(first, record), slice(record, end))) is not None
-            ),
-            default=None,
-        ),
-        "update_ratio": _largest(series.update_ratio, slice(step, record + _AROUND)),
-        "descent": _median(series.history.update_cosine, slice(first, None)),
-    }
-
-
-def _rate(series: Series) -> Array | None:
-    rates = series.history.lr
-    return None if rates is None or not rates.size else np.asarray(rates, np.float64).max(axis=1)
-
-
-def _factor(values: Array | None, before: slice, after: slice) -> float | None:
-    """Median after over median before; None where either is unknown or zero."""
-    if values is None:
-        return None
-    one, two = nanmedian(values[before]), nanmedian(values[after])
-    return float(two / one) if one > 0 and math.isfinite(two) else None
-
-
-def _largest(values: Array | None, part: slice) -> float | None:
-    """The greatest of the median layer's values over some records."""
-    if values is None:
-        return None
-    medians = nanmedian(values[part], axis=1)
-    known = medians[np.isfinite(medians)]
-    return float(known.max()) if len(known) else None
-
-
-def _median(values: NDArray[np.floating[Any]] | None, part: slice) -> float | None:
-    found = math.nan if values is None else float(nanmedian(values[part]))
-    return found if math.isfinite(found) else None

@@ -40,7 +40,8 @@ def thinned(history: History, every: int) -> History:
     }
     if "update_l2" in cells:
         cells["update_l2"][steps[kept] % every == 1] = np.nan
-    assert history.sketches is not None
+    if history.sketches is None:
+        return replace(history, steps=steps[kept], exact=None, **cells)
     place = {int(record): at for at, record in enumerate(kept)}
     rows = [i for i, record in enumerate(history.sketches.index) if int(record) in place]
     index = np.array([place[int(history.sketches.index[i])] for i in rows])

@@ -283,6 +283,10 @@ def test_the_causes_of_explosion_are_those_of_its_tests_each_with_its_remedy() -
     assert "loss side" not in text
     assert "tenth" in cause("update")[0]
     assert "learning rate" in cause("update")[1]
+    assert "raised 30 times" in cause("growth", rate_factor=30.0)[0]
+    assert cause("growth", rate_factor=30.0)[1].startswith("check the schedule")
+    assert "raised" not in cause("growth", rate_factor=2.9)[0]
+    assert "raised" not in cause("non-finite", rate_factor=30.0)[0]
     assert cause("spike") == ("", "")
 
 

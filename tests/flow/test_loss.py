@@ -370,6 +370,21 @@ def test_single_batches_slow_rises_and_large_steps_are_no_other_data(kind: str) 
     assert diverged(**(run | {"loss": loss})) == []
 
 
+@pytest.mark.parametrize("records", [12, 30, 60, 300])
+@pytest.mark.parametrize("kind", ["mixup", "lognormal", "gamma"])
+def test_a_loss_with_heavy_tails_does_not_diverge(kind: str, records: int) -> None:
+    """Mixed or masked batches: one is ten times as hard as another, and the lowest window calm."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        wild = {
+            "mixup": lambda: 0.1 + 1.3 * rng.beta(0.4, 0.4, records),  # noqa: B023
+            "lognormal": lambda: np.exp(rng.normal(0, 0.8, records)),  # noqa: B023
+            "gamma": lambda: rng.gamma(2, 0.5, records),  # noqa: B023
+        }[kind]()
+        loss = (0.3 + 2 * np.exp(-np.linspace(0, 5, records))) * wild
+        assert [f for f in diverged(loss) if f.severity.rank >= 3] == [], seed
+
+
 # --- no least value -------------------------------------------------------------------------------
 
 

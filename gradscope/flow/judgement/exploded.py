@@ -93,6 +93,10 @@ def _growth_level(rate: float | None, moderate: float, severe: float) -> int:
     return SEVERE if doubling < severe else MODERATE if doubling < moderate else MILD
 
 
+#: How many times as large a learning rate is that was raised.
+_RAISED = 3.0
+
+
 def exploding_cause(facts: ExplodingFacts) -> tuple[Words, Words]:
     """What the evidence points at, and what to do about that."""
     causes, advice = [], []
@@ -102,6 +106,9 @@ def exploding_cause(facts: ExplodingFacts) -> tuple[Words, Words]:
             "go back to the last checkpoint before the onset; look at the batch, the loss, "
             "and divisions, logs and roots at the origin"
         )
+    if (facts.rate_factor or 0) >= _RAISED and "non-finite" not in facts.tests:
+        causes.append(f"the learning rate had just been raised {facts.rate_factor:.3g} times")
+        advice.append("check the schedule: raise the learning rate slowly, or not so far")
     if facts.systemic and facts.nats_per_layer is not None:
         causes.append(
             "every layer of the backward pass multiplies the gradient by "
