@@ -8,6 +8,7 @@ code that writes into parameters.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradscope.flow.limits import MIN_TREND, SHORTEST
 from gradscope.flow.records.steps import Overwritten
@@ -22,6 +23,8 @@ _MARGIN = 2.0
 _LONGEST = 10
 #: Losses before and after that are compared.
 _BEFORE = 32
+#: Places that are looked at closely: those where the loss rose most from one record to the next.
+_CLOSELY = 64
 
 
 def overwritten(series: Series) -> Overwritten | None:
@@ -35,15 +38,13 @@ def overwritten(series: Series) -> Overwritten | None:
     norms, steps_made = series.history.param_l2, series.history.update_l2
     if norms is None or steps_made is None or len(norms) < 2:
         return None
-    weights: Array = np.asarray(norms, dtype=np.float64)
-    beyond = _beyond(series, weights, np.asarray(steps_made, dtype=np.float64))
+    weights: Array = np.asarray(norms)
+    beyond = _beyond(series, weights, np.asarray(steps_made))
     known = (np.isfinite(weights[1:]) & np.isfinite(weights[:-1])).sum(axis=1)
     places = np.flatnonzero((2 * beyond.sum(axis=1) > known) & (known > 0)) + 1
     if not len(places):
         return None
-    factors = np.array([_loss_factor(series, record) for record in places.tolist()])
-    worst = int(np.argmax(np.nan_to_num(factors, nan=-1.0)))
-    record, factor = int(places[worst]), float(factors[worst])
+    record, factor = _worst(series, places)
     rows = np.flatnonzero(beyond[record - 1])
     change = np.abs(weights[record, rows] / weights[record - 1, rows] - 1)
     return Overwritten(
@@ -58,10 +59,11 @@ def overwritten(series: Series) -> Overwritten | None:
 def _beyond(series: Series, weights: Array, made: Array) -> Mask:
     """Cells [T - 1, L] whose weights changed by more than the steps since the record before."""
     gaps = np.diff(series.steps)[:, None]
-    around = np.maximum(_last_known(made)[:-1], _last_known(made[::-1])[::-1][1:])
-    bounded = series.adaptive_epsilon is not None and gaps <= _LONGEST
-    over_gaps = np.where(bounded, _MARGIN * gaps * around, np.nan)
-    bound = np.where((gaps == 1) & np.isfinite(made[:-1]), made[:-1], over_gaps)
+    bound = np.where(gaps == 1, made[:-1], np.nan)
+    unknown = ~np.isfinite(bound)
+    if series.adaptive_epsilon is not None and (unknown & (gaps <= _LONGEST)).any():
+        around = np.maximum(_last_known(made)[:-1], _last_known(made[::-1])[::-1][1:])
+        bound = np.where(unknown & (gaps <= _LONGEST), _MARGIN * gaps * around, bound)
     greater = np.fmax(weights[1:], weights[:-1])
     found: Mask = np.abs(np.diff(weights, axis=0)) > bound + _LEAST * greater
     return found
@@ -72,6 +74,18 @@ def _last_known(values: Array) -> Array:
     rows = np.where(np.isfinite(values), np.arange(len(values))[:, None], 0)
     filled: Array = np.take_along_axis(values, np.maximum.accumulate(rows, axis=0), axis=0)
     return filled
+
+
+def _worst(series: Series, places: NDArray[np.intp]) -> tuple[int, float]:
+    """The place at which the loss rose most, and how many times as high it is after it."""
+    loss = series.history.loss
+    if loss is not None and len(places) > _CLOSELY:
+        with np.errstate(invalid="ignore", over="ignore"):
+            rises = np.nan_to_num(loss[places] - loss[places - 1], nan=-np.inf)
+        places = np.sort(places[np.argsort(-rises, kind="stable")[:_CLOSELY]])
+    factors = np.array([_loss_factor(series, record) for record in places.tolist()])
+    worst = int(np.argmax(np.nan_to_num(factors, nan=-1.0)))
+    return int(places[worst]), float(factors[worst])
 
 
 def _loss_factor(series: Series, record: int) -> float:

@@ -147,3 +147,20 @@ def test_a_loss_that_stays_high_over_other_weights_is_one_finding() -> None:
 
     (found,) = (f for f in report.findings if f.severity.rank >= 1)
     assert (found.name, found.severity) == ("overwritten-weights", "high")
+
+
+def test_of_hundreds_of_places_the_one_with_the_rising_loss_is_told() -> None:
+    weights, steps = trained(records=600)
+    weights[1::2] *= 0.6
+    loss = 0.1 * noise(600, 1, 0.1)[:, 0]
+    loss[501:540] *= 8
+    loss[[50, 51]] = np.inf
+
+    found = overwritten(
+        series(made(noise(600, 4, 0.1), loss=loss, param_l2=weights, update_l2=steps, meta=ADAM))
+    )
+
+    assert found is not None
+    assert found.times > 500
+    assert 500 <= found.onset[0] <= 516  # before that the reference, 32 losses, is the old level
+    assert found.loss_factor == pytest.approx(8, rel=0.2)
