@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gradscope.errors import OutputError
+from gradscope.files import write_whole
+
 if TYPE_CHECKING:
     from gradscope.compiled import Kernel
 
@@ -143,11 +146,9 @@ def _writable(folder: Path) -> bool:
 
 
 def _write(path: Path, code: bytes) -> None:
-    """Whole or not at all: other processes may read it and write it at the same time."""
-    part = path.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):  # a full disk: the next run tries again
-        part.write_bytes(code + _checksum(code))
-        part.replace(path)
+    """Whole, because other processes may read it and write it at the same time."""
+    with contextlib.suppress(OutputError):  # a full disk: the next run tries again
+        write_whole(path, lambda stream: stream.write(code + _checksum(code)))
 
 
 @cache

@@ -14,7 +14,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from gradscope import machine_code
 from gradscope.compiled import Kernel
+from gradscope.errors import OutputError
 
 LOOPS = """
     import numpy as np
@@ -170,11 +172,11 @@ def test_numba_runs_what_no_folder_takes(tmp_path: Path) -> None:
 def test_a_full_disk_costs_the_file_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(path: Path, _write: object) -> None:
+        raise OutputError(path, "No space left on device")
 
     loops = module(tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(machine_code, "write_whole", full)
 
     assert added(loops)[1] == 3.5
     assert files(tmp_path) == []

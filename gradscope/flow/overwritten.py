@@ -40,8 +40,10 @@ def overwritten(series: Series) -> Overwritten | None:
         return None
     weights: Array = np.asarray(norms)
     beyond = _beyond(series, weights, np.asarray(steps_made))
-    known = (np.isfinite(weights[1:]) & np.isfinite(weights[:-1])).sum(axis=1)
-    places = np.flatnonzero((2 * beyond.sum(axis=1) > known) & (known > 0)) + 1
+    # By elements: half of a network's tensors are biases, which an initialisation may leave.
+    sizes = np.array([layer.numel or 1 for layer in series.history.layers], np.float64)
+    known = (np.isfinite(weights[1:]) & np.isfinite(weights[:-1])) @ sizes
+    places = np.flatnonzero((2 * (beyond @ sizes) > known) & (known > 0)) + 1
     if not len(places):
         return None
     record, factor = _worst(series, places)

@@ -110,6 +110,19 @@ def test_most_of_the_weights_have_to_be_others() -> None:
     assert found.layers == ("layers.0", "layers.1", "layers.2")
 
 
+@pytest.mark.parametrize("numel", [(1000, 10, 1000, 10), (10, 1000, 10, 1000), (100,) * 4])
+def test_tensors_count_by_their_elements(numel: tuple[int, ...]) -> None:
+    """A second initialisation of the matrices that leaves the biases."""
+    weights, steps = trained()
+    weights[60:, [0, 2]] *= 3
+    run = made(noise(120, 4), numel=numel, param_l2=weights, update_l2=steps, meta=ADAM)
+
+    found = overwritten(series(run))
+
+    assert (found is not None) is (numel[0] == 1000)
+    assert found is None or found.layers == ("layers.0", "layers.2")
+
+
 def test_nothing_is_claimed_without_norms_of_weights_or_steps() -> None:
     for missing in ("param_l2", "update_l2"):
         assert overwritten(series(history(60, **{missing: None}))) is None

@@ -555,6 +555,12 @@ NOTHING = np.empty((0,), np.float32)
         {"tp.weight": NOTHING, "tp.output_mask": np.ones(8, np.float32)},
         {"i.0.tp.weight": NOTHING, "i.1.tp.weight": NOTHING},
         {"tp.weight": NOTHING, "lin.weight": gaussian(64), "lin.bias": NOTHING},
+        {"i.0.lin.weight": NOTHING, "i.1.lin.weight": gaussian(512)},
+        {"i.0.lin.weight": NOTHING, "i.1.lin.weight": gaussian(64), "i.2.lin.weight": gaussian(96)},
+        {"i.0.lin.weight": NOTHING, "i.0.lin.output_mask": np.ones(8, np.float32)}
+        | {f"i.{n}.lin.weight": gaussian(64) for n in (1, 2, 3)},
+        {f"i.{n}.lin.weight": gaussian(64 + n) for n in range(3)}
+        | {f"i.{n}.lin.bias": gaussian(16 * n) for n in range(3)},
     ],
     ids=lambda added: " ".join(added),
 )
@@ -583,6 +589,16 @@ def test_a_single_parameter_without_elements_is_lost(name: str, tmp_path: Path) 
     path = spoilt(name, NOTHING)(tmp_path)
     assert severities(path, "empty-tensor") == {name: "high"}
     assert "zero_to_fp32" not in findings(path, "empty-tensor")[0].recommendation
+
+
+@pytest.mark.parametrize("gap", [0, 2])
+def test_a_flat_weight_is_lost_where_those_of_other_layers_are_of_one_size(
+    gap: int, tmp_path: Path
+) -> None:
+    made = {f"i.{n}.mix.weight": NOTHING if n == gap else gaussian(64) for n in range(4)}
+    path = saved({**transformer(), **made})(tmp_path)
+
+    assert severities(path, "empty-tensor") == {f"i.{gap}.mix.weight": "high"}
 
 
 def test_a_file_of_nothing_is_high_whatever_is_in_it(tmp_path: Path) -> None:

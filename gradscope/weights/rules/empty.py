@@ -23,8 +23,9 @@ def empty_tensor(examined: Examined, *, everywhere: float = 0.5) -> Iterator[Obs
     ZeRO-3 leaves parameters of shape [0] when a checkpoint is saved without gathering them
     (transformers #20082, DeepSpeed #2413): more than half of all matrices, in one finding. A
     single one is out of place where the same tensor of another layer has elements, or the rest of
-    its own layer. Other empty tensors are meant, as in equivariant layers without weights (e3nn)
-    and in layers of zero inputs: info. Modules that AdaLoRA took all rank from are left out.
+    its own layer. Other empty tensors are meant, as in layers of zero inputs and in equivariant
+    layers (e3nn), whose flat weights are as many as they have paths, in one layer another number
+    than in the next: info. Modules that AdaLoRA took all rank from are left out.
     """
     pruned = {name for a in examined.adapted if a.pruned for name in a.names.values()}
     empty = [t for t in examined.tensors if t.numel == 0 and t.name not in pruned]
@@ -109,14 +110,22 @@ class _Parameters:
 
     def expect(self, tensor: TensorResult) -> bool:
         """Whether this empty parameter's likes in other layers, or its own layer, have elements."""
-        likes = self.by_pattern[pattern(tensor.name)]
-        if any(t.numel for t in likes):
-            return True
+        if self._equivariant(tensor):
+            return False
         module, leaf = split(tensor.name)
-        if "bias" in leaf or len(likes) > 1 or self._equivariant(tensor):
+        likes = self.by_pattern[pattern(tensor.name)]
+        if there := [t for t in likes if t.numel]:
+            one_size = len(there) > 1 and len({t.numel for t in there}) == 1
+            return one_size or not all(map(self._flat, there))
+        if "bias" in leaf or len(likes) > 1:
             return False
         others = (t for name, t in self.by_module[module].items() if name != leaf)
         return any(t.numel for t in others) or (self.matrices > 0 and not self.flat)
+
+    def _flat(self, tensor: TensorResult) -> bool:
+        """Whether its layer has flat weights: as many as there are paths, which may be none."""
+        module = self.by_module[split(tensor.name)[0]]
+        return any(_is_flat_weight(t, module) for t in module.values())
 
     def _equivariant(self, tensor: TensorResult) -> bool:
         """Whether it is of one of e3nn's layers, which carry a mask of their outputs."""
