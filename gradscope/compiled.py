@@ -30,7 +30,17 @@ class Kernel:
         try:
             return numba.njit(cache=True, **self.options)(self.function)
         except RuntimeError:  # neither the package nor the user's cache folder can be written
-            return numba.njit(**self.options)(self.function)
+            return self._part
+
+    @cached_property
+    def _part(self) -> Any:
+        """The function as other kernels call it.
+
+        Not cached: what numba keeps of a function outlives changes of the modules that it calls.
+        """
+        import numba
+
+        return numba.njit(**self.options)(self.function)
 
     def made_of(self) -> Iterator[object]:
         """The code, the options, and the values and kernels that the code names."""
@@ -49,7 +59,7 @@ class Kernel:
     @property
     def _numba_type_(self) -> Any:
         """What numba asks of a global that another kernel names."""
-        return self.jitted._numba_type_
+        return self._part._numba_type_
 
     def __call__(self, *args: Any) -> Any:
         """Run it, compiled for such arguments."""

@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 Code = Callable[..., None]
 
 #: To be raised where something else is made of the same code.
-_RECIPE = 2
+_RECIPE = 3
 _DIGEST = 16
 _Nothing = ctypes.c_char * 0
 _lock = threading.Lock()
