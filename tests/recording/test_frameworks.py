@@ -231,10 +231,12 @@ def test_lightnings_loss_scale_is_taken_out_of_the_loss_and_skipped_steps_are_kn
     assert not {"high", "critical"} & set(healthy_or_not(tmp_path / "a").values())
 
 
-def test_a_lightning_run_of_nan_does_not_pass(tmp_path: Path) -> None:
-    lightning(tmp_path, module(spoiled=20)[0])
+def test_a_healthy_lightning_run_passes_and_one_of_nan_does_not(tmp_path: Path) -> None:
+    lightning(tmp_path / "healthy", module()[0])
+    lightning(tmp_path / "ill", module(spoiled=20)[0])
 
-    assert healthy_or_not(tmp_path / "a")["non-finite-gradient"] == "critical"
+    assert not {"high", "critical"} & set(healthy_or_not(tmp_path / "healthy" / "a").values())
+    assert healthy_or_not(tmp_path / "ill" / "a")["non-finite-gradient"] == "critical"
 
 
 def test_lightnings_optimizers_are_recorded_each_at_its_own_steps(tmp_path: Path) -> None:
