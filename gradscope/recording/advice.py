@@ -12,10 +12,11 @@ from gradscope.text import plural
 
 
 class Advice:
-    """Two warnings, each given once."""
+    """Warnings, each given once."""
 
     def __init__(self) -> None:
         self._outnumbered = self._without_gradient = False
+        self._unknown: set[str] = set()
 
     def outnumbered(self, turns: Turns) -> None:
         """Captures outnumber steps."""
@@ -35,6 +36,15 @@ class Advice:
             self._say(
                 "no parameter has a gradient: call capture() after backward() and before "
                 "zero_grad()"
+            )
+
+    def no_number(self, name: str, value: object) -> None:
+        """What was given under a name cannot be recorded."""
+        if name not in self._unknown:
+            self._unknown.add(name)
+            self._say(
+                f"{name} is not recorded: capture() takes a number or a tensor of real numbers, "
+                f"not {type(value).__name__}"
             )
 
     def _say(self, text: str) -> None:

@@ -6,11 +6,13 @@ Hooks hold no recorder: one that nobody else holds writes what it has and is gon
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class Told(Protocol):
@@ -54,6 +56,8 @@ def _calling(told: Told, method: Callable[[Any, int], None], owner: int) -> Call
 def of_forward(model: torch.nn.Module, told: Told) -> Any:
     """The handle of a hook that sees outputs; ``look_once`` removes it."""
     seen = Seen(told)
+    if isinstance(model, torch.jit.ScriptModule):  # takes no hooks; the loss shows as much
+        return RemovableHandle(OrderedDict())
     if getattr(model, "_compiled_call_impl", None) is not None:
         return CompiledCall(model, seen)
     return model.register_forward_hook(seen, with_kwargs=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gradscope.histories.history import Status
 from gradscope.recording import endings, hooks
 from gradscope.recording.advice import Advice
 from gradscope.recording.guard import guarded
@@ -293,15 +294,25 @@ class GradientRecorder:
         parts = rows.take(turn.wanted, whole=turn.whole, counted=self._spool.spoiled)
         record = Record(turn.step, owner, "loss_scale" in given, self._optimizers.rates(), parts)
         if loss is not None:
-            record.loss = known(loss)
+            record.loss = self._known("loss", loss)
         if given:
-            record.scalars = [(name, known(number)) for name, number in given.items()]
+            found = [(name, self._known(name, number)) for name, number in given.items()]
+            record.scalars = [(name, number) for name, number in found if number is not None]
         if scaler is not None and self._count:
             for part in parts:
                 part.scale = carried(scaler, self._optimizers.all[part.owner])
-        if self._count < 2 and not (self._fallback or (parts and parts[0].valued)):
-            self._advice.without_gradient(parts)
+        if parts and parts[0].status[0] != Status.RECORDED and not self._fallback:
+            everyone = len(turn.wanted) >= self._count
+            self._advice.without_gradient(parts if everyone else ())
         return record
+
+    def _known(self, name: str, value: Any) -> Number | None:
+        """A number that the caller gave; None, and said once, where it is none."""
+        try:
+            return known(value)
+        except (TypeError, ValueError, RuntimeError):
+            self._advice.no_number(name, value)
+            return None
 
     def _settle(self) -> None:
         """The record before is complete: who stepped, and whether it was skipped, is known now."""

@@ -41,7 +41,7 @@ class Part:
     @property
     def valued(self) -> bool:
         """Whether any row has values."""
-        return self.block is not None or bool(self.tables)
+        return Status.RECORDED in self.status
 
 
 @dataclass(slots=True)

@@ -152,7 +152,10 @@ class Rows:
 
     def _kind(self, row: int) -> Kind:
         parameter, last = self._parameters[row], self._names[row].rpartition(".")[2]
-        module = type(self._types.get(self._modules[row])).__name__.lower()
+        found = self._types.get(self._modules[row])
+        module = str(
+            getattr(found, "original_name", type(found).__name__)
+        ).lower()  # of TorchScript
         if "norm" in module:
             return "norm"
         if "embedding" in module:

@@ -337,3 +337,20 @@ def test_a_dead_zone_that_is_not_quite_dead_now_and_then_does_not_vanish_too() -
     norms[40:64, 0] = 1e-7  # vanishes long before it dies
     names = [f.name for f in analyze_flow(made(norms)).findings]
     assert sorted(set(names)) == ["dead-zone", "vanishing-gradient"]
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("silent", [1, 3])
+def test_gradients_that_no_layer_has_were_cleared_and_those_of_one_are_unused(
+    silent: int, frozen: int
+) -> None:
+    norms = noise(60, 3 + frozen)
+    status = np.full(norms.shape, Status.RECORDED, np.uint8)
+    status[:, :silent] = Status.NONE
+    status[:, 3:] = Status.FROZEN
+
+    found = [f for f in analyze_flow(made(norms, status=status)).findings if f.severity != "info"]
+
+    (advice,) = [f.recommendation for f in found if f.name == "missing-gradient"]
+    assert ("before zero_grad()" in advice) == (silent == 3)
+    assert ("detach()" in advice) == (silent == 1)

@@ -226,6 +226,7 @@ TRAININGS: dict[str, Training] = {
     "half": simple(make=lambda: mlp().to(torch.bfloat16)), "closures": closures,
     "accumulated": accumulated, "scaled": scaled, "sparse": sparse(nn.Embedding),
     "bags": sparse(nn.EmbeddingBag), "adversaries": adversaries, "compiled": compiled,
+    "scripted": simple(make=lambda: torch.jit.script(mlp())),
 }  # fmt: skip
 
 
@@ -236,6 +237,7 @@ def losses(train: Training, recorder_of: Callable[..., Any]) -> list[float]:
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own, once a process
 @pytest.mark.filterwarnings("ignore:grad and param do not obey")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_losses_are_the_same_to_the_bit_and_everything_is_read(

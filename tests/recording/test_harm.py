@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,13 +122,24 @@ def test_a_failure_after_the_step_or_in_the_forward_hook_stops_no_step(
         assert not optimizer._optimizer_step_post_hooks
 
 
-def test_a_loss_that_is_no_number_stops_no_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["loss", "loss_scale", "clip_coefficient", "max_norm"])
+@pytest.mark.parametrize("value", ["low", (1.0, 2.0), {"loss": 1.0}, torch.tensor(1j)])
+def test_what_is_no_number_is_left_out_and_said_once(
+    what: str, value: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     recorder, model, optimizer = begun(tmp_path / "a")
     train(recorder, model, optimizer, range(3))
-    with pytest.warns(RuntimeWarning, match="ValueError"):
-        recorder.capture(3, loss="low")
+    for step in (3, 4):
+        recorder.capture(step, **{what: value})
+        optimizer.step()
+    recorder.close()
 
-    assert open_history(str(tmp_path / "a")).steps.tolist() == [0, 1, 2]
+    history = open_history(str(tmp_path / "a"))
+
+    assert history.steps.tolist() == [0, 1, 2, 3, 4]
+    assert np.isfinite(history.l2).all()
+    (said,) = [str(w.message) for w in recwarn]
+    assert "is not recorded: capture() takes a number" in said
 
 
 def test_what_the_caller_asks_wrongly_is_said_at_once(tmp_path: Path) -> None:

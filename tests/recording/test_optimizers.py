@@ -192,3 +192,29 @@ def test_captures_that_outnumber_the_steps_are_noticed(
     assert (meta["captures"], meta["optimizer_steps"]) == (40, 40 // micro)
     said = [str(w.message) for w in recwarn if "call it once a step" in str(w.message)]
     assert len(said) == (micro > 1)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_optimizers_that_step_in_the_backward_pass_need_no_capture(
+    captured: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = mlp()
+    steps = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+
+    def step(parameter: torch.Tensor) -> None:
+        steps[parameter].step()
+        steps[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with GradientRecorder(model, [*steps.values()], tmp_path / "a", every=1) as recorder:
+        for i in range(6):
+            model(torch.randn(4, 6)).square().mean().backward()
+            if captured:
+                recorder.capture(i)
+
+    history = open_history(str(tmp_path / "a"))
+
+    assert (history.status == (Status.NONE if captured else Status.RECORDED)).all()
+    said = [str(w.message) for w in recwarn if "before zero_grad()" in str(w.message)]
+    assert len(said) == captured

@@ -13,13 +13,24 @@ from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
 from gradscope.text import listed, plural
 
+_UNUSED = (
+    "the forward pass does not use these parameters or a detach() cuts them off; use them, or set "
+    "requires_grad to False"
+)
+_CLEARED = (
+    "not one layer has a gradient: they were most likely cleared before they were recorded; record "
+    "after backward() and before zero_grad(), or inside the optimizer's step where that happens "
+    "during the backward pass"
+)
+
 
 @rule("F110", "missing-gradient", Severity.MEDIUM, reads=FlowResult, needs=Need.NORMS)
 def missing_gradient(result: FlowResult) -> Iterator[Observation]:
     """A layer that requires a gradient never gets one, or the file leaves out records of it.
 
     None at every record means that the forward pass does not use the parameter, or that a
-    detach() cuts it off: it never learns. Experts that get none while others do are one finding,
+    detach() cuts it off: it never learns; where no layer at all has one, that they were cleared
+    before they were recorded. Experts that get none while others do are one finding,
     also where they had one before: their router has collapsed. Frozen layers, with their share of
     the parameters, and gaps in the records are info.
     """
@@ -33,8 +44,7 @@ def missing_gradient(result: FlowResult) -> Iterator[Observation]:
             place(names),
             f"no gradient at any of {plural(result.steps, 'record')} though one is "
             f"required: {several(names)}",
-            "the forward pass does not use these parameters or a detach() cuts them off; use them, "
-            "or set requires_grad to False",
+            _CLEARED if _none_at_all(result) else _UNUSED,
             {
                 "layers": len(names),
                 "records": result.steps,
@@ -47,6 +57,11 @@ def missing_gradient(result: FlowResult) -> Iterator[Observation]:
     told = idle | dead
     if partly := [m for m in result.missing if m.state == "partly" and m.layer_name not in told]:
         yield _gaps(result, partly)
+
+
+def _none_at_all(result: FlowResult) -> bool:
+    without = {m.layer_name for m in result.missing if m.state in ("unused", "frozen")}
+    return without.issuperset(layer.layer_name for layer in result.layers)
 
 
 def _frozen(result: FlowResult, frozen: list[Missing]) -> Observation:
