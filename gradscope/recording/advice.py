@@ -30,8 +30,8 @@ class Advice:
 
     def without_gradient(self, parts: Sequence[Part]) -> None:
         """No parameter has a gradient, though some should."""
-        lacking = any(Status.NONE in part.status for part in parts)
-        if lacking and not self._without_gradient and not any(part.valued for part in parts):
+        states = {state for part in parts for state in part.status.tolist()}
+        if not self._without_gradient and Status.NONE in states and Status.RECORDED not in states:
             self._without_gradient = True
             self._say(
                 "no parameter has a gradient: call capture() after backward() and before "

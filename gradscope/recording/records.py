@@ -40,8 +40,8 @@ class Part:
 
     @property
     def valued(self) -> bool:
-        """Whether any row has values."""
-        return Status.RECORDED in self.status
+        """Whether there is a table of values, which a row without a gradient has none in."""
+        return self.block is not None or bool(self.tables)
 
 
 @dataclass(slots=True)
