@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import os
 import sys
 import threading
@@ -15,6 +16,10 @@ from gradscope.errors import OutputError
 from gradscope.report.formats import Display
 from gradscope.text import escaped
 
+#: What stands for a report's own signs where an encoding lacks them, one for one: columns stay.
+_SIGNS = str.maketrans("→←·×–−…━±‖", "><-x--~=~|")
+#: How what an encoding lacks is written: those, and everything else escaped.
+_PLAIN = "gradscope.plain"
 #: Seconds before anything is drawn.
 _PATIENCE = 0.8
 
@@ -74,6 +79,15 @@ def say(message: str) -> None:
         sys.stderr.flush()
 
 
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end].translate(_SIGNS)
+    return lacking.encode("ascii", "backslashreplace").decode(), error.end
+
+
+codecs.register_error(_PLAIN, _plain)
+
+
 def emit(text: str) -> bool:
     """The report, on stdout and nowhere else; whatever the stream's encoding can show of it.
 
@@ -82,7 +96,7 @@ def emit(text: str) -> bool:
     """
     encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.write(text.encode(encoding, _PLAIN).decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         _discard_stdout()

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gradscope.report.formats import BUILT_IN
 
@@ -249,3 +251,28 @@ def test_a_command_has_no_option_that_it_cannot_honour(command: str, option: str
 
     assert done.returncode == 2
     assert "No such option" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "cp437"])
+@pytest.mark.parametrize("line", [*LINES, f"gradscope flow {SIGMOID}", "gradscope methods lrp"])
+def test_a_stream_of_another_encoding_shows_as_much_in_the_same_columns(
+    line: str, encoding: str
+) -> None:
+    """The sparklines' signs are told apart in ASCII too, so they may differ."""
+    whole = shell(line, PYTHONIOENCODING="utf-8", COLUMNS="100")
+    done = shell(f"{line} | iconv -f {encoding} -t utf-8", PYTHONIOENCODING=encoding, COLUMNS="100")
+
+    assert "Traceback" not in done.stderr
+    assert "\\u" not in done.stdout
+    assert [*map(len, done.stdout.splitlines())] == [*map(len, whole.stdout.splitlines())]
+
+
+def test_a_name_that_an_encoding_lacks_is_escaped_and_json_stays_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"große.weight": np.zeros((3, 3), np.float32)}, path)
+
+    table = shell(f"gradscope weights {path}", PYTHONIOENCODING="ascii").stdout
+    report = shell(f"gradscope weights {path} --format json", PYTHONIOENCODING="ascii").stdout
+
+    assert "gro\\xdfe.weight" in table
+    assert json.loads(report)["result"]["tensors"][0]["name"] == "große.weight"
