@@ -17,14 +17,20 @@ pytest.importorskip("torch")
 
 from faults import FAULTS, deep_transformer
 from healthy import HEALTHY
+from recipes import RECIPES
 from runs import recorded, recorded_fault, recorded_healthy
+from slips import SLIPS
 
 from .made import RECORDED
 
+BUGS = FAULTS | SLIPS
 EVERY = (1, 2, 5, 10, 50)
-#: What happens at a single step or begins too late to be seen by a coarse recording.
-UNSEEN = {("early-spike", 5), ("early-spike", 10), ("early-spike", 50), ("wrong-sign", 50),
-          ("grows-then-nan", 50)}  # fmt: skip
+#: What happens at a single step or begins too late to be seen by a coarse recording; what a slip
+#: does at once is over for a recorder that looks at every fiftieth step.
+UNSEEN = {
+    ("early-spike", 5), ("early-spike", 10), ("early-spike", 50), ("wrong-sign", 50),
+    ("grows-then-nan", 50), ("initialised-again", 10), *((name, 50) for name in SLIPS),
+}  # fmt: skip
 
 
 def thinned(history: History, every: int) -> History:
@@ -49,7 +55,7 @@ def thinned(history: History, every: int) -> History:
     return replace(history, steps=steps[kept], exact=None, sketches=sketches, **cells)
 
 
-@pytest.fixture(scope="session", params=sorted(FAULTS))
+@pytest.fixture(scope="session", params=sorted(BUGS))
 def fault(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, History]:
@@ -60,7 +66,7 @@ def fault(
 
 def test_a_bug_is_named_by_its_rule_whatever_is_recorded(fault: tuple[str, History]) -> None:
     name, history = fault
-    wanted = FAULTS[name]
+    wanted = BUGS[name]
 
     for every in EVERY:
         if (name, every) in UNSEEN:
@@ -74,7 +80,7 @@ def test_a_bug_is_named_by_its_rule_whatever_is_recorded(fault: tuple[str, Histo
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", sorted(HEALTHY))
+@pytest.mark.parametrize("name", sorted(HEALTHY | RECIPES))
 def test_a_healthy_run_of_any_kind_is_not_alarming(name: str, seed: int, tmp_path: Path) -> None:
     recorded_healthy(name, tmp_path / "run", seed=seed)
     history = open_history(str(tmp_path / "run"))

@@ -187,7 +187,8 @@ WITHIN_EPOCHS = {
     ),
     "Swin": (
         "[2024-01-01 12:00:00 swin] (main.py 250): INFO Train: [{0}/300][100/1251]\teta 0:10:00 lr "
-        "0.000100\t wd 0.0500\ttime 0.3 (0.3)\tloss {1} (6.95)\tgrad_norm 1.5 (1.7)\tmem 4000MB",
+        "0.000100\t wd 0.0500\ttime 0.3 (0.3)\tloss {1} (6.95)\tgrad_norm 1.5 (1.7)\tloss_scale "
+        "65536.0000 (65536.0000)\tmem 4000MB",
         [0, 1], [100, 1351],
     ),
     "tutorials": ("Epoch [{0}/5], Step [100/600], Loss: {1}", [1, 2], [100, 700]),
