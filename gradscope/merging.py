@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from gradscope.report.model import AnyReport
 
 #: Each command whose runs can be shared, and what joins their parts.
-MERGERS: Mapping[str, str] = {"weights": "gradscope.weights.joining:merged"}
+MERGERS: Mapping[str, str] = {
+    "weights": "gradscope.weights.joining:merged",
+    "drift": "gradscope.drift.parts:merged",
+}
 
 
 def merge(
@@ -30,7 +33,7 @@ def merge(
     """The report of one run, of the JSON reports of all its parts (``--shard``), in any order.
 
     It is the report that one job would have written, to the byte; the checkpoint is not needed.
-    What rules find is decided here: ``select`` to ``baseline`` are those of ``analyze_weights``,
+    What rules find is decided here: ``select`` to ``baseline`` are those of the analyses,
     and the parts' own count for nothing.
 
     Raises InputError for a part that is missing, there twice, damaged, or of another run, and

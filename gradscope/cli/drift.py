@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gradscope.cli.command import Reported, analysis
-from gradscope.cli.options import Engine, EngineName, Gate, Jobs, KeepGoing, Output, Tensors
+from gradscope.cli.options import Engine, EngineName, Gate, Jobs, KeepGoing, Output, Shard, Tensors
 from gradscope.formats import CHECKPOINT, supported
 
 
@@ -74,6 +74,7 @@ def drift(
         ),
     ] = None,
     tensors: Tensors,
+    shard: Shard = None,
     keep_going: KeepGoing = False,
     engine: Engine = EngineName.LOCAL,
     jobs: Jobs = None,
@@ -82,6 +83,10 @@ def drift(
 ) -> Reported:
     """What changed between two checkpoints, how much, and why."""
     from gradscope.cli.terminal import progress_bar
+    from gradscope.weights.shares import share
+
+    if shard is not None:  # refused before anything heavy is imported
+        share(shard)
     from gradscope.drift.analysis import analyze_drift
     from gradscope.drift.expectations import parse_limits
 
@@ -97,6 +102,7 @@ def drift(
             expect_frozen=expect_frozen or (),
             expect_changed=expect_changed or (),
             max_drift=parse_limits(max_drift or ()),
+            shard=shard,
             keep_going=keep_going,
             engine=engine.value,
             jobs=jobs,

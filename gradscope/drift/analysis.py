@@ -9,18 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.open import open_checkpoint
 from gradscope.checkpoints.tensors import Checkpoint
 from gradscope.drift.examining import Found, Progress, compared, headers_of, unchanged
-from gradscope.drift.expectations import Expectations, check_patterns, expectations
+from gradscope.drift.expectations import (
+    Expectations,
+    check_patterns,
+    expectations,
+    names_of,
+)
 from gradscope.drift.result import Drifted, DriftReport
 from gradscope.errors import UsageError
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, Skip
-from gradscope.report.request import Failures, part_failures, requested
+from gradscope.report.request import Failures, requested
 from gradscope.statistics import engine_for
 from gradscope.weights.patterns import filtered, narrowed
+from gradscope.weights.shares import Share, share
 
 if TYPE_CHECKING:
     from gradscope.statistics import Engine
@@ -46,6 +51,7 @@ def analyze_drift(
     allow_empty: bool = False,
     config: ConfigLike = None,
     baseline: str | Path | None = None,
+    shard: str | None = None,
     keep_going: bool = False,
     engine: str = "local",
     jobs: int | None = None,
@@ -66,10 +72,12 @@ def analyze_drift(
     ``engine`` is ``local``, the threads of this process, or ``ray``, the cluster that Ray is
     connected to. ``progress`` is called with bytes done and bytes in all. An input that cannot be
     read is an entry of ``errors``, never an exception; with ``keep_going`` a file that fails while
-    it is read costs its tensors alone.
+    it is read costs its tensors alone. ``shard`` (``0/4`` to ``3/4``) compares only a share of the
+    tensors, for a partial report that ``merge`` joins with the others.
 
     Raises UsageError for an unknown rule, key, severity or role, for a pattern of what to expect
-    that matches no tensor, and for expectations of values where only headers are read.
+    that matches no tensor, for expectations of values where only headers are read, and for a shard
+    that there is not.
     """
     adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     asked = expectations(
@@ -78,6 +86,7 @@ def analyze_drift(
     if headers_only and (asked or parents or later):
         what = "series" if later else "mix" if parents else "expectation"
         raise UsageError(f"--headers-only reads no values, without which no {what} can be judged")
+    part = None if shard is None else _part(shard, headers_only, keep_going)
     run = engine_for(engine, jobs)
     request = requested(
         Drifted,
@@ -105,12 +114,31 @@ def analyze_drift(
     elif headers_only:
         found = headers_of(*series)
     else:
-        found = _found(series, mixed, failures, run, keep_going, progress)
+        found = compared(
+            series[0], series[-1], failures, engine=run, parents=mixed, part=part,
+            keep_going=keep_going, progress=progress,
+        )  # fmt: skip
+    if part is not None:
+        from gradscope.drift.parts import Job, partial_report
+
+        options: dict[str, Any] = {
+            "base": str(base),
+            "new": [str(new), *map(str, later)],
+            "key": key,
+            "include": list(include),
+            "exclude": list(exclude),
+            "parents": list(map(str, parents)),
+            "expect": expect,
+            "adapter": list(map(str, adapters)),
+            "expect_frozen": list(expect_frozen),
+            "expect_changed": list(expect_changed),
+            "max_drift": dict(max_drift or {}),
+        }
+        job = Job(part, options, series, list(mixed.values()), list(map(str, adapters)))
+        return partial_report(request, job, found, asked, failures, run)
+    if len(series) > 2:
+        found = _with_series(found, series, failures, run)
     drifted = _drifted(paths[0], paths[-1], found, asked, failures, adapters)
-    errors = [
-        *failures,
-        *(e for c in found.checkpoints for e in part_failures(c.path, unread(c, bool(failures)))),
-    ]
     return request.report(
         DriftReport,
         drifted.result if drifted is not None else None,
@@ -119,29 +147,23 @@ def analyze_drift(
         ),
         coverage=_coverage(found),
         judged=[request.judged(drifted, paths[-1])] if drifted is not None else [],
-        errors=errors,
+        errors=found.errors(failures),
     )
 
 
-def _found(
-    series: Sequence[Checkpoint],
-    parents: Mapping[str, Checkpoint],
-    failures: Failures,
-    run: Engine[Any, Any],
-    keep_going: bool,
-    progress: Progress,
-) -> Found:
-    """The first and the last in full; of more than two, the way there."""
-    found = compared(
-        series[0],
-        series[-1],
-        failures,
-        engine=run,
-        parents=parents,
-        keep_going=keep_going,
-        progress=progress,
-    )
-    return _with_series(found, series, failures, run) if len(series) > 2 else found
+def _part(shard: str, headers_only: bool, keep_going: bool) -> Share:
+    """Raises UsageError for a share that there is not, and for what jobs cannot do alike."""
+    part = share(shard)
+    if headers_only:
+        raise UsageError(
+            "--shard shares out the data, which --headers-only does not read: give one of them"
+        )
+    if keep_going:
+        raise UsageError(
+            "--keep-going leaves out what one job cannot read, which the others do not know: give "
+            "it or --shard"
+        )
+    return part
 
 
 def _ordered(*paths: str | Path) -> list[str]:
@@ -165,12 +187,12 @@ def _labels(parents: Sequence[str | Path]) -> list[tuple[str, str]]:
 def _with_series(
     found: Found, series: Sequence[Checkpoint], failures: Failures, run: Engine[Any, Any]
 ) -> Found:
-    from gradscope.drift.series import trajectories
+    from gradscope.drift.series import trajectories, ways
 
     if found.result is None:
         return found
     with failures.caught():
-        paths = trajectories(series, run)
+        paths = trajectories(ways(series, run), [c.path for c in series])
         for checkpoint in series:
             unchanged(checkpoint)
         return replace(found, result=found.result.model_copy(update={"series": paths}))
@@ -188,13 +210,13 @@ def _drifted(
     """What the rules see: with what was expected, and how adapters were merged."""
     if found.result is None:
         return None
-    check_patterns(asked, found.result.tensors)
+    check_patterns(asked, (n for t in found.result.tensors for n in names_of(t)))
     result = found.result
     if adapters:
         from gradscope.drift.merging import merges
 
         with failures.caught():
-            done = tuple(merges(found.seen, list(map(str, adapters))))
+            done = tuple(m for m in merges(found.seen, list(map(str, adapters))) if m is not None)
             asked, result = replace(asked, merges=done), result.model_copy(update={"merges": done})
     return Drifted(base, new, result, found.measured, asked)
 

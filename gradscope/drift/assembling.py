@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from gradscope.checkpoints.tensors import Checkpoint
+from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.drift.describing import Seen, alone, drift_of, module_of, pools
-from gradscope.drift.matching import Matching
+from gradscope.drift.matching import Matched, Matching
+from gradscope.drift.measures import Measures
 from gradscope.drift.result import DriftResult, TensorDrift
 from gradscope.report.severity import Severity
 from gradscope.weights.names import block_of
 from gradscope.weights.roles import AUXILIARY, TRAINING, Role
+
+
+class Known(NamedTuple):
+    """What the whole is summed up from of one tensor that both have in one shape."""
+
+    name: str
+    role: Role
+    measures: Measures
 
 
 def assembled(
@@ -23,26 +33,45 @@ def assembled(
     names: Mapping[str, Role],
 ) -> DriftResult:
     """The rows of all tensors, and what they come to."""
-    tensors = tuple(_rows(base, new, matching, seen, names))
-    model = [s for s in seen if s.role not in AUXILIARY and s.measures is not None]
+    return summed(
+        tuple(_rows(base, new, matching, seen, names)),
+        [Known(s.new.name, s.role, s.measures) for s in seen if s.measures is not None],
+        (*base.notes, *(n for n in new.notes if n not in base.notes), *matching.notes),
+    )
+
+
+def summed(
+    tensors: Sequence[TensorDrift], known: Sequence[Known], notes: Sequence[str]
+) -> DriftResult:
+    """What rows come to; ``known`` are those that were compared, in the order of their pairs."""
+    model = [k for k in known if k.role not in AUXILIARY]
     drifts = [
-        (s.measures.numel, s.measures.relative_drift)
-        for s in model
-        if s.measures is not None and s.measures.relative_drift is not None
+        (k.measures.numel, drift) for k in model if (drift := k.measures.relative_drift) is not None
     ]
     numel = sum(n for n, _ in drifts)
-    greatest = max((d for _, d in drifts), default=None)
     return DriftResult(
-        tensors=tensors,
+        tensors=tuple(tensors),
         mean_drift=math.fsum(n * d for n, d in drifts) / numel if numel else None,
-        max_drift=greatest,
+        max_drift=max((d for _, d in drifts), default=None),
         severity=max((t.severity for t in tensors), key=lambda s: s.rank, default=Severity.INFO),
         affected_layers=tuple(dict.fromkeys(module_of(t.name) for t in tensors if t.affected)),
         counts=dict(Counter(t.status or "not compared" for t in tensors if t.role not in TRAINING)),
-        by_role=pools((s.role, s) for s in seen if s.measures is not None),
-        by_block=pools((b, s) for s in model if (b := block_of(s.new.name)) is not None),
-        notes=(*base.notes, *(n for n in new.notes if n not in base.notes), *matching.notes),
+        by_role=pools((k.role, k.measures) for k in known),
+        by_block=pools((b, k.measures) for k in model if (b := block_of(k.name)) is not None),
+        notes=tuple(notes),
     )
+
+
+def entries(base: Checkpoint, matching: Matching) -> list[Matched | TensorRef]:
+    """What has a row: pairs and what was removed in the base's order, then what was added."""
+    place = {ref.name: n for n, ref in enumerate(base.tensors)}
+
+    def in_base(entry: Matched | TensorRef) -> int:
+        name = entry.base.name if isinstance(entry, Matched) else entry.name
+        return place.get(name, len(place))
+
+    here: list[Matched | TensorRef] = [*matching.pairs, *matching.removed]
+    return [*sorted(here, key=in_base), *matching.added]
 
 
 def _rows(
@@ -52,15 +81,12 @@ def _rows(
     seen: Sequence[Seen],
     names: Mapping[str, Role],
 ) -> Iterator[TensorDrift]:
-    """Tensors in the base's order, then what was added."""
     both = {s.base.name: s for s in seen}
-    removed = {ref.name: ref for ref in matching.removed}
-    order = {ref.name: place for place, ref in enumerate(base.tensors)}
-    for name in sorted((*both, *removed), key=lambda n: order.get(n, len(order))):
-        if name in both:
-            yield drift_of(both[name], new.path)
+    added = set(matching.added)
+    for entry in entries(base, matching):
+        if isinstance(entry, Matched):
+            yield drift_of(both[entry.base.name], new.path)
+        elif entry in added:
+            yield alone(entry, names[entry.name], new.path, "added")
         else:
-            ref = removed[name]
-            yield alone(ref, names[name], base.path, "removed")
-    for ref in matching.added:
-        yield alone(ref, names[ref.name], new.path, "added")
+            yield alone(entry, names[entry.name], base.path, "removed")

@@ -188,9 +188,8 @@ def _rows(m: Measures) -> Rows | None:
 # -- several tensors -------------------------------------------------------------------------------
 
 
-def pooled(seen: Sequence[Seen]) -> Pooled:
+def pooled(found: Sequence[Measures]) -> Pooled:
     """The elements of several tensors of one shape each as one."""
-    found = [s.measures for s in seen if s.measures is not None]
     numel = sum(m.numel for m in found)
     a, b, ab, d = (
         math.fsum(m.sums[place] for m in found)
@@ -215,10 +214,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def pools(seen: Iterable[tuple[str, Seen]]) -> dict[str, Pooled]:
+def pools(found: Iterable[tuple[str, Measures]]) -> dict[str, Pooled]:
     """The same by name, in order of appearance."""
-    groups: dict[str, list[Seen]] = {}
-    for name, one in seen:
+    groups: dict[str, list[Measures]] = {}
+    for name, one in found:
         groups.setdefault(name, []).append(one)
     return {name: pooled(group) for name, group in groups.items()}
 

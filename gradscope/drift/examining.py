@@ -7,18 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from gradscope.checkpoints.integrity import check_unchanged, verified
+from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.drift.ggml_names import ggml_names
-from gradscope.drift.matching import Matched, matched, renamed, tied
+from gradscope.drift.matching import Matched, Matching, matched, renamed, tied
 from gradscope.drift.result import DriftResult, Explanation, Need
 from gradscope.report.model import InputFailure
-from gradscope.report.request import Failures
+from gradscope.report.request import Failures, part_failures
 from gradscope.weights.roles import AUXILIARY, Role, roles
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.drift.describing import Seen
     from gradscope.drift.logical import Logical
     from gradscope.statistics import Engine
+    from gradscope.weights.shares import Share
 
 #: Told the bytes done, and the bytes in all.
 Progress = Callable[[int, int], None]
@@ -32,6 +34,22 @@ class Found:
     result: DriftResult | None = None
     seen: Sequence[Seen] = ()
     measured: frozenset[Need] = field(default_factory=frozenset)
+    #: Of one of several jobs, which has seen and described its share alone.
+    share: Shared | None = None
+
+    def errors(self, failures: Sequence[InputFailure]) -> list[InputFailure]:
+        """What failed, and what of the checkpoints could not be read."""
+        unread_ = ((c.path, unread(c, bool(failures))) for c in self.checkpoints)
+        return [*failures, *(e for path, told in unread_ for e in part_failures(path, told))]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a job knows of the whole: how all match, and by its pairs' names what is elsewhere."""
+
+    matching: Matching
+    names: Mapping[str, Role]
+    elsewhere: Mapping[str, Seen]
 
 
 def headers_of(base: Checkpoint, new: Checkpoint) -> Found:
@@ -63,18 +81,20 @@ def compared(
     *,
     engine: Engine[Any, Any],
     parents: Mapping[str, Checkpoint],
+    part: Share | None = None,
     keep_going: bool = False,
     progress: Progress = lambda _done, _total: None,
 ) -> Found:
     """Both in full. A file that fails while it is read costs its tensors, which ``keep_going`` goes
     on without; else there is no result.
 
-    ``parents`` by what they are called are what the new one may be mixed from.
+    ``parents`` by what they are called are what the new one may be mixed from. One job of several
+    compares its ``part`` of the pairs.
     """
     files = {ref.file for c in (base, new) for ref in c.tensors}
     for _ in range(len(files) + 1):
         with failures.caught():
-            return _compared(base, new, engine, parents, progress)
+            return _compared(base, new, engine, parents, part, progress)
         failed = failures[-1]
         if not keep_going or failed.input not in files:
             break
@@ -87,13 +107,14 @@ def _compared(
     new: Checkpoint,
     engine: Engine[Any, Any],
     parents: Mapping[str, Checkpoint],
+    part: Share | None,
     progress: Progress,
 ) -> Found:
     """Raises InputError when a file changes or ends while it is read."""
     from gradscope.drift.assembling import assembled
     from gradscope.drift.experts import unstacked
     from gradscope.drift.logical import logical
-    from gradscope.drift.misplaced import with_misplaced
+    from gradscope.drift.misplaced import elsewhere, with_misplaced
     from gradscope.drift.second_look import same
     from gradscope.statistics.engine import one_blas_thread
 
@@ -103,7 +124,8 @@ def _compared(
     matching = renamed(matching, here.tensors, there.tensors, _Content(engine))
     matching = tied(matching, here.tensors, there.tensors, same)
     names = _roles(here.tensors, there.tensors)
-    measured = _measured(matching.pairs, names, engine, progress)
+    mine = matching if part is None else _share(matching, part)
+    measured = _measured(mine.pairs, names, engine, progress)
     weights = {**here.quantized, **there.quantized}
     mixed = _parents(here, parents)
     tasks = (
@@ -116,11 +138,26 @@ def _compared(
         for seen in measured
     )
     with one_blas_thread():
-        seen = with_misplaced(list(engine(_explained, tasks)), here.tensors)
+        found = list(engine(_explained, tasks))
+        seen = with_misplaced(found, here.tensors)
+        shared = None
+        if part is not None:
+            shared = Shared(matching, names, elsewhere(found, here.tensors))
     for checkpoint in (base, new, *parents.values()):
         unchanged(checkpoint)
-    result = assembled(base, new, matching, seen, names)
-    return Found((base, new), result, seen, frozenset({Need.HEADERS, Need.VALUES}))
+    result = assembled(base, new, mine, seen, names)
+    return Found((base, new), result, seen, frozenset({Need.HEADERS, Need.VALUES}), shared)
+
+
+def _share(matching: Matching, part: Share) -> Matching:
+    """The pairs that one job of several compares; what has no partner is the first one's."""
+    from gradscope.weights.shares import balanced
+
+    jobs = balanced([m.base.nbytes + m.new.nbytes for m in matching.pairs], part.of)
+    pairs = tuple(m for m, job in zip(matching.pairs, jobs, strict=True) if job == part.index)
+    if part.index == 0:
+        return replace(matching, pairs=pairs)
+    return replace(matching, pairs=pairs, removed=(), added=())
 
 
 def unchanged(checkpoint: Checkpoint) -> None:

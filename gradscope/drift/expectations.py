@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -61,9 +61,12 @@ def expectations(
     return Expectations(kind, tuple(frozen), tuple(changed), dict(max_drift))
 
 
-def check_patterns(asked: Expectations, tensors: Sequence[TensorDrift]) -> None:
-    """Refuse a pattern that matches nothing: what it asks for would pass. Raises UsageError."""
-    names = list(dict.fromkeys(n for t in tensors for n in names_of(t)))
+def check_patterns(asked: Expectations, names: Iterable[str]) -> None:
+    """Refuse a pattern that matches none of the tensors' names: what it asks for would pass.
+
+    Raises UsageError.
+    """
+    names = list(dict.fromkeys(names))
     for option, patterns in (
         ("--expect-frozen", asked.frozen),
         ("--expect-changed", asked.changed),

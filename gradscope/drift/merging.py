@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,14 @@ from gradscope.drift.updates import Update, Values, row_values
 _SHARE, _UNTOLD = 0.05, 0.3
 
 
-def merges(seen: Sequence[Seen], paths: Sequence[str]) -> Iterator[Merge]:
-    """What became of every weight that adapters change, in their order.
+#: Whether what became of a weight is asked for, or (None) of what is none of the checkpoint's.
+Wanted = Callable[[Seen | None], bool]
+
+
+def merges(
+    seen: Sequence[Seen], paths: Sequence[str], wanted: Wanted = lambda _: True
+) -> Iterator[Merge | None]:
+    """What became of every weight that adapters change, in their order; None if not ``wanted``.
 
     Several adapters of one weight are merged in turn. Raises InputError for an adapter that cannot
     be read, or that is none.
@@ -36,9 +42,11 @@ def merges(seen: Sequence[Seen], paths: Sequence[str]) -> Iterator[Merge]:
             name = change.target.new.name if change.target is not None else change.module
             of_weight.setdefault(name, []).append(change)
     for changes in of_weight.values():
-        yield _merge(changes)
+        yield _merge(changes) if wanted(changes[0].target) else None
     for file in files:
-        yield from (_replaced(ref, where) for ref in file.replaced())
+        for ref in file.replaced():
+            target = where.by_name.get(canonical(_name(ref)))
+            yield _replaced(ref, target) if wanted(target) else None
         file.check()
 
 
@@ -138,10 +146,12 @@ def _unit(
     return unit
 
 
-def _replaced(ref: TensorRef, where: Targets) -> Merge:
+def _name(ref: TensorRef) -> str:
+    return ref.name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+
+
+def _replaced(ref: TensorRef, target: Seen | None) -> Merge:
     """A module that was trained whole and saved with the adapter: the new weight must be it."""
-    name = ref.name.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
-    target = where.by_name.get(canonical(name))
     plain = Merge(module=ref.name, name=None, scale=None)
     if target is None or target.new.shape != ref.shape:
         return plain.model_copy(update={"reason": "the base has no tensor of that name and shape"})

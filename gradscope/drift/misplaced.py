@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from gradscope.checkpoints.tensors import TensorRef
@@ -24,15 +24,21 @@ def with_misplaced(seen: Sequence[Seen], base: Sequence[TensorRef]) -> list[Seen
 
     Looked for only where a matrix is unrelated to the base's. Raises InputError.
     """
-    changed = [s for s in seen if _open(s)]
-    if not any(_kind(s) == "re-initialised" for s in changed):
+    if not any(_open(s) and _kind(s) == "re-initialised" for s in seen):
         return list(seen)
+    found = elsewhere(seen, base)
+    return [found.get(s.new.name, s) for s in seen]
+
+
+def elsewhere(seen: Iterable[Seen], base: Iterable[TensorRef]) -> dict[str, Seen]:
+    """By their names, the tensors that the base has under another one. Raises InputError."""
+    changed = [s for s in seen if _open(s)]
     places: dict[object, TensorRef] = {}
-    for ref in base:
+    for ref in base if changed else ():
         if ref.numel > 1:
             places.setdefault(_start(ref), ref)
-    found = {s.new.name: place for s in changed if (place := places.get(_start(s.new)))}
-    return [_placed(s, found.get(s.new.name)) for s in seen]
+    placed = (_placed(s, place) for s in changed if (place := places.get(_start(s.new))))
+    return {s.new.name: s for s in placed if _kind(s) == "misplaced"}
 
 
 def _kind(seen: Seen) -> str | None:
@@ -49,8 +55,8 @@ def _start(ref: TensorRef) -> object:
     return ref.dtype, ref.shape, first.tobytes()
 
 
-def _placed(seen: Seen, place: TensorRef | None) -> Seen:
-    if place is None or not same(place, seen.new):
+def _placed(seen: Seen, place: TensorRef) -> Seen:
+    if not same(place, seen.new):
         return seen
     text = f"what the base has as {quoted(place.name)}"
     why = Explanation(kind="misplaced", text=text, residual=0.0, facts={"place": place.name})

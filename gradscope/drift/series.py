@@ -7,8 +7,8 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from gradscope.checkpoints.series import by_number
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
@@ -21,6 +21,7 @@ from gradscope.drift.measures import Measures
 from gradscope.drift.result import LayerPath, Series
 from gradscope.statistics.engine import Engine
 from gradscope.weights.roles import AUXILIARY, roles
+from gradscope.weights.shares import Share, balanced
 
 #: A step is a jump when it is so many times the median of those before, of which there are three.
 _JUMP, _BEFORE = 10.0, 3
@@ -30,19 +31,43 @@ _Squares = tuple[float, float, float | None, int]
 
 
 def in_order(paths: Sequence[str]) -> list[str]:
-    """By the numbers in their names where each has one, else as they were given."""
-    return by_number(paths) if all(re.search(r"\d", p) for p in paths) else list(paths)
+    """More than two by the numbers in their names where each has one, else as they were given."""
+    numbered = len(paths) > 2 and all(re.search(r"\d", p) for p in paths)
+    return by_number(paths) if numbered else list(paths)
 
 
-def trajectories(checkpoints: Sequence[Checkpoint], engine: Engine[Any, Any]) -> Series:
-    """Distance, step length and cosine of successive steps of every layer that was trained.
+class Way(NamedTuple):
+    """One tensor through a series: its place among those followed, and what is known of it."""
 
-    Tensors that all checkpoints have in one shape are followed, by the first one's names. Memory
-    does not grow with the models: each pair of neighbours, of next neighbours, and of each with the
-    first is read once. Raises InputError when a file ends meanwhile.
+    place: int
+    name: str
+    numel: int
+    #: The square of its norm in the first checkpoint.
+    norm: float
+    steps: tuple[_Squares, ...]
+
+
+def trajectories(found: Iterable[Way], paths: Sequence[str]) -> Series:
+    """Distance, step length and cosine of successive steps of every layer that was trained."""
+    labels = tuple(os.path.basename(os.path.abspath(path)) for path in paths)
+    return Series(checkpoints=labels, layers=tuple(_layers(sorted(found), labels)))
+
+
+def ways(
+    checkpoints: Sequence[Checkpoint], engine: Engine[Any, Any], part: Share | None = None
+) -> Iterator[Way]:
+    """The way of every tensor that was trained and that all checkpoints have in one shape.
+
+    They have the first one's names; one job of several has its ``part`` of them. Memory does not
+    grow with the models: each pair of neighbours, of next neighbours, and of each with the first is
+    read once. Raises InputError when a file ends meanwhile.
     """
-    tensors = [logical(c).tensors for c in checkpoints]
-    columns = _common(tensors)
+    columns = _common([logical(c).tensors for c in checkpoints])
+    places = {name: place for place, name in enumerate(columns)}
+    if part is not None:
+        jobs = balanced([refs[0].numel for refs in columns.values()], part.of)
+        mine = (name for name, job in zip(columns, jobs, strict=True) if job == part.index)
+        columns = {name: columns[name] for name in mine}
     norms: dict[str, float] = defaultdict(float)
     found: dict[str, list[_Squares]] = {}
     for place in range(1, len(checkpoints)):
@@ -59,8 +84,8 @@ def trajectories(checkpoints: Sequence[Checkpoint], engine: Engine[Any, Any]) ->
                 )
             )
             norms[name] = max(norms[name], whole[at].sums[kernels.SQUARES_BASE])
-    labels = tuple(os.path.basename(os.path.abspath(c.path)) for c in checkpoints)
-    return Series(checkpoints=labels, layers=tuple(_layers(columns, found, norms, labels)))
+    for name, refs in columns.items():
+        yield Way(places[name], name, refs[0].numel, norms[name], tuple(found[name]))
 
 
 def _common(tensors: Sequence[Sequence[TensorRef]]) -> dict[str, list[TensorRef]]:
@@ -83,19 +108,14 @@ def _measured(
     return compare([Pair(refs[one], refs[two]) for refs in columns.values()], engine)
 
 
-def _layers(
-    columns: Mapping[str, Sequence[TensorRef]],
-    found: Mapping[str, Sequence[_Squares]],
-    norms: Mapping[str, float],
-    labels: Sequence[str],
-) -> Iterator[LayerPath]:
-    members: dict[str, list[str]] = defaultdict(list)
-    for name in columns:
-        members[module_of(name)].append(name)
-    for layer, names in members.items():
-        numel = sum(columns[n][0].numel for n in names)
-        rows = list(zip(*(found[n] for n in names), strict=True))
-        yield _path(layer, numel, rows, math.sqrt(math.fsum(norms[n] for n in names)), labels)
+def _layers(found: Iterable[Way], labels: Sequence[str]) -> Iterator[LayerPath]:
+    members: dict[str, list[Way]] = defaultdict(list)
+    for way in found:
+        members[module_of(way.name)].append(way)
+    for layer, parts in members.items():
+        numel = sum(way.numel for way in parts)
+        rows = list(zip(*(way.steps for way in parts), strict=True))
+        yield _path(layer, numel, rows, math.sqrt(math.fsum(w.norm for w in parts)), labels)
 
 
 def _path(

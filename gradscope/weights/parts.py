@@ -6,26 +6,17 @@ a run of one job does: an ``Examination`` of each checkpoint is made of its part
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gradscope.checkpoints.integrity import sample
 from gradscope.checkpoints.tensors import Checkpoint, Checksum
-from gradscope.errors import InputError
 from gradscope.quantization.weights import Quantization
 from gradscope.report.model import InputFailure, NotEvaluated, Skip
-from gradscope.report.partial import (
-    Partial,
-    PartialReport,
-    Source,
-    digest,
-    packed,
-    spelled,
-)
+from gradscope.report.partial import PartialReport
 from gradscope.report.request import Request
 from gradscope.statistics.description import Pool
 from gradscope.statistics.moments import Moments
@@ -39,6 +30,7 @@ from gradscope.weights.result import (
     WeightsReport,
     WeightsResult,
 )
+from gradscope.weights.sealing import WAITING, asked_of, plain, sealed
 from gradscope.weights.shares import Share
 
 
@@ -46,12 +38,6 @@ class _Facts(BaseModel):
     """Base of what is packed, which never holds how elements are computed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-
-class _Opened(_Facts):
-    """What headers say."""
-
-    checkpoints: tuple[Checkpoint, ...]
 
 
 class Found(_Facts):
@@ -110,41 +96,20 @@ def partial_report(
     mine = [_own(e) for e in examinations]
     whole = any(ref.numel for e in examinations for ref in e.examined.checkpoint.tensors)
     waiting = [_waiting(e, request, options) for e in mine]
-    asked = replace(
-        request,
-        narrowed=(*request.narrowed, f"--shard {part}"),
-        allow_empty=request.allow_empty or whole,  # there may be more jobs than tensors
-    )
+    asked = asked_of(request, part, whole)
     said = report(asked, waiting, failures, Wanted())
     total = sum(len(e.examined.tensors) for e in examinations)
     others = total - sum(len(e.examined.tensors) for e in mine)
     coverage = said.coverage.model_copy(update={"total": said.coverage.total + others})
-    note = (
-        f"part {part} of a run, with {coverage.analyzed:,} of {coverage.total:,} tensors: no "
-        "verdict of the whole, which `gradscope merge` makes of all parts"
-    )
-    gate = said.gate.model_copy(update={"notes": (note, *said.gate.notes)})
-    state = packed(
-        State(
-            failures=tuple(failures),
-            checkpoints=tuple(
-                _found(e, m, first=part.index == 0) for e, m in zip(examinations, mine, strict=True)
-            ),
-        ).model_dump()
-    )
-    return PartialReport[WeightsResult](
-        **{name: getattr(said, name) for name in type(said).model_fields}
-        | {"coverage": coverage, "gate": gate},
-        partial=Partial(
-            index=part.index,
-            of=part.of,
-            options=options,
-            files=tuple(_sources(examinations)),
-            headers=_headers(examinations),
-            state=state,
-            digest=digest(state),
+    said = said.model_copy(update={"coverage": coverage})
+    state = State(
+        failures=tuple(failures),
+        checkpoints=tuple(
+            _found(e, m, first=part.index == 0) for e, m in zip(examinations, mine, strict=True)
         ),
     )
+    opened = [e.origin.opened for e in examinations]
+    return sealed(PartialReport[WeightsResult], said, part, options, opened, state)
 
 
 def _own(examination: Examination) -> Examination:
@@ -165,9 +130,8 @@ def _waiting(examination: Examination, request: Request, options: Mapping[str, A
     """With the rules that will be asked said to wait for that."""
     known = measured(options)
     later = {r.name for r in request.rules if r.needs in known}
-    reason = "waits for `gradscope merge`, which has all parts"
     absent = tuple(
-        NotEvaluated(rule=n.rule, reason=reason) if n.rule in later else n
+        NotEvaluated(rule=n.rule, reason=WAITING) if n.rule in later else n
         for n in examination.judged.not_evaluated
     )
     return replace(examination, judged=replace(examination.judged, not_evaluated=absent))
@@ -180,22 +144,6 @@ def measured(options: Mapping[str, Any]) -> frozenset[Need]:
     return frozenset(known | {Need.SPECTRA} if whole else known)
 
 
-def _sources(examinations: Iterable[Examination]) -> Iterator[Source]:
-    """The files of the checkpoints, each once."""
-    stamps = {path: s for e in examinations for path, s in e.origin.opened.stamps.items()}
-    for path, (nbytes, *_) in stamps.items():
-        try:
-            yield Source(path=path, bytes=nbytes, sample=sample(path, nbytes))
-        except InputError:  # it is gone: what read it has said so
-            yield Source(path=path, bytes=nbytes, sample="")
-
-
-def _headers(examinations: Iterable[Examination]) -> str:
-    """A digest of what the headers say; stamps differ between machines."""
-    opened = tuple(replace(_plain(e.origin.opened), stamps={}) for e in examinations)
-    return digest(spelled(_Opened(checkpoints=opened).model_dump()))
-
-
 def _found(examination: Examination, own: Examination, first: bool) -> Found:
     seen, origin = own.examined, examination.origin
     pools = examination.pools
@@ -203,7 +151,7 @@ def _found(examination: Examination, own: Examination, first: bool) -> Found:
     return Found(
         tensors=len(seen.tensors),
         attentions=len(seen.attention),
-        opened=_plain(origin.opened) if first else None,
+        opened=plain(origin.opened) if first else None,
         notes=seen.checkpoint.notes if first else (),
         sizes={r.name: r.nbytes for r in origin.opened.tensors if first and r.decoding is not None},
         damaged=tuple(origin.damaged),
@@ -225,14 +173,6 @@ def _found(examination: Examination, own: Examination, first: bool) -> Found:
         moments={m.name: m.moments for pool in pools.values() for m in pool.members},
         buckets={role: _buckets(pool) for role, pool in pools.items()},
     )
-
-
-def _plain(opened: Checkpoint) -> Checkpoint:
-    """Without what only reading data takes."""
-    stored = (
-        ref if ref.decoding is None else replace(ref, decoding=None) for ref in opened.tensors
-    )
-    return replace(opened, tensors=tuple(stored), left_out=())
 
 
 def _without_values(found: Quantization, names: Collection[str], first: bool) -> Quantization:

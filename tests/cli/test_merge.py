@@ -138,3 +138,22 @@ def _bash(line: str, folder: Path, given: dict[str, str]) -> subprocess.Complete
     shell = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", line]
     env = os.environ | given
     return subprocess.run(shell, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def test_a_comparison_is_shared_out_and_judged_by_merge(folder: Path, tmp_path: Path) -> None:
+    base, new = str(folder / "m.safetensors"), str(tmp_path / "new.safetensors")
+    write(Path(new), {name: 2 * tensor for name, tensor in transformer(layers=2).items()})
+    asked = ["drift", base, new, "--expect", "identical"]
+    whole = run(*asked, "-f", "json")
+    parts = [str(tmp_path / f"{job}.json") for job in range(3)]
+    for job, path in enumerate(parts):
+        done = run(*asked, "--shard", f"{job}/3", "--report", f"json={path}")
+        assert done.exit_code == 0
+        assert f"PART {job}/3" in done.stdout
+
+    merged = run("merge", *reversed(parts), "-f", "json")
+
+    assert (merged.exit_code, merged.stdout) == (1, whole.stdout)
+    jsonschema.Draft202012Validator(report_schema()).validate(
+        json.loads(Path(parts[0]).read_text())
+    )

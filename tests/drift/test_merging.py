@@ -4,48 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pairs import State, drawn, drift, found, model, written
+from pairs import RANK, TARGETS, State, adapter, drawn, drift, found, model, products, written
 
 from gradscope.drift.result import DriftReport, Merge
-
-TARGETS = ("q_proj", "mlp")
-RANK = 4
-
-
-def adapter(folder: Path, changed: Mapping[str, torch.Tensor] | None = None, **config: Any) -> str:
-    """A LoRA of two modules of each layer, as PEFT writes it."""
-    path = folder / "adapter"
-    path.mkdir(exist_ok=True)
-    state: State = {}
-    for n in range(3):
-        for at, name in enumerate(TARGETS):
-            start = f"base_model.model.layers.{n}.{name}"
-            state[f"{start}.lora_A.weight"] = 0.1 * drawn(RANK, 32, seed=10 * n + at)
-            state[f"{start}.lora_B.weight"] = 0.1 * drawn(32, RANK, seed=99 + 10 * n + at)
-    written(path / "adapter_model.safetensors", state | dict(changed or {}))
-    document = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "target_modules": list(TARGETS)}
-    (path / "adapter_config.json").write_text(json.dumps(document | config))
-    return str(path)
-
-
-def products(folder: Path) -> State:
-    """B A of every module, in float64."""
-    from safetensors.torch import load_file
-
-    state = load_file(folder / "adapter" / "adapter_model.safetensors")
-    whole: State = {}
-    for name, a in state.items():
-        if name.endswith("lora_A.weight"):
-            b = state[name.replace("lora_A", "lora_B")]
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            whole[f"{module}.weight"] = b.double() @ a.double()
-    return whole
 
 
 def merged(folder: Path, scale: float, dtype: torch.dtype = torch.float32) -> State:

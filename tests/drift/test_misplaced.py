@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pairs import State, drift, found, model, only
+from pairs import drift, found, model, of_layers, only
 
 A, B = "layers.0.mlp.weight", "layers.2.mlp.weight"
-
-
-def of_layers(*sources: int) -> State:
-    """The model whose layers are those of the base."""
-    base = model()
-    kept = {n: t for n, t in base.items() if not n.startswith("layers.")}
-    for layer, source in enumerate(sources):
-        start = f"layers.{source}."
-        of_source = {n.removeprefix(start): t for n, t in base.items() if n.startswith(start)}
-        kept |= {f"layers.{layer}.{n}": t.clone() for n, t in of_source.items()}
-    return kept
 
 
 def test_two_that_were_swapped_name_each_other(tmp_path: Path) -> None:

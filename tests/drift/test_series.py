@@ -8,20 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import State, drawn, found, model, written
+from pairs import State, drawn, found, walk, written
 
 import gradscope
 from gradscope.drift.result import LayerPath
 from gradscope.report.formats import Display, renderer
-
-
-def walk(steps: int = 6) -> list[State]:
-    """Checkpoints of a model that moves by a little noise each time."""
-    states = [model()]
-    for n in range(steps):
-        states.append({k: t + 0.01 * t.std() * drawn(*t.shape, seed=100 + n)
-                       for k, t in states[-1].items()})  # fmt: skip
-    return states
 
 
 def series(folder: Path, states: list[State], **options: Any) -> Any:
