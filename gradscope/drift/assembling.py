@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.drift.describing import Seen, alone, drift_of, module_of, pools
+from gradscope.drift.logical import Schemes
 from gradscope.drift.matching import Matched, Matching
 from gradscope.drift.measures import Measures
 from gradscope.drift.result import DriftResult, TensorDrift
@@ -31,10 +32,11 @@ def assembled(
     matching: Matching,
     seen: Sequence[Seen],
     names: Mapping[str, Role],
+    schemes: Schemes,
 ) -> DriftResult:
     """The rows of all tensors, and what they come to."""
     return summed(
-        tuple(_rows(base, new, matching, seen, names)),
+        tuple(_rows(base, new, matching, seen, names, schemes)),
         [Known(s.new.name, s.role, s.measures) for s in seen if s.measures is not None],
         (*base.notes, *(n for n in new.notes if n not in base.notes), *matching.notes),
     )
@@ -80,13 +82,16 @@ def _rows(
     matching: Matching,
     seen: Sequence[Seen],
     names: Mapping[str, Role],
+    schemes: Schemes,
 ) -> Iterator[TensorDrift]:
     both = {s.base.name: s for s in seen}
     added = set(matching.added)
     for entry in entries(base, matching):
         if isinstance(entry, Matched):
             yield drift_of(both[entry.base.name], new.path)
-        elif entry in added:
-            yield alone(entry, names[entry.name], new.path, "added")
+            continue
+        role, scheme = names[entry.name], schemes.get(entry.decoding)
+        if entry in added:
+            yield alone(entry, role, new.path, "added", scheme)
         else:
-            yield alone(entry, names[entry.name], base.path, "removed")
+            yield alone(entry, role, base.path, "removed", scheme)

@@ -47,6 +47,19 @@ class Seen:
     #: Of tensors of one shape.
     measures: Measures | None = None
     explanation: Explanation | None = None
+    #: How codes are laid out, where it was computed from codes.
+    base_scheme: str | None = None
+    new_scheme: str | None = None
+
+    @property
+    def base_type(self) -> str:
+        """What the base stores."""
+        return self.base_scheme or self.base.dtype
+
+    @property
+    def new_type(self) -> str:
+        """What the new one stores."""
+        return self.new_scheme or self.new.dtype
 
 
 def severity_of(drift: float | None) -> Severity:
@@ -60,9 +73,9 @@ def status(seen: Seen) -> Status | None:
         return "reshaped"
     m, kind = seen.measures, seen.explanation.kind if seen.explanation is not None else None
     if m is None:
-        return None if seen.base.dtype == seen.new.dtype else "retyped"
+        return None if seen.base_type == seen.new_type else "retyped"
     if m.identical:
-        return "identical" if seen.base.dtype == seen.new.dtype else "retyped"
+        return "identical" if seen.base_type == seen.new_type else "retyped"
     if kind == "rounded":
         return "rounding"
     return "replaced" if kind == "re-initialised" else "changed"
@@ -77,8 +90,8 @@ def drift_of(seen: Seen, input_: str) -> TensorDrift:
         base_name=base.name if base.name != new.name else None,
         status=status(seen),
         role=seen.role,
-        base_dtype=base.dtype,
-        dtype=new.dtype,
+        base_dtype=seen.base_type,
+        dtype=seen.new_type,
         base_shape=base.shape,
         shape=new.shape,
         numel=new.numel,
@@ -90,16 +103,18 @@ def drift_of(seen: Seen, input_: str) -> TensorDrift:
     )
 
 
-def alone(ref: TensorRef, role: Role, input_: str, kind: Status) -> TensorDrift:
-    """The row of a tensor that only one has."""
-    added = kind == "added"
+def alone(
+    ref: TensorRef, role: Role, input_: str, kind: Status, scheme: str | None = None
+) -> TensorDrift:
+    """The row of a tensor that only one has; of codes with their ``scheme``."""
+    added, stored = kind == "added", scheme or ref.dtype
     return TensorDrift(
         name=ref.name,
         input=input_,
         status=kind,
         role=role,
-        base_dtype=None if added else ref.dtype,
-        dtype=ref.dtype if added else None,
+        base_dtype=None if added else stored,
+        dtype=stored if added else None,
         base_shape=None if added else ref.shape,
         shape=ref.shape if added else None,
         numel=ref.numel,

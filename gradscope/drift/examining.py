@@ -18,7 +18,8 @@ from gradscope.weights.roles import AUXILIARY, Role, roles
 
 if TYPE_CHECKING:  # compiled kernels, which --headers-only has no use for
     from gradscope.drift.describing import Seen
-    from gradscope.drift.logical import Logical
+    from gradscope.drift.logical import Logical, Schemes
+    from gradscope.drift.measures import Measures
     from gradscope.statistics import Engine
     from gradscope.weights.shares import Share
 
@@ -55,16 +56,32 @@ class Shared:
 def headers_of(base: Checkpoint, new: Checkpoint) -> Found:
     """Names, shapes and types alone."""
     from gradscope.drift.assembling import assembled
-    from gradscope.drift.describing import Seen
     from gradscope.drift.experts import unstacked
     from gradscope.drift.logical import by_headers
 
     here, there, known = unstacked(by_headers(base), by_headers(new), ggml_names(base, new))
     names = _roles(here.tensors, there.tensors)
     matching = matched(here.tensors, there.tensors, known)
-    seen = [Seen(m.base, m.new, names[m.new.name]) for m in matching.pairs]
-    result = assembled(base, new, matching, seen, names)
+    schemes = {**here.schemes, **there.schemes}
+    seen = [_seen(m, names, schemes) for m in matching.pairs]
+    result = assembled(base, new, matching, seen, names, schemes)
     return Found((base, new), result, seen, frozenset({Need.HEADERS}))
+
+
+def _seen(
+    pair: Matched, names: Mapping[str, Role], schemes: Schemes, measures: Measures | None = None
+) -> Seen:
+    from gradscope.drift.describing import Seen
+
+    was, stored = schemes.get(pair.base.decoding), schemes.get(pair.new.decoding)
+    return Seen(
+        pair.base,
+        pair.new,
+        names[pair.new.name],
+        measures,
+        base_scheme=was,
+        new_scheme=stored,
+    )
 
 
 def _roles(base: Sequence[TensorRef], new: Sequence[TensorRef]) -> Mapping[str, Role]:
@@ -125,7 +142,8 @@ def _compared(
     matching = tied(matching, here.tensors, there.tensors, same)
     names = _roles(here.tensors, there.tensors)
     mine = matching if part is None else _share(matching, part)
-    measured = _measured(mine.pairs, names, engine, progress)
+    schemes = {**here.schemes, **there.schemes}
+    measured = _measured(mine.pairs, names, schemes, engine, progress)
     weights = {**here.quantized, **there.quantized}
     mixed = _parents(here, parents)
     tasks = (
@@ -145,7 +163,7 @@ def _compared(
             shared = Shared(matching, names, elsewhere(found, here.tensors))
     for checkpoint in (base, new, *parents.values()):
         unchanged(checkpoint)
-    result = assembled(base, new, mine, seen, names)
+    result = assembled(base, new, mine, seen, names, schemes)
     return Found((base, new), result, seen, frozenset({Need.HEADERS, Need.VALUES}), shared)
 
 
@@ -169,11 +187,11 @@ def unchanged(checkpoint: Checkpoint) -> None:
 def _measured(
     pairs: Sequence[Matched],
     names: Mapping[str, Role],
+    schemes: Schemes,
     engine: Engine[Any, Any],
     progress: Progress,
 ) -> list[Seen]:
     from gradscope.drift.comparing import Pair, compare
-    from gradscope.drift.describing import Seen
 
     alike = [m for m in pairs if m.base.shape == m.new.shape]
     total = sum(m.base.nbytes + m.new.nbytes for m in alike)
@@ -186,7 +204,7 @@ def _measured(
 
     found = compare([Pair(m.base, m.new) for m in alike], engine, tick)
     measured = {m.new.name: measures for m, measures in zip(alike, found, strict=True)}
-    return [Seen(m.base, m.new, names[m.new.name], measured.get(m.new.name)) for m in pairs]
+    return [_seen(m, names, schemes, measured.get(m.new.name)) for m in pairs]
 
 
 def _without(
@@ -253,7 +271,15 @@ def _explained(task: _Task) -> Seen:
         return replace(seen, explanation=reshaped(seen.base, seen.new))
     trained = seen.role not in AUXILIARY
     subject = Subject(seen.base, seen.new, seen.measures, task.quantized, trained, task.parents)
-    return replace(seen, explanation=_with_tie(explained(subject), task))
+    return replace(seen, explanation=_with_tie(_retyped(seen) or explained(subject), task))
+
+
+def _retyped(seen: Seen) -> Explanation | None:
+    """Of identical values: another type, or other codes."""
+    if seen.measures is None or not seen.measures.identical or seen.base_type == seen.new_type:
+        return None
+    text = f"{seen.base_type} stored as {seen.new_type}, every value kept"
+    return Explanation(kind="cast", text=text, residual=0.0)
 
 
 def _with_tie(why: Explanation | None, task: _Task) -> Explanation | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gradscope.checkpoints.tensors import Checkpoint, TensorRef
+from gradscope.checkpoints.tensors import Checkpoint, Decoding, TensorRef
 from gradscope.quantization.headers import told_by_headers
 from gradscope.quantization.weights import QuantizedWeight
+
+#: How codes are laid out, by how values are computed from them; of None, which is no codes, None.
+Schemes = Mapping[Decoding | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,12 @@ class Logical:
 
     tensors: tuple[TensorRef, ...]
     quantized: Mapping[str, QuantizedWeight]
+
+    @property
+    def schemes(self) -> Schemes:
+        """Of every weight in codes, and of each expert of a stack."""
+        known = self.quantized
+        return {r.decoding: known[r.name].scheme for r in self.tensors if r.name in known}
 
 
 def logical(checkpoint: Checkpoint) -> Logical:

@@ -27,6 +27,7 @@ _COLUMNS, _FEWEST = 256, 16
 _PROBES, _ROWS = 16, 1 << 14
 #: The cosine of rows that are the same: of others of so many elements it is hardly above 0.8.
 _ALIKE = 0.85
+_LEAST = float(np.finfo(np.float64).tiny)
 
 
 def permuted_exactly(base: TensorRef, new: TensorRef, axis: int) -> Permutation | None:
@@ -100,6 +101,8 @@ def _starts(ref: TensorRef, which: npt.NDArray[np.int_] | None = None) -> npt.ND
     width, columns = ref.row_numel, min(ref.row_numel, _COLUMNS)
     chosen = range(ref.shape[0]) if which is None else which.tolist()
     found = np.array([values(ref, i * width, i * width + columns) for i in chosen])
+    # Squares of the greatest values, and of the least, are beyond the numbers.
+    found = found / np.maximum(np.abs(found).max(axis=1, keepdims=True), _LEAST)
     norms = np.linalg.norm(found, axis=1, keepdims=True)
     return np.asarray(found / np.where(norms > 0, norms, 1), np.float32)
 

@@ -240,3 +240,50 @@ def test_blocks_have_their_shapes_in_headers(tmp_path: Path) -> None:
 
     assert found(report) == {}
     assert only(report, "blk.0.ffn_up.weight").shape == (2 * WIDTH, WIDTH)
+
+
+# -- what is stored --------------------------------------------------------------------------------
+
+
+def types(report: DriftReport) -> dict[str, tuple[str | None, str | None, str | None]]:
+    assert report.result is not None
+    return {t.name: (t.base_dtype, t.dtype, t.status) for t in report.result.tensors}
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_blocks_are_shown_by_their_type(headers_only, tmp_path):
+    one = converted(tmp_path / "one.gguf", hugging_face(), "Q8_0")
+    two = converted(tmp_path / "two.gguf", hugging_face(), "Q4_0")
+    shown = types(gradscope.analyze_drift(one, two, headers_only=headers_only))
+    status = "retyped" if headers_only else "changed"
+    assert shown["blk.0.attn_v.weight"] == ("gguf Q8_0", "gguf Q4_0", status)
+    assert shown["output_norm.weight"] == ("F32", "F32", None if headers_only else "identical")
+    again = types(gradscope.analyze_drift(one, one, headers_only=headers_only))
+    same = None if headers_only else "identical"
+    assert again["blk.0.attn_v.weight"] == ("gguf Q8_0", "gguf Q8_0", same)
+
+
+def test_values_of_blocks_stored_as_they_are_are_retyped(tmp_path: Path) -> None:
+    one = converted(tmp_path / "one.gguf", hugging_face(), "Q8_0")
+    reader = gguf.GGUFReader(one)
+    plain = {
+        t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+        for t in reader.tensors
+    }
+    report = gradscope.analyze_drift(one, written(tmp_path / "two.safetensors", plain))
+    row = only(report, "blk.0.attn_v.weight")
+    assert (row.base_dtype, row.dtype, row.status) == ("gguf Q8_0", "F32", "retyped")
+    assert row.explanation is not None
+    assert row.explanation.text == "gguf Q8_0 stored as F32, every value kept"
+    assert not report.findings
+
+
+def test_what_only_one_has_and_what_is_tied_are_shown_by_their_type(tmp_path: Path) -> None:
+    state = hugging_face()
+    one = converted(tmp_path / "one.gguf", state, "Q8_0")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    head = state["model.embed_tokens.weight"].clone()
+    two = converted(tmp_path / "two.gguf", state | {"lm_head.weight": head}, "Q8_0")
+    shown = types(gradscope.analyze_drift(one, two))
+    assert shown["blk.1.ffn_up.weight"] == ("gguf Q8_0", None, "removed")
+    assert shown["output.weight"] == ("gguf Q8_0", "gguf Q8_0", "identical")

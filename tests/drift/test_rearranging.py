@@ -151,3 +151,19 @@ def test_biases_of_permuted_heads_are_told_after_a_cast(
     assert found(report) == {}
     trained = {"k_proj.bias": (turned.float() + 0.02 * drawn(128, seed=1)).to(dtype)}
     assert found(drift(tmp_path, {"k_proj.bias": bias}, trained, expect="converted"))
+
+
+@pytest.mark.parametrize("size", [1e200, 1.0])
+def test_values_whose_squares_are_beyond_the_numbers_are_compared(
+    tmp_path: Path, size: float
+) -> None:
+    base = weight().double() * size
+    moved = base[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+
+    permuted, trained = (
+        changed(tmp_path, base, t) for t in (moved, base + 0.1 * size * drawn(64, 48, seed=2))
+    )
+
+    assert (permuted.explanation and permuted.explanation.kind) == "permuted"
+    assert trained.status == "changed"
+    assert (trained.relative_drift is None) == (size != 1.0)

@@ -42,9 +42,12 @@ _FINDERS: tuple[Callable[[Subject], Explanation | None], ...] = (
 
 
 def explained(subject: Subject) -> Explanation | None:
-    """The first explanation that holds, None where none does. Raises InputError."""
+    """The first explanation that holds, None where none does, or nothing changed.
+
+    Raises InputError.
+    """
     if subject.measures.identical:
-        return rounding.retyped(subject)
+        return None
     for find in _FINDERS:
         if (found := find(subject)) is not None:
             return found

@@ -23,14 +23,6 @@ HOW = (
 )
 
 
-def retyped(s: Subject) -> Explanation | None:
-    """Of identical values: another type."""
-    if s.base.dtype == s.new.dtype:
-        return None
-    text = f"{s.base.dtype} stored as {s.new.dtype}, every value kept"
-    return Explanation(kind="cast", text=text, residual=0.0)
-
-
 def cast(s: Subject) -> Explanation | None:
     """Every value is the other one's, rounded to the type of fewer bits."""
     rounding = rounding_between(s.base.dtype, s.new.dtype)
