@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,8 @@ def _drifted(
     """What the rules see: with what was expected, and how adapters were merged."""
     if found.result is None:
         return None
-    check_patterns(asked, (n for t in found.result.tensors for n in names_of(t)))
+    names = (name for t in found.result.tensors for name in names_of(t))
+    check_patterns(asked, chain(names, found.lost))
     result = found.result
     if adapters:
         from gradscope.drift.merging import merges

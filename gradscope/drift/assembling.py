@@ -15,7 +15,7 @@ from gradscope.drift.measures import Measures
 from gradscope.drift.result import DriftResult, TensorDrift
 from gradscope.report.severity import Severity
 from gradscope.weights.names import block_of
-from gradscope.weights.roles import AUXILIARY, TRAINING, Role
+from gradscope.weights.roles import AUXILIARY, Role
 
 
 class Known(NamedTuple):
@@ -57,7 +57,7 @@ def summed(
         max_drift=max((d for _, d in drifts), default=None),
         severity=max((t.severity for t in tensors), key=lambda s: s.rank, default=Severity.INFO),
         affected_layers=tuple(dict.fromkeys(module_of(t.name) for t in tensors if t.affected)),
-        counts=dict(Counter(t.status or "not compared" for t in tensors if t.role not in TRAINING)),
+        counts=dict(Counter(t.status or "not compared" for t in tensors if not t.beside)),
         by_role=pools((k.role, k.measures) for k in known),
         by_block=pools((b, k.measures) for k in model if (b := block_of(k.name)) is not None),
         notes=tuple(notes),

@@ -90,6 +90,7 @@ def drift_of(seen: Seen, input_: str) -> TensorDrift:
         base_name=base.name if base.name != new.name else None,
         status=status(seen),
         role=seen.role,
+        beside=_beside(base, seen.role) or _beside(new, seen.role),
         base_dtype=seen.base_type,
         dtype=seen.new_type,
         base_shape=base.shape,
@@ -113,12 +114,17 @@ def alone(
         input=input_,
         status=kind,
         role=role,
+        beside=_beside(ref, role),
         base_dtype=None if added else stored,
         dtype=stored if added else None,
         base_shape=None if added else ref.shape,
         shape=ref.shape if added else None,
         numel=ref.numel,
     )
+
+
+def _beside(ref: TensorRef, role: Role) -> bool:
+    return ref.part != "model" or role in TRAINING
 
 
 def _severity(seen: Seen) -> Severity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from gradscope.checkpoints.integrity import check_unchanged, verified
 from gradscope.checkpoints.left_out import unread
 from gradscope.checkpoints.tensors import Checkpoint, Skipped, TensorRef
 from gradscope.drift.ggml_names import ggml_names
-from gradscope.drift.matching import Matched, Matching, matched, renamed, tied
+from gradscope.drift.matching import Matched, Matching, canonical, matched, renamed, tied
 from gradscope.drift.result import DriftResult, Explanation, Need
 from gradscope.report.model import InputFailure
 from gradscope.report.request import Failures, part_failures
@@ -38,6 +38,11 @@ class Found:
     #: Of one of several jobs, which has seen and described its share alone.
     share: Shared | None = None
 
+    @property
+    def lost(self) -> Iterator[str]:
+        """Names of tensors that could not be read."""
+        return (s.subject for c in self.checkpoints for s in c.skipped if not s.deliberate)
+
     def errors(self, failures: Sequence[InputFailure]) -> list[InputFailure]:
         """What failed, and what of the checkpoints could not be read."""
         unread_ = ((c.path, unread(c, bool(failures))) for c in self.checkpoints)
@@ -59,6 +64,7 @@ def headers_of(base: Checkpoint, new: Checkpoint) -> Found:
     from gradscope.drift.experts import unstacked
     from gradscope.drift.logical import by_headers
 
+    base, new = _of_both(base, new), _of_both(new, base)
     here, there, known = unstacked(by_headers(base), by_headers(new), ggml_names(base, new))
     names = _roles(here.tensors, there.tensors)
     matching = matched(here.tensors, there.tensors, known)
@@ -136,6 +142,7 @@ def _compared(
     from gradscope.statistics.engine import one_blas_thread
 
     base, new = verified(base, engine), verified(new, engine)
+    base, new = _of_both(base, new), _of_both(new, base)
     here, there, known = unstacked(logical(base), logical(new), ggml_names(base, new))
     matching = matched(here.tensors, there.tensors, known)
     matching = renamed(matching, here.tensors, there.tensors, _Content(engine))
@@ -165,6 +172,18 @@ def _compared(
         unchanged(checkpoint)
     result = assembled(base, new, mine, seen, names, schemes)
     return Found((base, new), result, seen, frozenset({Need.HEADERS, Need.VALUES}), shared)
+
+
+def _of_both(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A checkpoint without what the other has, too, but could not be read of: it is not lacking
+    there, and what was skipped tells of it.
+    """
+    lost = {canonical(s.subject) for s in other.skipped}
+    lost -= {canonical(ref.name) for ref in other.tensors} if lost else set()
+    if not lost:
+        return checkpoint
+    kept = tuple(ref for ref in checkpoint.tensors if canonical(ref.name) not in lost)
+    return replace(checkpoint, tensors=kept)
 
 
 def _share(matching: Matching, part: Share) -> Matching:

@@ -11,7 +11,7 @@ from gradscope.drift.result import DriftResult, LayerPath, Series, TensorDrift
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 from gradscope.text import plural
 from gradscope.weights.places import by_place, drawn_by_place
-from gradscope.weights.roles import TRAINING, Role
+from gradscope.weights.roles import Role
 
 #: Lines of a series that can still be told apart.
 _PATHS = 60
@@ -22,7 +22,7 @@ _LEAST, _MOST = 1e-8, 1.0
 def drift(result: DriftResult) -> Iterator[Panel]:
     """Change by block and place, the way there, change by role, and every tensor."""
     # What counts something moves by many times its norm, and says nothing.
-    model = (t for t in result.tensors if t.role not in TRAINING | {Role.COUNTER})
+    model = (t for t in result.tensors if not t.beside and t.role is not Role.COUNTER)
     changed = [t for t in model if t.relative_drift is not None]
     if len(changed) > 1:
         yield _map(changed)

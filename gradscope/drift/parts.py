@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def partial_report(
     result, shared, total = found.result, found.share, 0
     if result is not None and shared is not None:
         whole = entries(found.checkpoints[0], shared.matching)
-        check_patterns(asked, (name for entry in whole for name in _names(entry)))
+        names = (name for entry in whole for name in _names(entry))
+        check_patterns(asked, chain(names, found.lost))
         total = len(whole)
         state = _state(state, found, shared, job, failures, engine)
         result = result.model_copy(update={"merges": tuple((state.merges or {}).values())})

@@ -90,6 +90,8 @@ class TensorDrift(Record):
     base_name: str | None = None
     status: Status | None
     role: Role
+    #: Whether training keeps it beside the model: an optimizer's state, an average.
+    beside: bool = False
     base_dtype: str | None
     dtype: str | None
     base_shape: tuple[int, ...] | None

@@ -13,7 +13,6 @@ from gradscope.report.formats.cells import Grid, number, sparkline, table
 from gradscope.report.severity import Severity
 from gradscope.text import escaped, shortened
 from gradscope.weights.names import pattern
-from gradscope.weights.roles import TRAINING
 
 _SHOWN = 24
 _NARROW_NAME = 32
@@ -142,17 +141,25 @@ def _grouped(tensors: Sequence[TensorDrift]) -> list[list[TensorDrift]]:
     groups: dict[object, list[TensorDrift]] = {}
     for t in tensors:
         why = t.explanation
-        key: object = (t.status, t.base_dtype, t.dtype, why.text if why else None)
+        key: object = (t.beside, t.status, t.base_dtype, t.dtype, why.text if why else None)
         if t.affected:
             kind = why.kind if why is not None else None
-            key = (pattern(t.name), t.base_shape, t.shape, t.base_dtype, t.dtype, t.status, kind)
+            key = (
+                pattern(t.name),
+                t.base_shape,
+                t.shape,
+                t.base_dtype,
+                t.dtype,
+                t.status,
+                kind,
+                t.beside,
+            )
         groups.setdefault(key, []).append(t)
     return sorted(groups.values(), key=_order)
 
 
 def _order(group: Sequence[TensorDrift]) -> tuple[bool, int, float]:
-    beside = group[0].role in TRAINING
-    return beside, -max(map(_rank, group)), -max(map(_drift, group))
+    return group[0].beside, -max(map(_rank, group)), -max(map(_drift, group))
 
 
 def _rank(tensor: TensorDrift) -> int:

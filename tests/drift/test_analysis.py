@@ -87,6 +87,39 @@ def test_a_bad_file_on_either_side_is_exit_3(
     jsonschema.validate(as_json(report), report_schema())
 
 
+@pytest.mark.parametrize("headers_only", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("lost", ["end", "shard"])
+def test_what_one_side_has_but_could_not_be_read_is_no_change_of_the_set(
+    lost: str, swapped: bool, headers_only: bool, tmp_path: Path, base: str
+) -> None:
+    if lost == "shard":
+        broken = sharded(tmp_path)
+        (broken / "model-00001-of-00002.safetensors").unlink()
+    else:
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(Path(base).read_bytes()[:-20_000])
+    pair = (broken, base) if swapped else (base, broken)
+
+    asked = [] if headers_only else [next(reversed(model())), next(iter(model()))]
+    report = gradscope.analyze_drift(*pair, headers_only=headers_only, expect_frozen=asked)
+
+    assert report.gate.exit_code == 3
+    assert not report.findings
+    assert report.result is not None
+    assert {t.status for t in report.result.tensors} == {None if headers_only else "identical"}
+    assert 0 < report.coverage.analyzed < report.coverage.total == len(model())
+    assert len(report.coverage.skipped) == report.coverage.total - report.coverage.analyzed
+
+
+def test_what_is_left_out_of_one_by_its_name_is_not_new_in_the_other(tmp_path: Path) -> None:
+    wrapped = {f"model.{name}": t for name, t in model().items()}
+    report = drift(tmp_path, wrapped, model(), exclude=["model.layers.0.*"])
+    assert not report.findings
+    assert report.result is not None
+    assert {t.status for t in report.result.tensors} == {"identical"}
+
+
 def test_a_file_that_changes_while_it_is_read_is_exit_3(tmp_path: Path, base: str) -> None:
     new = Path(written(tmp_path / "new.safetensors", model()))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from pairs import drawn, drift, model
 
+from gradscope.drift.analysis import analyze_drift
 from gradscope.report.formats import Display, renderer
 from gradscope.report.model import AnyReport
 
@@ -57,3 +58,32 @@ def test_a_narrow_terminal_keeps_its_width(tmp_path: Path) -> None:
     report = drift(tmp_path, model(), model(seed=1) | {"x" * 300: torch.ones(2, 2)})
 
     assert max(map(len, shown(report, width=80).splitlines())) <= 80
+
+
+def test_what_training_keeps_is_neither_counted_nor_shown_first(tmp_path: Path) -> None:
+    """Moments and counters of one element among them."""
+    paths = []
+    for step in (1.0, 90.0):
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
+        torch.manual_seed(0)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1 + step / 1e4)
+        adam = torch.optim.Adam(net.parameters())
+        for _ in range(int(step)):
+            net(torch.ones(2, 8)).sum().backward()
+            adam.step()
+        paths.append(tmp_path / f"{step}.pt")
+        torch.save({"model": net.state_dict(), "optimizer": adam.state_dict()}, paths[-1])
+
+    report = analyze_drift(*paths)
+
+    assert report.result is not None
+    assert dict(report.result.counts) == {"changed": 4}
+    beside = {t.name for t in report.result.tensors if t.beside}
+    assert {n.partition(".")[0] for n in beside} == {"optimizer"}
+    assert len(beside) == 12
+    assert "4 changed" in shown(report)
+    rows = [line for line in shown(report).splitlines() if "  changed  " in line]
+    of_training = [line.startswith("optimizer") for line in rows]
+    assert of_training == sorted(of_training)
+    assert {True, False} <= set(of_training)
