@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
+from gradscope.drift.expectations import Expectations, names_of
 from gradscope.drift.result import Drifted, Expected, Kind, TensorDrift
+from gradscope.weights.patterns import matcher
 from gradscope.weights.roles import TRAINING, Role
 
 #: What a conversion may do to a tensor.
@@ -37,6 +39,17 @@ def others(drifted: Drifted, decibels: float) -> Others:
     fits = _FITS[kind]
     wrong = [t for t in tensors if t.status is not None and not fits(t, decibels)]
     return Others(tensors, wrong, _WORDS[kind])
+
+
+def told_otherwise(expected: Expectations) -> Callable[[TensorDrift], bool]:
+    """Whether what a tensor may become was said, so that it is held against that alone."""
+    named = matcher((*expected.frozen, *expected.changed))
+
+    def told(tensor: TensorDrift) -> bool:
+        of_role = tensor.role in expected.most or "*" in expected.most
+        return of_role or expected.kind is not None or any(map(named, names_of(tensor)))
+
+    return told
 
 
 def _base_name(tensor: TensorDrift) -> str:

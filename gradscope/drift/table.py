@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import RenderableType
 from rich.text import Text
 
-from gradscope.drift.result import DriftResult, Pooled, Series, TensorDrift
+from gradscope.drift.result import DriftResult, Merge, Pooled, Series, TensorDrift
 from gradscope.report.formats import Display
 from gradscope.report.formats.cells import Grid, number, sparkline, table
 from gradscope.report.severity import Severity
-from gradscope.text import escaped, shortened
+from gradscope.text import escaped, plural, shortened
 from gradscope.weights.names import pattern
 
 _SHOWN = 24
@@ -34,12 +34,29 @@ def drift(result: DriftResult, display: Display) -> Iterator[RenderableType | Gr
     for note in result.notes:
         yield Text.assemble(("note ", "dim"), escaped(note))
     yield _summary(result)
+    if result.merges:
+        yield Text(_merged(result.merges))
     if result.by_role and any(p.identical < p.tensors for p in result.by_role.values()):
         yield Text("")
         yield _pools("role", result.by_role)
     if result.series is not None:
         yield from _series(result.series, display)
     yield from _tensors(result.tensors, display)
+
+
+def _merged(merges: Sequence[Merge]) -> str:
+    """How far what the adapter changes is from the merge."""
+    unknown = [m for m in merges if m.residual_ulps is None and m.share_error is None]
+    idle = [m for m in merges if m.unchanged]
+    away = [m.residual_ulps for m in merges if m.residual_ulps is not None and not m.unchanged]
+    coded = [m.share for m in merges if m.share_error is not None and m.share is not None]
+    said = [
+        f"at most {max(away):.3g} units in the last place (rms) from the merge" if away else "",
+        f"{min(coded):.3g} to {max(coded):.3g} of the product in codes" if coded else "",
+        f"{len(idle):,} unchanged" if idle else "",
+        f"{len(unknown):,} not compared" if unknown else "",
+    ]
+    return f"{plural(len(merges), 'module')} of the adapter: {', '.join(filter(None, said))}"
 
 
 def _series(series: Series, display: Display) -> Iterator[RenderableType]:

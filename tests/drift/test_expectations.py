@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +125,36 @@ def test_wrong_requests_are_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=said):
             gradscope.analyze_drift(path, path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, 3),
+        ({"expect_changed": ["layers.0.mlp.weight"]}, 2),
+        ({"expect_changed": ["layers.0.mlp.weight", "embed*"]}, 1),
+        ({"max_drift": {"linear": 0.5}}, 1),
+        ({"max_drift": {"*": 0.5}}, 0),
+        ({"max_drift": {"bias": 0.5}}, 3),
+    ],
+)
+def test_what_was_said_to_change_is_not_found_to_have_moved(
+    options: dict[str, Any], left: int, tmp_path: Path
+) -> None:
+    new = model()
+    for name in ("layers.0.mlp.weight", "layers.1.q_proj.weight", "embed_tokens.weight"):
+        new[name] = new[name] + 0.05 * new[name].std() * drawn(*new[name].shape, seed=3)
+
+    report = drift(tmp_path, model(), new, **options)
+
+    assert found(report) == ({"weight-drift": ["low"]} if left else {})
+    assert [f.evidence["tensors"] for f in report.findings] == [left] * bool(left)
+
+
+def test_a_change_that_was_not_wanted_is_one_finding(tmp_path: Path) -> None:
+    new = model()
+    new["layers.0.mlp.weight"] = 1.5 * new["layers.0.mlp.weight"]
+    for options in ({"expect": "identical"}, {"expect_frozen": ["layers.*"]},
+                    {"max_drift": {"linear": 0.1}}, {"expect": "converted"}):  # fmt: skip
+        report = drift(tmp_path, model(), new, **options)
+        assert found(report) == {"unexpected-change": ["high"]}

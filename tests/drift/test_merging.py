@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from pairs import RANK, TARGETS, State, adapter, drawn, drift, found, model, products, written
 
 from gradscope.drift.result import DriftReport, Merge
+from gradscope.report.formats import Display, renderer
 
 
 def merged(folder: Path, scale: float, dtype: torch.dtype = torch.float32) -> State:
@@ -74,6 +76,25 @@ def test_another_scale_is_told(
     assert expected(report) == {"unexpected-change": ["high"]}
     assert all(m.fitted_scale == pytest.approx(times * told, rel=1e-4) for m in merges(report))
     assert f"a scale of {times * told:.4g}, not {told:.4g}" in report.findings[0].message
+
+
+def test_a_merge_as_the_adapter_asks_is_no_finding_and_is_shown(tmp_path: Path) -> None:
+    adapter(tmp_path)
+
+    right, idle = checked(tmp_path, merged(tmp_path, 2.0)), checked(tmp_path, model())
+    wrong = checked(tmp_path, merged(tmp_path, 1.0))
+
+    assert (right.findings, right.gate.exit_code) == ((), 0)
+    assert [f.name for f in wrong.findings] == ["unexpected-change"]
+    texts = [str(renderer("table")(r, Display())) for r in (right, idle, wrong)]
+    lines = [next(ln for ln in t.splitlines() if "s of the adapter:" in ln) for t in texts]
+    said = (
+        r"6 modules of the adapter: at most 0\.\d+ units in the last place \(rms\) from the merge"
+    )
+    assert re.fullmatch(said, lines[0].strip())
+    assert lines[1].strip() == "6 modules of the adapter: 6 unchanged"
+    far = float(lines[2].split("at most ")[1].split()[0].replace("e+", "e"))
+    assert far == pytest.approx(max(m.residual_ulps or 0 for m in merges(wrong)), rel=1e-2)
 
 
 def test_a_merge_that_did_nothing_is_told(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+from gradscope.drift.fits import told_otherwise
 from gradscope.drift.result import Drifted, Kind, Need, Status, TensorDrift
 from gradscope.report.rules import Observation, rule
 from gradscope.report.severity import Severity
@@ -51,20 +52,23 @@ def weight_drift(
 
     Drift is ‖new − base‖ / ‖base‖. What a cast, a permutation or a transposition explains is no
     drift. All that moved is one finding: low from 1 %, medium from 10 % on, as continued training
-    does. It names those that moved much farther than others of their role, where ln(drift) lies 8
-    robust deviations above the median of at least eight. Damage is told by its kind: elements that
-    became NaN or infinite and swapped bytes are critical, one flipped bit and tensors that became
-    zero high; so are casts that put elements beyond the range of their type (high) or lose 10 % of
-    a tensor's norm below it (medium). Tensors that hold what the base has under another name, as
-    mixed up layers leave them, are one finding: high, but medium where layers were added or removed
-    as well. In a series a layer that jumps ten times as far as the median of its steps before, or
-    to values that are not finite, is medium, one that stops while others go on low.
+    does; what `--expect`, `--expect-frozen`, `--expect-changed` or `--max-drift` says of a tensor
+    is judged by D102 and D103 instead. It names those that moved much farther than others of their
+    role, where ln(drift) lies 8 robust deviations above the median of at least eight. Damage is
+    told by its kind: elements that became NaN or infinite and swapped bytes are critical, one
+    flipped bit and tensors that became zero high; so are casts that put elements beyond the range
+    of their type (high) or lose 10 % of a tensor's norm below it (medium). Tensors that hold what
+    the base has under another name, as mixed up layers leave them, are one finding: high, but
+    medium where layers were added or removed as well. In a series a layer that jumps ten times as
+    far as the median of its steps before, or to values that are not finite, is medium, one that
+    stops while others go on low.
     """
     yield from _damaged(drifted)
     yield from _misplaced(drifted)
     yield from _on_the_way(drifted)
     yield from _lost_by_cast(drifted, large)
-    moved = [t for t in drifted.result.tensors if _drifted(t)]
+    told = told_otherwise(drifted.expected)
+    moved = [t for t in drifted.result.tensors if _drifted(t) and not told(t)]
     far = [t for t in moved if (t.relative_drift or 0) >= noticed]
     if far:
         worst = max(far, key=lambda t: t.relative_drift or 0)
