@@ -172,7 +172,7 @@ def _ordered(*paths: str | Path) -> list[str]:
     given = [str(path) for path in paths]
     if len(given) == 2:
         return given
-    from gradscope.drift.series import in_order
+    from gradscope.drift.ordering import in_order
 
     return in_order(given)
 

@@ -24,8 +24,9 @@ from gradscope.drift.expectations import Expectations, check_patterns, expectati
 from gradscope.drift.matching import Matched
 from gradscope.drift.measures import Measures
 from gradscope.drift.merging import merges
+from gradscope.drift.ordering import in_order
 from gradscope.drift.result import Drifted, DriftReport, DriftResult, Merge, Need, TensorDrift
-from gradscope.drift.series import Way, in_order, trajectories, ways
+from gradscope.drift.series import Way, trajectories, ways
 from gradscope.errors import InputError
 from gradscope.report.config import ConfigLike
 from gradscope.report.model import Coverage, Input, NotEvaluated, Skip

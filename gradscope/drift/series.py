@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradscope.checkpoints.series import by_number
 from gradscope.checkpoints.tensors import Checkpoint, TensorRef
 from gradscope.drift import kernels
 from gradscope.drift.comparing import Pair, compare
@@ -18,6 +15,7 @@ from gradscope.drift.describing import module_of
 from gradscope.drift.logical import logical
 from gradscope.drift.matching import matched
 from gradscope.drift.measures import Measures
+from gradscope.drift.ordering import distinct
 from gradscope.drift.result import LayerPath, Series
 from gradscope.statistics.engine import Engine
 from gradscope.weights.roles import AUXILIARY, roles
@@ -28,12 +26,6 @@ _JUMP, _BEFORE = 10.0, 3
 
 #: Of each matched tensor: ‖from the first‖², ‖step‖², ‖over two steps‖², and what is not finite.
 _Squares = tuple[float, float, float | None, int]
-
-
-def in_order(paths: Sequence[str]) -> list[str]:
-    """More than two by the numbers in their names where each has one, else as they were given."""
-    numbered = len(paths) > 2 and all(re.search(r"\d", p) for p in paths)
-    return by_number(paths) if numbered else list(paths)
 
 
 class Way(NamedTuple):
@@ -49,7 +41,7 @@ class Way(NamedTuple):
 
 def trajectories(found: Iterable[Way], paths: Sequence[str]) -> Series:
     """Distance, step length and cosine of successive steps of every layer that was trained."""
-    labels = tuple(os.path.basename(os.path.abspath(path)) for path in paths)
+    labels = tuple(distinct(paths))
     return Series(checkpoints=labels, layers=tuple(_layers(sorted(found), labels)))
 
 
