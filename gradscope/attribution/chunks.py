@@ -40,13 +40,17 @@ def fitting(kept: Collection[int], device: torch.device, batch: int | None) -> C
     """Chunks by the bytes of each tensor that the backward pass of one input keeps, or of a batch.
 
     On a CPU the largest of them fills the last cache at most: an operator's output is still there
-    when the next one reads it. Without a backward pass nothing else has to stay.
+    when the next one reads it. Without a backward pass nothing has to stay but what an operator
+    reads and what it writes, which then fit together.
     """
     fits = _budget(device) // (2 * max(1, sum(kept)))
     cached = last_cache() // max(kept, default=1) if device.type == "cpu" else _MOST
     each = batch or 1
     gradient = each * max(1, min(fits, _power(cached), _MOST // each))
-    return Chunks(gradient, 2 * gradient, 4 * gradient)
+    forward = 2 * gradient
+    if device.type == "cpu":
+        forward = min(forward, each * _power(cached // 2))
+    return Chunks(gradient, forward, 4 * gradient)
 
 
 def _power(number: int) -> int:

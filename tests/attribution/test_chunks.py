@@ -29,25 +29,25 @@ def test_chunks_are_halved_with_and_without_a_backward_pass() -> None:
     assert (chunks.gradient, chunks.forward, chunks.windows) == (4, 8, 16)
 
 
-@pytest.mark.parametrize(("kept", "cache", "gradient"), [
-    ([3 * MB, 1 * MB], 32, 8), ([3 * MB] * 9, 16, 4), ([5 * MB], 4, 1), ([MB // 9], 32, 64),
-    ([], 32, 64),
+@pytest.mark.parametrize(("kept", "cache", "gradient", "forward"), [
+    ([3 * MB, 1 * MB], 32, 8, 4), ([3 * MB] * 9, 16, 4, 2), ([5 * MB], 4, 1, 1),
+    ([MB // 9], 32, 64, 128), ([], 32, 64, 128),
 ])  # fmt: skip
-def test_the_largest_tensor_of_a_chunk_fits_in_the_last_cache(
-    kept: list[int], cache: int, gradient: int, monkeypatch: pytest.MonkeyPatch
+def test_the_largest_tensor_of_a_chunk_fits_in_the_last_cache_and_without_backward_two(
+    kept: list[int], cache: int, gradient: int, forward: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "last_cache", lambda: cache * MB)
 
     found = fitting(kept, torch.device("cpu"), None)
 
-    assert (found.gradient, found.forward) == (gradient, 2 * gradient)
+    assert (found.gradient, found.forward) == (gradient, forward)
     assert found.windows == 4 * gradient
 
 
 def test_an_accelerator_is_bounded_by_its_memory_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "last_cache", lambda: 1)
 
-    assert fitting([3 * MB], torch.device("mps"), None).gradient == 64
+    assert fitting([3 * MB], torch.device("mps"), None) == Chunks(64, 128, 256)
     assert fitting([100 * MB], torch.device("mps"), None).gradient == 15
 
 
