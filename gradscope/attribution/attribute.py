@@ -83,7 +83,8 @@ def attribute(
     are those of the inputs' normalisation, needed for references such as "black". ``options`` are
     the method's own (see ``gradscope methods``). Long work on a CPU is done by a private copy of
     the model, whose answers agree within 1e-5 of the greatest and which is thrown away (a ``Model``
-    keeps it until anything in it is changed); ``exact`` puts everything to the model itself.
+    keeps it until a change in it is seen, see ``Looks``); ``exact`` puts everything to the model
+    itself.
 
     The model is left as it was: parameters, gradients, buffers, training flags, hooks and the
     random state, also after an exception.

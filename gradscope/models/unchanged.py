@@ -12,31 +12,51 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Looks:
-    """A model's numbers, each row of a matrix as one, and what its modules are made of."""
+    """Which tensors a model holds, a sample of their numbers, and what its modules are made of.
 
-    numbers: Tensor
+    Whatever PyTorch records as written in place is noticed, and so is a new tensor. What is written
+    past that record (through ``.data`` or NumPy) is noticed where it meets the sample: any vector,
+    any whole row of a weight, so a filter, and most of what changes many numbers, but seldom a
+    single number of a matrix.
+    """
+
+    stamps: tuple[Any, ...]
+    numbers: tuple[Tensor, ...]
     structure: tuple[Any, ...]
 
     def same(self, other: Looks) -> bool:
-        """Whether nothing changed in between, not even through ``.data``."""
-        return self.structure == other.structure and torch.equal(self.numbers, other.numbers)
+        """Whether nothing changed in between, as far as both tell."""
+        return (
+            self.stamps == other.stamps
+            and self.structure == other.structure
+            and all(map(torch.equal, self.numbers, other.numbers))
+        )
 
 
 def looks(module: nn.Module) -> Looks:
-    """How a model looks now; reads each of its numbers once."""
+    """How a model looks now.
+
+    Few of its numbers are read: reading all costs as much as one pass by a copy saves.
+    """
     held = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.numel()]
-    rows = [t.flatten(1) if t.dim() > 1 else t.view(-1, 1) for t in held]
-    longest = max((row.shape[1] for row in rows), default=0)
-    # Two rows that trade places, or numbers in them, are not what they were.
-    weights = torch.randn(longest, generator=torch.Generator().manual_seed(0))
-    sums = [row[:, 0] if row.shape[1] == 1 else _summed(row, weights) for row in rows]
-    structure = tuple(_structure(module))
-    return Looks(torch.cat([weights[:0], *sums]), structure)
+    sampled: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in held:
+        sampled.setdefault(tensor.dtype, []).append(_sample(tensor))
+    numbers = tuple(map(torch.cat, sampled.values()))
+    return Looks(tuple(map(_stamp, held)), numbers, tuple(_structure(module)))
 
 
-def _summed(row: Tensor, weights: Tensor) -> Tensor:
-    row = row if row.dtype in (torch.float32, torch.float64) else row.double()
-    return row @ weights[: row.shape[1]].to(row.dtype)
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    # Tensors made in inference mode count no versions; ``_sample`` reads them whole.
+    version = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """One number of each row or more, in another column each time; a vector whole."""
+    row = tensor[0].numel() if tensor.dim() > 1 else 1
+    # One less than a row: no row is passed over, and columns take turns.
+    return tensor.flatten()[:: 1 if tensor.is_inference() else max(1, row - 1)]
 
 
 def _structure(module: nn.Module) -> Iterator[Any]:

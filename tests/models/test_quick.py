@@ -234,11 +234,24 @@ def test_a_model_that_is_asked_again_keeps_its_copy() -> None:
 
 
 def _one_number(net: nn.Sequential) -> None:
-    net[3].weight.data[5, 0, 1, 1] += 2
+    with torch.no_grad():
+        net[3].weight[5, 0, 1, 1] += 2
 
 
 def _two_filters(net: nn.Sequential) -> None:
     net[3].weight.data[[1, 2]] = net[3].weight.data[[2, 1]]
+
+
+def _filter(net: nn.Sequential) -> None:
+    net[3].weight.data[5] *= -3
+
+
+def _by_numpy(net: nn.Sequential) -> None:
+    net[3].weight.detach().numpy()[:] *= -1
+
+
+def _other_memory(net: nn.Sequential) -> None:
+    net[3].weight.data = -net[3].weight.data
 
 
 def _step(net: nn.Sequential) -> None:
@@ -272,8 +285,9 @@ def _function(net: nn.Sequential) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [_one_number, _two_filters, _step, _mean, _parameter, _module, _setting, _hook, _function],
-)
+    [_one_number, _two_filters, _filter, _by_numpy, _other_memory, _step, _mean, _parameter,
+     _module, _setting, _hook, _function],
+)  # fmt: skip
 def test_a_model_that_was_changed_is_not_answered_by_its_old_copy(
     change: Callable[[nn.Sequential], None],
 ) -> None:
