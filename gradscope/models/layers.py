@@ -12,7 +12,7 @@ from gradscope.errors import NotApplicableError
 from gradscope.models.graph import has_dead_end
 from gradscope.models.layout import Layout, layout_of
 from gradscope.models.model import Model, Tap
-from gradscope.models.stream import Flow, on_stream
+from gradscope.models.stream import Flow, Operation, on_stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def survey(model: Model, inputs: Tensor, target: int | None = None) -> list[Laye
         layers.append(layer if one.made_by is None else replace(
             layer, operator=flow.operations[one.made_by].name, stream=stream[one.made_by],
             made_by=one.made_by, above=flow.operations[one.made_by].above,
-            layout=None if flow.operations[one.made_by].queries and _has_tokens(layer)
+            layout=None if _has_other_tokens(layer, flow.operations[one.made_by])
             else layer.layout,
         ))  # fmt: skip
     return layers
@@ -139,6 +139,13 @@ def _placed(layers: Sequence[Layer]) -> Iterator[Layer]:
 
 def _has_tokens(layer: Layer) -> bool:
     return layer.layout is not None and "tokens" in layer.layout.kind
+
+
+def _has_other_tokens(layer: Layer, operation: Operation) -> bool:
+    """Whether its tokens, or those after the patches, are learned ones that ask for objects."""
+    if not _has_tokens(layer):
+        return False
+    return operation.queries or (operation.followed and layer.shape[1] == operation.size[0])
 
 
 def _has_places(layer: Layer) -> bool:

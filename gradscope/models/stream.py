@@ -47,6 +47,8 @@ class Operation:
     size: tuple[int, int] = (0, 0)
     #: Whether its rows are no places of the image: queries, which ask for objects of it.
     queries: bool = False
+    #: Whether such rows follow those of the image, in one sequence with them.
+    followed: bool = False
 
 
 class Flow(TorchDispatchMode):
@@ -70,7 +72,8 @@ class Flow(TorchDispatchMode):
         known = [(maker, tensor) for maker, tensor in read if maker is not None]
         # Fused attention asks with its first argument.
         asked = "attention" in name and isinstance(args[0], Tensor) and self.maker(args[0]) is None
-        self._note(name, known, made, asked)
+        follows = name == "cat" and read[-1][0] is None and _joins_rows(args, made)
+        self._note(name, known, made, asked, follows)
         return found
 
     def maker(self, tensor: Tensor) -> int | None:
@@ -78,7 +81,12 @@ class Flow(TorchDispatchMode):
         return self._makers.get(storage_of(tensor))
 
     def _note(
-        self, name: str, read: Sequence[tuple[int, Tensor]], made: Sequence[Tensor], asked: bool
+        self,
+        name: str,
+        read: Sequence[tuple[int, Tensor]],
+        made: Sequence[Tensor],
+        asked: bool,
+        follows: bool,
     ) -> None:
         if not read:
             # Made of parameters, perhaps in the place of a tensor that is gone.
@@ -105,6 +113,7 @@ class Flow(TorchDispatchMode):
                 1 << number if mixes else near,
                 _size(made[0]),
                 asked or self._are_queries(name, read, made[0]),
+                follows or self._are_followed(read, made[0]),
             )
         )
         self._makers |= dict.fromkeys(map(storage_of, made), number)
@@ -120,11 +129,23 @@ class Flow(TorchDispatchMode):
             of = [(maker, t) for maker, t in read if _size(made)[0] in t.shape]
         return all(self.operations[maker].queries or self._is_part(maker, t) for maker, t in of)
 
+    def _are_followed(self, read: Sequence[tuple[int, Tensor]], made: Tensor) -> bool:
+        """Whether a result has the rows of a sequence whose last ones are no places."""
+        return any(
+            self.operations[maker].followed and _size(t)[0] == _size(made)[0] for maker, t in read
+        )
+
     def _is_part(self, maker: int, tensor: Tensor) -> bool:
         """Whether a tensor [T, C] or [1, T, C] is less than half of the rows that were made."""
         (rows, columns), (all_rows, all_columns) = _size(tensor), self.operations[maker].size
         flat = tensor.dim() == 2 or (tensor.dim() == 3 and len(tensor) == 1)
         return flat and columns == all_columns and 2 * rows < all_rows
+
+
+def _joins_rows(arguments: Sequence[Any], made: Sequence[Tensor]) -> bool:
+    """Whether ``cat`` was called to put the tokens [N, T, C] of several tensors in a row."""
+    dim = arguments[1] if len(arguments) > 1 else 0
+    return len(made) == 1 and made[0].dim() == 3 and dim in (1, -2)
 
 
 def _size(tensor: Tensor) -> tuple[int, int]:

@@ -274,6 +274,34 @@ def test_queries_are_no_grid_of_patches(beside: bool, count: int) -> None:
     assert choose([*layers.values()]).layer.name not in ("after", "head", "ask")
 
 
+class Between(nn.Module):
+    """A class token, the patches, and more learned tokens on either side, as YOLOS has them."""
+
+    def __init__(self, before: int, behind: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
+        self.before = nn.Parameter(torch.randn(1, before, WIDTH))
+        self.behind = nn.Parameter(torch.randn(1, behind, WIDTH))
+        self.block, self.norm = Attention(), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        learned = [self.before, tokens, self.behind][: 3 if self.behind.shape[1] else 2]
+        tokens = torch.cat([t.expand(len(x), -1, -1) for t in learned], 1)
+        return self.head(self.norm(tokens + self.block(tokens)).mean(1))
+
+
+def test_patches_with_learned_tokens_behind_them_are_not_read_as_if_these_were_before() -> None:
+    """The map would lie five places off."""
+    behind = {layer.name: layer.layout for layer in surveyed(Between(1, 5).eval())}
+    before = {layer.name: layer.layout for layer in surveyed(Between(6, 0).eval())}
+
+    assert behind["norm"] is None
+    assert str(before["norm"]) == "tokens 4×4 + 6 without a position"
+
+
 def test_tokens_without_their_class_token_are_patches() -> None:
     class Cut(Asking):
         def forward(self, x: Tensor) -> Tensor:
