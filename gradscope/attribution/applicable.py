@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradscope.attribution.methods import Method, methods
+from gradscope.attribution.method import Method
+from gradscope.attribution.methods import methods
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError
 from gradscope.models.graph import has_dead_end, reaches

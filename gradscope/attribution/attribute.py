@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gradscope.attribution.applicable import check_applicable
-from gradscope.attribution.methods import Method, completed, method_named
+from gradscope.attribution.method import Method, completed
+from gradscope.attribution.methods import method_named
 from gradscope.attribution.subject import Subject, Tick
 from gradscope.attribution.targets.readings import called
 from gradscope.errors import InputError, NotApplicableError, UsageError

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gradscope.attribution.attribute import Attribution, attributed
+from gradscope.attribution.diagnostics import Diagnostics
 from gradscope.attribution.evaluation.similarity import concentration
-from gradscope.attribution.methods import Method
-from gradscope.attribution.result import Diagnostics, Explanation, Files, MapFacts, Target
+from gradscope.attribution.method import Method
+from gradscope.attribution.result import Explanation, Files, MapFacts, Target
 from gradscope.attribution.subject import Subject
 from gradscope.models.images import Picture
 from gradscope.models.probe import Pass

@@ -14,19 +14,13 @@ from torch import Tensor
 from gradscope.attribution.applicable import check_applicable
 from gradscope.attribution.attribute import attributed
 from gradscope.attribution.collected import Collected
+from gradscope.attribution.diagnostics import Diagnostics
 from gradscope.attribution.evaluation.localisation import located, region_in
 from gradscope.attribution.evaluation.measured import evaluate
 from gradscope.attribution.maps import Map
-from gradscope.attribution.methods import Method
+from gradscope.attribution.method import Method
 from gradscope.attribution.request import Asked, Request
-from gradscope.attribution.result import (
-    Diagnostics,
-    Explanation,
-    Files,
-    ImageFacts,
-    NotFinite,
-    Target,
-)
+from gradscope.attribution.result import Explanation, Files, ImageFacts, NotFinite, Target
 from gradscope.attribution.subject import Subject, Tick
 from gradscope.attribution.targets.classes import predictions, targets
 from gradscope.attribution.targets.readings import Read, read_for

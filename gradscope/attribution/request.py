@@ -11,7 +11,8 @@ from gradscope.attribution.drawing.folder import Folder
 from gradscope.attribution.evaluation.boxes import Boxes
 from gradscope.attribution.evaluation.budget import Budget
 from gradscope.attribution.formulas.references import NAMES
-from gradscope.attribution.methods import Method, completed, method_named
+from gradscope.attribution.method import Method, completed
+from gradscope.attribution.methods import method_named
 from gradscope.attribution.targets.aim import parse_aim
 from gradscope.attribution.targets.readings import Wanted
 from gradscope.errors import UsageError

@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from gradscope.attribution.diagnostics import Diagnostics
 from gradscope.attribution.drawing.preview import preview
 from gradscope.attribution.result import (
-    Diagnostics,
     ExplainResult,
     Explanation,
     ImageFacts,

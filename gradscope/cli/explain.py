@@ -230,7 +230,8 @@ def _options(pairs: Sequence[str] | None, named: dict[str, Any]) -> dict[str, An
 
 def _check(names: Sequence[str], given: dict[str, Any]) -> None:
     """Refuse an unknown method or option before anything heavy is imported."""
-    from gradscope.attribution.methods import completed, method_named
+    from gradscope.attribution.method import completed
+    from gradscope.attribution.methods import method_named
 
     found = [method_named(name) for name in names]
     for option in given:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from gradscope.attribution.diagnostics import Control
 from gradscope.attribution.page import explain
-from gradscope.attribution.result import Control
 from gradscope.report.palettes import PALETTES
 from gradscope.report.panels import Chart
 

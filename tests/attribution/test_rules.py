@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from gradscope.attribution.diagnostics import Control, Diagnostics, Randomised
 from gradscope.attribution.result import (
-    Control,
-    Diagnostics,
     Environment,
     ExplainResult,
     Explanation,
@@ -20,7 +19,6 @@ from gradscope.attribution.result import (
     ModelFacts,
     NotFinite,
     Preprocessed,
-    Randomised,
     Target,
 )
 from gradscope.report.model import Finding, NotEvaluated

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradscope.attribution.diagnostics import Randomised
 from gradscope.attribution.evaluation.sanity import (
     Others,
     cascade,
@@ -18,7 +19,6 @@ from gradscope.attribution.evaluation.sanity import (
     other_pictures,
     similarity,
 )
-from gradscope.attribution.result import Randomised
 
 
 def trained() -> nn.Sequential:

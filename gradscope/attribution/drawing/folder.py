@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from gradscope.attribution.diagnostics import Diagnostics
 from gradscope.attribution.drawing.colour import Floats, Pixels, default
 from gradscope.attribution.drawing.figure import figure
 from gradscope.attribution.drawing.overlay import bounds, heatmap, overlay, scale
@@ -19,7 +20,7 @@ from gradscope.attribution.drawing.sheet import Panel, sheet
 from gradscope.attribution.drawing.writing import save_png
 from gradscope.attribution.formulas.blur import gaussian_blur
 from gradscope.attribution.maps import Map
-from gradscope.attribution.result import Diagnostics, Files
+from gradscope.attribution.result import Files
 from gradscope.errors import UsageError
 from gradscope.files import write_whole
 from gradscope.models.geometry import Geometry

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradscope.attribution.diagnostics import Control
 from gradscope.attribution.evaluation.imputation import imputed
 from gradscope.attribution.evaluation.similarity import Doubles, flattened
 from gradscope.attribution.evaluation.summary import student
 from gradscope.attribution.formulas.blur import gaussian_blur
-from gradscope.attribution.result import Control
 from gradscope.attribution.subject import Points, Subject
 
 _STEPS = 5

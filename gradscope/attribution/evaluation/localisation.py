@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradscope.attribution.diagnostics import Localisation
 from gradscope.attribution.evaluation.boxes import Annotated, Boxes, Object, Region, region_of
 from gradscope.attribution.evaluation.similarity import flattened
-from gradscope.attribution.result import Localisation, Target
+from gradscope.attribution.result import Target
 from gradscope.models.geometry import Geometry
 from gradscope.models.images import Picture
 from gradscope.models.labels import Labels

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradscope.attribution.diagnostics import Randomised
 from gradscope.attribution.evaluation import curves, sanity
 from gradscope.attribution.evaluation.removal import (
     Removals,
@@ -23,7 +24,6 @@ from gradscope.attribution.evaluation.removal import (
 )
 from gradscope.attribution.evaluation.similarity import Doubles, agreement, sparseness
 from gradscope.attribution.maps import Map
-from gradscope.attribution.result import Randomised
 from gradscope.attribution.subject import Tick
 
 #: What a measurement found of each map, in their order.

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradscope.attribution.diagnostics import Randomised
 from gradscope.attribution.evaluation.similarity import complexity, spearman
-from gradscope.attribution.result import Randomised
 
 _POINTS = 5
 _COPIES = 3

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import NormalDist, mean, stdev
 from typing import Literal
 
-from gradscope.attribution.result import Diagnostics, Explanation, Summary
+from gradscope.attribution.diagnostics import Diagnostics
+from gradscope.attribution.result import Explanation, Summary
 
 Read = Callable[[Diagnostics], float | None]
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
+from gradscope.attribution.diagnostics import Diagnostics
 from gradscope.attribution.evaluation.summary import half_width
-from gradscope.attribution.result import Diagnostics, ExplainResult, Explanation, Need
+from gradscope.attribution.result import ExplainResult, Explanation, Need
 from gradscope.attribution.rules.about import about
 from gradscope.report.rules import Observation, Unknown, rule
 from gradscope.report.severity import Severity
