@@ -24,8 +24,8 @@ _SAMPLES = {
     "noise": Option(0.15, "standard deviation of the noise over the image's range"),
 }
 _STABILISERS = (
-    "stabilisers swallow what weak activations carry: lower --option epsilon=1e-6, or use "
-    "integrated-gradients"
+    "stabilisers swallow what weak activations carry: use integrated-gradients, or lower --option "
+    "epsilon where it was raised"
 )
 _REFERENCE = Option("mean", "black, white, mean, blurred or random (in pixels), or a picture file")
 _DRAWS = Option(4, "random references to average over")

@@ -68,7 +68,8 @@ def _facts(series: Series, flags: Mask, part: Sequence[Stretch], rows: Sequence[
         duration=max(int(series.steps[r.end - 1] - series.steps[r.first]) for r in part),
         age=max((run.end - run.first for run in still), default=None),
         ended=tuple(past_stretches(flags, rows, part)),
-        partly_alive=any(bool(series.norm[run.end - 1, run.row] > 0) for run in still),
+        # A layer without a unit that lives is not revived by those that live in another.
+        partly_alive=bool(still) and all(series.norm[run.end - 1, run.row] > 0 for run in still),
         was_nonfinite=bool(series.nonfinite[:first, list(rows)].any()),
         everything=bool(still) and len(rows) == len(series.layers),
         underflowed=_underflowed(series, first, rows),

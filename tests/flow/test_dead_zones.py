@@ -354,3 +354,20 @@ def test_gradients_that_no_layer_has_were_cleared_and_those_of_one_are_unused(
     (advice,) = [f.recommendation for f in found if f.name == "missing-gradient"]
     assert ("before zero_grad()" in advice) == (silent == 3)
     assert ("detach()" in advice) == (silent == 1)
+
+
+@pytest.mark.parametrize("alive", [(2,), (1, 2), ()])
+def test_a_layer_without_a_unit_that_lives_is_not_revived_by_those_of_its_neighbour(
+    alive: tuple[int, ...],
+) -> None:
+    """Layers 1 and 2 die; of some, a hundredth of the elements still have a gradient."""
+    norms, zeros = noise(100, 5), np.zeros((100, 5))
+    zeros[20:, 1:3] = 0.999
+    for layer in (1, 2):
+        norms[20:, layer] *= 0.01 if layer in alive else 0.0
+
+    (zone,) = zones(made(norms, zero_fraction=zeros))
+
+    assert zone.affected_layers == ("layers.1", "layers.2")
+    assert zone.recovery_potential == ("medium" if alive == (1, 2) else "low")
+    assert zone.intervention_required == (alive != (1, 2))

@@ -497,3 +497,20 @@ def test_a_network_most_of_which_is_starved_does_not_also_stand_still(
     names = {f.name for f in report.findings}
     assert "vanishing-gradient" in names
     assert ("stagnation" in names) is told
+
+
+@pytest.mark.parametrize(("died", "told"), [(20, False), (4, True)])
+def test_a_network_most_of_which_died_before_does_not_also_stand_still(
+    died: int, told: bool
+) -> None:
+    """Units die at record 20, a few live on; at the end no step moves any layer."""
+    norms, zeros = noise(100, 24, 0.1), np.zeros((100, 24))
+    norms[20:, :died] *= 0.01
+    zeros[20:, :died] = 0.999
+    ratio = np.full((100, 24), 1e-3)
+    ratio[60:] = 1e-9
+
+    history = made(norms, zero_fraction=zeros, param_l2=np.ones((100, 24)), update_l2=ratio)
+    names = {f.name for f in analyze_flow(history).findings}
+
+    assert ("stagnation" in names) is told

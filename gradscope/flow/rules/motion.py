@@ -131,7 +131,9 @@ def stagnation(result: FlowResult, *, still: float = STANDSTILL) -> Iterator[Obs
 
 
 def _explained(result: FlowResult) -> bool:
-    """Most of a stack that vanishes, a lasting dead zone and epsilon have rules of their own."""
+    """Most of a stack that vanishes or died before, a lasting dead zone and epsilon have rules of
+    their own.
+    """
     if result.unoptimized and result.unoptimized.share == 1:
         return True
     damped = result.damping is not None and result.damping.share > 0.5
@@ -143,7 +145,16 @@ def _explained(result: FlowResult) -> bool:
         if region.extent.ongoing and region.severity_level in ("severe", "critical")
         for name in region.affected_layers
     }
-    most = 2 * len(starved) > len(result.layers)
+    since_ = result.stagnation.onset[1] if result.stagnation else 0
+    died = {
+        name
+        for zone in result.dead_zones
+        if zone.extent.ongoing
+        and zone.extent.onset[1] <= since_
+        and not (zone.facts is not None and zone.facts.learnt)
+        for name in zone.affected_layers
+    }
+    most = 2 * len(starved | died) > len(result.layers)
     return (
         most
         or any(r.systemic and r.extent.ongoing for r in result.vanishing_regions)
