@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from gradscope.drift.result import DriftResult, LayerPath, Series, TensorDrift
+from gradscope.drift.result import DriftResult, LayerPath, Merge, Series, TensorDrift
 from gradscope.report.panels import Chart, Column, Grid, Panel, Row, inline
 from gradscope.text import plural
 from gradscope.weights.places import by_place, drawn_by_place
@@ -20,7 +20,7 @@ _LEAST, _MOST = 1e-8, 1.0
 
 
 def drift(result: DriftResult) -> Iterator[Panel]:
-    """Change by block and place, the way there, change by role, and every tensor."""
+    """Change by block and place, the way there, the merge, change by role, and every tensor."""
     # What counts something moves by many times its norm, and says nothing.
     model = (t for t in result.tensors if not t.beside and t.role is not Role.COUNTER)
     changed = [t for t in model if t.relative_drift is not None]
@@ -28,6 +28,8 @@ def drift(result: DriftResult) -> Iterator[Panel]:
         yield _map(changed)
     if result.series is not None and result.series.layers:
         yield _paths(result.series)
+    if result.merges:
+        yield _merges(result.merges)
     if len(result.by_role) > 1:
         yield _roles(result)
     if result.tensors:
@@ -137,6 +139,32 @@ def _points(path: LayerPath, checkpoints: Sequence[str]) -> Iterator[Mapping[str
             "distance": far if 0 < far < math.inf else None,
             "step": step if math.isfinite(step) else None,
         }  # fmt: skip
+
+
+def _merges(merges: Sequence[Merge]) -> Grid:
+    return Grid(
+        "Modules of the adapter",
+        "Each weight against the base with the adapter's product added: what is left, in units in "
+        "the last place (root mean square), and how much of the product is there.",
+        (
+            Column("module", number=False), Column("weight", number=False),
+            Column("found", number=False), Column("left, units"), Column("at most"),
+            Column("of the product"), Column("cosine"), Column("scale"), Column("scale that fits"),
+        ),
+        [
+            Row([m.module, m.name, _became(m), m.residual_ulps, m.max_ulps, m.share, m.cosine,
+                 m.scale, m.fitted_scale])
+            for m in merges
+        ],
+    )  # fmt: skip
+
+
+def _became(merge: Merge) -> str:
+    if merge.unchanged:
+        return "unchanged"
+    if merge.residual_ulps is None and merge.share_error is None:
+        return f"not compared: {merge.reason}" if merge.reason else "not compared"
+    return "compared"
 
 
 def _roles(result: DriftResult) -> Grid:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pairs import adapter, drift, model, products
+from pairs import drawn as drawn_
 from safetensors.numpy import save_file
 
 from gradscope import analyze_drift
@@ -96,3 +98,21 @@ def test_counters_are_not_on_the_map(tmp_path: Path) -> None:
     chart, *_ = panels_of(report)
 
     assert {cell["row"] for cell in chart.spec["data"]["values"]} == {"fc.weight"}
+
+
+def test_what_became_of_each_module_of_an_adapter_is_a_table(tmp_path: Path) -> None:
+    path = adapter(tmp_path, {"base_model.model.nowhere.lora_A.weight": drawn_(4, 32),
+                              "base_model.model.nowhere.lora_B.weight": drawn_(32, 4)})  # fmt: skip
+    new, added = model(), products(tmp_path)
+    for name in new.keys() & added.keys() - {"layers.1.mlp.weight"}:
+        new[name] = (new[name].double() + 2 * added[name]).float()
+    report = drift(tmp_path, model(), new, expect="merge", adapter=path)
+
+    (grid,) = [p for p in panels_of(report) if p.title == "Modules of the adapter"]
+
+    found = {row.cells[1]: row.cells[2] for row in grid.rows}
+    assert found.pop(None) == "not compared: the base has no weight of that name"
+    assert found.pop("layers.1.mlp.weight") == "unchanged"
+    assert set(found.values()) == {"compared"}
+    plain = panels_of(drift(tmp_path, model(), new))
+    assert "Modules of the adapter" not in {p.title for p in plain}
