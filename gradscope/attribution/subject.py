@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradscope.attribution.chunks import Chunks, fitting
 from gradscope.errors import UsageError
-from gradscope.models.layers import AutoLayer, auto_layer
+from gradscope.models.layers import AutoLayer, auto_layer, has_others_behind
 from gradscope.models.layout import Layout, layout_of
 from gradscope.models.model import Model, first_convolution
 from gradscope.models.probe import Pass, run
@@ -256,6 +256,15 @@ class Subject:
                 f"layer {quoted(self.layer_name)} returns {list(shape)}, which has no positions in "
                 f"an image of {self.inputs.shape[2]}×{self.inputs.shape[3]}; maps have shape "
                 "[N, C, h, w], patch tokens [N, tokens, C] (see `gradscope layers`)"
+            )
+        # One token before the patches is that of the class; more may lie behind them.
+        if found.prefix > 1 and has_others_behind(
+            self.model, self.inputs, found.prefix + math.prod(found.grid)
+        ):
+            raise UsageError(
+                f"layer {quoted(self.layer_name)} has learned tokens behind those of the patches "
+                "(a detector's), so that places cannot be told: choose one with maps (see "
+                "`gradscope layers`)"
             )
         return found
 

@@ -212,6 +212,21 @@ def _beside(last: Layer, reached: Sequence[Layer], layers: Sequence[Layer]) -> s
     return f"; one of several branches, {other} is the last of another (--layer takes it)"
 
 
+def has_others_behind(model: Model, inputs: Tensor, tokens: int) -> bool:
+    """Whether sequences of so many tokens end in learned ones that are no places of the image.
+
+    How many patches are before them cannot be told from a layer's output. One forward pass for
+    each image size. The model must be held.
+    """
+    key = ("followed", tuple(inputs.shape[1:]))
+    if key not in model.known:
+        flow = Flow(inputs[:1].expand(model.batch or 1, *inputs.shape[1:]).detach().clone())
+        with torch.no_grad(), flow:
+            model.forward(flow.images, {})
+        model.known[key] = {o.size[0] for o in flow.operations if o.followed}
+    return tokens in model.known[key]
+
+
 def auto_layer(model: Model, inputs: Tensor) -> AutoLayer:
     """The choice for these inputs, made once for each image size."""
     key = ("auto", tuple(inputs.shape[1:]))

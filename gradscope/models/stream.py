@@ -56,6 +56,7 @@ class Flow(TorchDispatchMode):
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
+        self.images = images
         self.operations = [Operation("image", mixes=True, read=(), added=(), above=1, near=1)]
         self._makers = {storage_of(images): 0}
 

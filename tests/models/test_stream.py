@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import gradscope
+from gradscope.errors import UsageError
 from gradscope.models.forms import as_model
 from gradscope.models.layers import AutoLayer, Layer, choose, survey
 from gradscope.models.probe import held
@@ -313,3 +315,14 @@ def test_tokens_without_their_class_token_are_patches() -> None:
 
     assert {str(layer.layout) for layer in surveyed(net) if layer.name == "after"} == {"tokens 4×4"}
     assert chosen(net).layer.name == "after"
+
+
+def test_a_layer_whose_tokens_end_in_learned_ones_is_refused_by_name_too() -> None:
+    """Registers before the patches are known by their number, those behind are not."""
+    x = torch.randn(2, 3, SIDE, SIDE)
+
+    with pytest.raises(UsageError, match="learned tokens behind"):
+        gradscope.attribute(Between(1, 5).eval(), x, "gradcam", layer="norm", target=1)
+    found = gradscope.attribute(Between(6, 0).eval(), x, "gradcam", layer="norm", target=1)
+
+    assert found.values.shape == (2, SIDE // 4, SIDE // 4)

@@ -17,6 +17,7 @@ from gradscope.attribution.formulas.gradients import Result
 from gradscope.attribution.subject import Subject
 from gradscope.errors import NotApplicableError, UsageError
 from gradscope.models.attention_weights import attentions
+from gradscope.models.layers import has_others_behind
 from gradscope.models.layout import Layout, layout_of
 from gradscope.text import plural
 
@@ -119,6 +120,11 @@ def _layout(subject: Subject, tokens: int) -> Layout:
         raise NotApplicableError(
             f"{tokens} tokens do not form a grid of square patches over an image of "
             f"{subject.inputs.shape[2]}×{subject.inputs.shape[3]}"
+        )
+    if found.prefix > 1 and has_others_behind(subject.model, subject.inputs, tokens):
+        raise NotApplicableError(
+            "learned tokens follow those of the patches (a detector's), so that places cannot be "
+            "told"
         )
     return found
 
