@@ -32,12 +32,17 @@ def subject(batch: int | None = None) -> Subject:
 
 
 @pytest.mark.parametrize(
-    ("memory", "cache", "batch", "gradient"),
-    [(5, 99, None, 5), (0.5, 99, None, 1), (99, 9, None, 8), (99, 0.5, None, 1), (12, 99, 3, 12),
-     (99, 7, 3, 6), (99, 2, 3, 3),     (999, 999, None, 64)],
+    ("memory", "cache", "batch", "gradient", "forward"),
+    [(5, 99, None, 5, 10), (0.5, 99, None, 1, 2), (99, 9, None, 8, 4), (99, 0.5, None, 1, 1),
+     (12, 99, 3, 12, 24), (99, 7, 3, 6, 3), (99, 2, 3, 3, 3), (999, 999, None, 64, 128)],
 )  # fmt: skip
 def test_chunks_hold_as_many_images_as_fit_in_half_of_the_memory_and_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, memory: float, cache: float, batch: int | None, gradient: int
+    monkeypatch: pytest.MonkeyPatch,
+    memory: float,
+    cache: float,
+    batch: int | None,
+    gradient: int,
+    forward: int,
 ) -> None:
     monkeypatch.setattr("gradscope.attribution.chunks._CPU_BUDGET", int(2.2 * memory * IMAGE))
     monkeypatch.setattr("gradscope.attribution.chunks.last_cache", lambda: int(cache * IMAGE))
@@ -47,7 +52,7 @@ def test_chunks_hold_as_many_images_as_fit_in_half_of_the_memory_and_in_the_cach
 
     first, last = [gradient] * (40 // gradient), [40 % gradient] * (40 % gradient > 0)
     assert chunks == first + last
-    assert made.chunks.forward == 2 * gradient
+    assert made.chunks.forward == forward
 
 
 def test_items_and_images_come_in_order_and_all() -> None:
