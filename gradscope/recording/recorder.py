@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from gradscope.histories.history import Status
 from gradscope.recording import endings, hooks
 from gradscope.recording.advice import Advice
 from gradscope.recording.guard import guarded
@@ -21,6 +20,11 @@ from gradscope.recording.rows import Rows
 from gradscope.recording.sight import Sight
 from gradscope.recording.spool import Spool
 from gradscope.recording.turns import Turn, Turns
+
+#: What a value raises that is no number.
+_NO_NUMBER = (TypeError, ValueError, RuntimeError)
+#: Captures that are looked at for gradients that were cleared before.
+_EARLY = 3
 
 
 class GradientRecorder:
@@ -294,14 +298,18 @@ class GradientRecorder:
         parts = rows.take(turn.wanted, whole=turn.whole, counted=self._spool.spoiled)
         record = Record(turn.step, owner, "loss_scale" in given, self._optimizers.rates(), parts)
         if loss is not None:
-            record.loss = self._known("loss", loss)
+            try:  # a call less than ``_known``, at every record
+                record.loss = known(loss)
+            except _NO_NUMBER:
+                self._advice.no_number("loss", loss)
         if given:
             found = [(name, self._known(name, number)) for name, number in given.items()]
             record.scalars = [(name, number) for name, number in found if number is not None]
         if scaler is not None and self._count:
             for part in parts:
                 part.scale = carried(scaler, self._optimizers.all[part.owner])
-        if parts and parts[0].status[0] != Status.RECORDED and not self._fallback:
+        early = self._turns.captures <= _EARLY
+        if (early or not (parts and parts[0].valued)) and not self._fallback:
             everyone = len(turn.wanted) >= self._count
             self._advice.without_gradient(parts if everyone else ())
         return record
@@ -310,7 +318,7 @@ class GradientRecorder:
         """A number that the caller gave; None, and said once, where it is none."""
         try:
             return known(value)
-        except (TypeError, ValueError, RuntimeError):
+        except _NO_NUMBER:
             self._advice.no_number(name, value)
             return None
 
