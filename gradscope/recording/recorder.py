@@ -23,8 +23,6 @@ from gradscope.recording.turns import Turn, Turns
 
 #: What a value raises that is no number.
 _NO_NUMBER = (TypeError, ValueError, RuntimeError)
-#: Captures that are looked at for gradients that were cleared before.
-_EARLY = 3
 
 
 class GradientRecorder:
@@ -308,8 +306,8 @@ class GradientRecorder:
         if scaler is not None and self._count:
             for part in parts:
                 part.scale = carried(scaler, self._optimizers.all[part.owner])
-        early = self._turns.captures <= _EARLY
-        if (early or not (parts and parts[0].valued)) and not self._fallback:
+        looked = self._settled and parts and parts[0].valued
+        if not (looked or self._fallback):
             everyone = len(turn.wanted) >= self._count
             self._advice.without_gradient(parts if everyone else ())
         return record
