@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -229,9 +231,13 @@ def test_a_picture_of_one_pixel_can_be_drawn() -> None:
     assert preview(one, 1, colour=True, unicode=True).plain == "▀"
 
 
-def drawn_figure(format_: str, title: str = "tabby, probability 0.7") -> bytes:
+def drawn_figure(
+    format_: str,
+    title: str = "tabby, probability 0.7",
+    ends: tuple[float, float] = (0.2, 0.9),
+) -> bytes:
     picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    return figure(picture, title, "gradcam at layer4", ("inferno", 0.2, 0.9), "min-max", format_)
+    return figure(picture, title, "gradcam at layer4", ("inferno", *ends), "min-max", format_)
 
 
 def test_a_figure_has_title_method_scale_and_the_bars_ends_as_text() -> None:
@@ -239,6 +245,37 @@ def test_a_figure_has_title_method_scale_and_the_bars_ends_as_text() -> None:
 
     for word in ("tabby, probability 0.7", "gradcam at layer4", "min-max", ">0.2<", "<image"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    "ends", [(-0.0217, 0.0217), (0.2, 0.9), (-1.3e-9, 1.3e-9), (0.0, 12345.6), (-3.3e8, 3.3e8),
+             (0.5699, 0.57), (100000.57, 100000.62), (0.0, 0.0)],
+)  # fmt: skip
+def test_the_numbers_below_a_bar_do_not_run_into_one_another_or_the_label(
+    ends: tuple[float, float],
+) -> None:
+    page = ElementTree.fromstring(drawn_figure("svg", ends=ends))
+    texts = [
+        (float(text.get("y", 0)), float(text.get("x", 0)), text.text or "")
+        for text in page.iter("{http://www.w3.org/2000/svg}text")
+        if "middle" in text.get("style", "")
+    ]
+
+    (label,) = [text for text in texts if "min-max" in text[2]]
+    numbers = sorted(text for text in texts if text is not label)
+    assert 3 <= len(numbers) <= 6
+    assert len({y for y, _, _ in numbers}) == 1
+    assert label[0] > numbers[0][0]
+    # A digit of DejaVu Sans is 0.64 of the font's size wide.
+    for (_, left, one), (_, right, other) in pairwise(numbers):
+        assert right - left > 7 * 0.64 * (len(one) + len(other)) / 2
+
+
+@pytest.mark.parametrize(
+    ("end", "said"), [(1.3e-9, "× 1e−9; min-max"), (3.3e8, "× 1e8; min-max"), (0.9, ">min-max")]
+)
+def test_the_power_of_ten_of_a_bars_numbers_is_said_in_its_label(end: float, said: str) -> None:
+    assert said in drawn_figure("svg", ends=(-end, end)).decode()
 
 
 @pytest.mark.parametrize(("format_", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF"),

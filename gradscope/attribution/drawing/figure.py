@@ -75,13 +75,26 @@ def _placed(page: tuple[float, float], *inches: float) -> tuple[float, float, fl
 def _draw_bar(made: Any, axes: Any, bar: tuple[str, float, float], scale: str) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     name, low, high = bar
     colours = ListedColormap(COLORMAPS[name]() / 255)
     # A map with nothing to show still has a bar.
     norm = Normalize(low, high if high > low else low + 1)
-    drawn = made.colorbar(ScalarMappable(norm, colours), cax=axes, orientation="horizontal")
-    drawn.set_label("\n".join(wrap(scale, _COLUMNS)), labelpad=2)
+    numbers = ScalarFormatter(useOffset=False)
+    drawn = made.colorbar(
+        ScalarMappable(norm, colours),
+        cax=axes,
+        orientation="horizontal",
+        ticks=MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]),
+        format=numbers,
+    )
+    # Matplotlib would print a power of ten over the label.
+    axes.xaxis.get_offset_text().set_visible(False)
+    numbers.set_locs(drawn.get_ticks())
+    power = numbers.get_offset()
+    label = f"× {power}; {scale}" if power else scale
+    drawn.set_label("\n".join(wrap(label, _COLUMNS)), labelpad=2)
     axes.tick_params(length=2, pad=2)
     drawn.outline.set_linewidth(0.4)
 
