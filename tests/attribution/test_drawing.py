@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 
 from gradscope.attribution.drawing.colour import COLORMAPS, coloured
 from gradscope.attribution.drawing.figure import check_figures, figure
-from gradscope.attribution.drawing.folder import _smoothed
+from gradscope.attribution.drawing.folder import _canvas, _smoothed
 from gradscope.attribution.drawing.overlay import (
     bounds,
     heatmap,
@@ -209,6 +209,20 @@ def test_a_sheet_has_room_for_every_panel(count: int) -> None:
     assert (page == 200).all(2).sum() > count * 60_000
 
 
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300), (1, 1)])
+def test_the_words_of_a_panel_have_room_beside_a_narrow_picture(shape: tuple[int, int]) -> None:
+    image = np.full((*shape, 3), 200, np.uint8)
+    panel = Panel("method", "", image, ("coolwarm", -0.00012, 0.00012), "symmetric about 0")
+
+    page = sheet([panel])
+
+    words = (page[-40:] != 255).any(2)
+    assert page.shape[1] >= 280 + 2 * 16
+    # The ends of the bar and what they are stand apart: three groups with white between them.
+    inked = np.flatnonzero(words[:23].any(0))
+    assert (np.diff(inked) > 12).sum() == 2
+
+
 def test_a_preview_is_two_pixels_a_cell_or_shades_of_light() -> None:
     image = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
 
@@ -222,6 +236,18 @@ def test_a_preview_is_two_pixels_a_cell_or_shades_of_light() -> None:
         "#00ff00 on #ffffff",
     ]
     assert set(shades.plain) <= set(" .:-=+*#%@\n")
+
+
+@pytest.mark.parametrize(("shape", "times"), [((28, 20), 10), ((1, 1), 256), ((255, 9), 2),
+                                              ((256, 9), 1), ((30, 900), 1)])  # fmt: skip
+def test_a_small_picture_is_drawn_on_as_squares_of_its_pixels(
+    shape: tuple[int, int], times: int
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+
+    drawn = _canvas(picture)
+
+    assert (drawn == np.kron(picture, np.ones((times, times, 1), np.uint8))).all()
 
 
 def test_a_picture_of_one_pixel_can_be_drawn() -> None:

@@ -109,8 +109,22 @@ def test_files_hold_the_raw_signed_values_in_input_geometry(photo: Path, tmp_pat
             else:
                 assert arrays.files == ["map"]
         with Image.open(e.files.overlay) as overlay:
-            assert overlay.size == (47, 30)
+            assert overlay.size == (6 * 47, 6 * 30)
             assert json.loads(overlay.info["Comment"])["image"] == str(photo)
+
+
+def test_a_map_of_a_small_picture_is_drawn_at_a_size_that_can_be_looked_at(
+    tmp_path: Path,
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (28, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "digit.png")
+
+    report = explained(tmp_path / "digit.png", method="gradcam", output=tmp_path / "out")
+
+    files = report.result.explanations[0].files
+    for drawn in files.overlay, files.heatmap:
+        with Image.open(drawn) as picture:
+            assert picture.size == (200, 280)
 
 
 def test_a_huge_picture_is_drawn_at_a_size_that_can_be_looked_at(
@@ -139,7 +153,7 @@ def test_a_picture_just_small_enough_is_drawn_at_its_own_size(
     report = explained(tmp_path / "small.png", method="occlusion", output=tmp_path / "out")
 
     with Image.open(report.result.explanations[0].files.overlay) as overlay:
-        assert overlay.size == (40, 30)
+        assert overlay.size == (7 * 40, 7 * 30)
 
 
 def test_top_targets_and_contrasts(photo: Path) -> None:

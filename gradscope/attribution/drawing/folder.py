@@ -29,7 +29,8 @@ from gradscope.models.picture_files import split_frame
 from gradscope.text import escaped, quoted
 from gradscope.version import __version__
 
-_MOST_PIXELS = 1 << 24
+#: What is drawn on has at most so many pixels, and at least so many along its longer edge.
+_MOST_PIXELS, _LEAST_EDGE = 1 << 24, 256
 #: Of a pixel; below it a blur changes nothing.
 _LEAST_SIGMA = 0.3
 
@@ -66,7 +67,8 @@ class Folder:
         """Write the files of one target's maps, and a sheet where there are several."""
         written = [self._written(picture, geometry, one, known) for one, known in maps]
         if len(maps) > 1:
-            original = Panel("original", f"{picture.width} x {picture.height}", picture.rgb())
+            size = f"{picture.width} x {picture.height}"
+            original = Panel("original", size, _canvas(picture.rgb()))
             target = maps[0][0].target
             caption = f"{Path(picture.path).name}: {target.named}"
             panels = [original, *(panel for _, panel in written)]
@@ -80,7 +82,7 @@ class Folder:
     ) -> tuple[Files, Panel]:
         values = one.values.detach().float().cpu().numpy()
         shown, said = _smoothed(one, values)
-        below = _reduced(picture.rgb())
+        below = _canvas(picture.rgb())
         in_picture = geometry.of_size(*below.shape[:2]).to_picture(shown)
         sign, table = one.method.sign, self.colormap or default(one.method.sign)
         # A contour around single pixels would be dust, and they are hard to see among colours.
@@ -152,14 +154,18 @@ def _titles(one: Map) -> tuple[str, str]:
     )
 
 
-def _reduced(pixels: Pixels) -> Pixels:
-    """A picture small enough to draw on: a hundred megapixels would take gigabytes."""
+def _canvas(pixels: Pixels) -> Pixels:
+    """The picture at a size to draw on.
+
+    A hundred megapixels would take gigabytes, and a line among 28 x 28 pixels would hide them.
+    """
     height, width = pixels.shape[:2]
     factor = (_MOST_PIXELS / (height * width)) ** 0.5
-    if factor >= 1:
-        return pixels
-    size = (max(1, int(width * factor)), max(1, int(height * factor)))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+    if factor < 1:
+        size = (max(1, int(width * factor)), max(1, int(height * factor)))
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+    times = -(-_LEAST_EDGE // max(height, width))
+    return pixels.repeat(times, 0).repeat(times, 1)
 
 
 def _class(one: Map) -> str:

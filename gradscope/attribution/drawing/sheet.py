@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gradscope.attribution.drawing.colour import Pixels, coloured
 
-_WIDEST = 320
+#: Of a picture's longer edge, and the least width of a panel, which its words need.
+_LONGEST, _NARROWEST = 320, 280
 _GAP = 16
 _TITLE, _LINE = 16, 13
 _BAR = 10
@@ -32,7 +33,8 @@ class Panel:
 
 def sheet(panels: Sequence[Panel], caption: str = "") -> Pixels:
     """Panels in rows of up to four on a white page [H, W, 3]."""
-    height, width = _fitted(panels[0].image)
+    height, across = _fitted(panels[0].image)
+    width = max(across, _NARROWEST)
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     tall = _TITLE + 6 + height + 4 + _BAR + 4 + _LINE + 4 + _LINE
@@ -46,13 +48,13 @@ def sheet(panels: Sequence[Panel], caption: str = "") -> Pixels:
     for number, panel in enumerate(panels):
         row, column = divmod(number, columns)
         at = (_GAP + column * (width + _GAP), top + row * (tall + _GAP))
-        _place(page, draw, panel, at, (width, height))
+        _place(page, draw, panel, at, (across, height), width)
     return np.asarray(page)
 
 
 def _fitted(image: Pixels) -> tuple[int, int]:
     height, width = image.shape[:2]
-    scale = _WIDEST / max(height, width)
+    scale = _LONGEST / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
@@ -62,24 +64,22 @@ def _place(
     panel: Panel,
     at: tuple[int, int],
     size: tuple[int, int],
+    width: int,
 ) -> None:
+    """Draw a panel of a width, with its picture at ``size``."""
     left, top = at
-    width, height = size
     draw.text(at, _cut(draw, panel.title, width, _TITLE), "black", _font(_TITLE))
     top += _TITLE + 6
     filter_ = Image.Resampling.LANCZOS
-    page.paste(Image.fromarray(panel.image).resize((width, height), filter_), (left, top))
-    top += height + 4
+    page.paste(Image.fromarray(panel.image).resize(size, filter_), (left, top))
+    top += size[1] + 4
     if panel.bar is not None:
         _, low, high = panel.bar
         _draw_bar(page, draw, panel.bar, (left, top), width)
-        ends = f"{low:.2g}", f"{high:.2g}"
-        draw.text((left, top + _BAR + 2), ends[0], "#555555", _font(_LINE))
-        across = draw.textlength(ends[1], _font(_LINE))
-        word = _cut(draw, panel.scale, width // 2, _LINE)
-        middle = left + (width - draw.textlength(word, _font(_LINE))) / 2
-        draw.text((middle, top + _BAR + 2), word, "#555555", _font(_LINE))
-        draw.text((left + width - across, top + _BAR + 2), ends[1], "#555555", _font(_LINE))
+        said = f"{low:.2g}", panel.scale, f"{high:.2g}"
+        for place, (anchor, word) in enumerate(zip(("la", "ma", "ra"), said, strict=True)):
+            where = (left + place * width / 2, top + _BAR + 2)
+            draw.text(where, word, "#555555", _font(_LINE), anchor=anchor)
     top += _BAR + 4 + _LINE + 4
     draw.text((left, top), _cut(draw, panel.subtitle, width, _LINE), "#555555", _font(_LINE))
 
