@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from gradscope.plugins import plugins
+
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 
 RULE = """
@@ -119,3 +121,20 @@ def test_documentation_survives_an_interpreter_that_drops_docstrings(
 
     assert run(tmp_path, "-OO", "-m", "gradscope", *arguments).stdout == plain.stdout
     assert len(plain.stdout.splitlines()) > 5
+
+
+def test_a_package_on_a_path_that_is_added_later_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = plugins("rules")
+    install(tmp_path, "rules", RULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert [point.name for point in plugins("rules") if point not in before] == ["acme"]
+
+
+def test_installed_packages_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plugins("rules")
+    monkeypatch.setattr("gradscope.plugins.entry_points", None)
+
+    assert plugins("rules") == before

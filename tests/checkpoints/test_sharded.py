@@ -476,7 +476,7 @@ def ggml(tmp_path: Path) -> str:
 
 def register(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
     entries = [Entry(answer) for answer in answers]
-    monkeypatch.setattr("gradscope.plugins.entry_points", lambda **_group: entries)
+    monkeypatch.setattr("gradscope.plugins.plugins", lambda _kind: entries)
 
 
 def test_installed_readers_are_asked_before_a_format_is_refused(

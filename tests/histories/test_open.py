@@ -117,7 +117,7 @@ def test_readers_of_others_are_asked_last(
 ) -> None:
     point = EntryPoint("mine", f"{__name__}:{reader.__name__}", "gradscope.histories")
     monkeypatch.setattr(EntryPoint, "load", lambda _: reader)
-    monkeypatch.setattr("gradscope.plugins.entry_points", lambda **_: [point])
+    monkeypatch.setattr("gradscope.plugins.plugins", lambda _: [point])
     (tmp_path / "x.mine").write_bytes(b"\x01\x02 my own format")
 
     if said is None:
