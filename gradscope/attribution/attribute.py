@@ -137,12 +137,7 @@ def prepared(
 
 def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> Attribution:
     """One method on a subject whose model is held; passes already made are reused."""
-    try:
-        values, facts = method.compute(subject, **options)
-    except RuntimeError as error:
-        if not _UNDERIVED.search(str(error)):
-            raise
-        raise NotApplicableError(f"the model cannot be differentiated ({error})") from error
+    values, facts = computed(subject, method, options)
     notes = (*facts.pop("notes", ()), *(subject.chunks.notes if subject.chunks else ()))
     return Attribution(
         method.name,
@@ -152,6 +147,19 @@ def attributed(subject: Subject, method: Method, options: Mapping[str, Any]) -> 
         subject.layer_name if method.reads_layer else None,
         {"scores": subject.own_scores.tolist()} | facts | ({"notes": notes} if notes else {}),
     )
+
+
+def computed(
+    subject: Subject, method: Method, options: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """A method's raw values, and what it has to say of them."""
+    try:
+        values, facts = method.compute(subject, **options)
+    except RuntimeError as error:
+        if not _UNDERIVED.search(str(error)):
+            raise
+        raise NotApplicableError(f"the model cannot be differentiated ({error})") from error
+    return values, facts
 
 
 def upsampled(values: Tensor, method: Method, inputs: Tensor) -> Tensor:

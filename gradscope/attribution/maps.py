@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradscope.attribution.attribute import Attribution, attributed
+from gradscope.attribution.attribute import Attribution, computed
 from gradscope.attribution.diagnostics import Diagnostics
-from gradscope.attribution.evaluation.similarity import concentration
+from gradscope.attribution.evaluation.similarity import Ranked, concentration
 from gradscope.attribution.method import Method
 from gradscope.attribution.result import Explanation, Files, MapFacts, Target
 from gradscope.attribution.subject import Subject
@@ -74,7 +74,7 @@ class Map:
             targets=self.subject.targets.expand(count),
             versus=versus,
         )
-        return torch.nan_to_num(attributed(subject, self.method, self._less).values)
+        return torch.nan_to_num(computed(subject, self.method, self._less)[0])
 
     @cached_property
     def original(self) -> Tensor:
@@ -82,6 +82,11 @@ class Map:
         if self._less == dict(self.options):
             return torch.nan_to_num(self.found.values)
         return self.again(self.subject.inputs, {})
+
+    @cached_property
+    def ranked(self) -> Ranked:
+        """The same, ranked."""
+        return Ranked(self.original)
 
     @property
     def _less(self) -> dict[str, Any]:

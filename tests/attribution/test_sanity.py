@@ -19,6 +19,7 @@ from gradscope.attribution.evaluation.sanity import (
     other_pictures,
     similarity,
 )
+from gradscope.attribution.evaluation.similarity import Ranked
 
 
 def trained() -> nn.Sequential:
@@ -129,7 +130,7 @@ def test_a_module_without_parameters_has_no_cascade() -> None:
 def test_values_and_magnitudes_are_compared_apart() -> None:
     original = torch.tensor([[-4.0, -1.0], [2.0, 3.0]])
 
-    found = compared("a", -original, original)
+    found = compared("a", -original, Ranked(original))
 
     assert (found.correlation, found.magnitude_correlation, found.constant) == (-1, 1, False)
 
@@ -155,9 +156,9 @@ def test_a_map_that_is_constant_up_to_rounding_is_constant(value: float) -> None
     noisy = torch.full((4, 4), value)
     noisy[1, 1] *= 1 + 3e-7
 
-    assert compared("a", noisy, torch.arange(16.0).view(4, 4)).constant
+    assert compared("a", noisy, Ranked(torch.arange(16.0).view(4, 4))).constant
     noisy[1, 1] += 1e-3
-    assert not compared("a", noisy, torch.arange(16.0).view(4, 4)).constant
+    assert not compared("a", noisy, Ranked(torch.arange(16.0).view(4, 4))).constant
 
 
 def quadratic(net: nn.Module, inputs: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def test_sensitivity_is_captums() -> None:
 
     assert found.sensitivity(quadratic(net, x)[0]) == pytest.approx(float(theirs[0]), rel=1e-5)
     assert found.sensitivity(torch.zeros(1, 8, 8)) is None
-    assert 0.5 < found.repeatability(quadratic(net, x)[0]) < 1
+    assert 0.5 < found.repeatability(Ranked(quadratic(net, x)[0])) < 1
 
 
 def test_copies_stay_within_the_radius_and_noise_is_no_copy() -> None:
@@ -208,8 +209,8 @@ def test_a_map_that_becomes_nan_is_not_called_still() -> None:
 def test_a_map_of_the_model_alone_is_unmoved_by_noise() -> None:
     values = torch.arange(8.0).view(1, 8)
 
-    assert Others(values[None], values).unmoved(values) == 1
-    assert Others(values[None], -values).unmoved(values) == -1
+    assert Others(values[None], values).unmoved(Ranked(values)) == 1
+    assert Others(values[None], -values).unmoved(Ranked(values)) == -1
 
 
 def test_the_rise_of_complexity_is_that_of_entropies() -> None:

@@ -81,20 +81,19 @@ def _faithful(maps: Sequence[Map]) -> Iterator[Facts]:
 
 def _randomised(maps: Sequence[Map]) -> Iterator[Facts]:
     subject = maps[0].quiet
-    originals = [m.original for m in maps]
     points: list[list[Randomised]] = [[] for _ in maps]
-    last: list[Tensor] = originals
+    last: list[Tensor] = []
     with sanity.cascade(subject.model.module, subject.seed) as layers:
         for layer in layers:
             shared: dict[str, Any] = {}
             last = [m.again(subject.inputs, shared) for m in maps]
-            for cascade, values, original in zip(points, last, originals, strict=True):
-                cascade.append(sanity.compared(layer, values, original))
-    for cascade, values, original in zip(points, last, originals, strict=True):
+            for cascade, values, m in zip(points, last, maps, strict=True):
+                cascade.append(sanity.compared(layer, values, m.ranked))
+    for cascade, values, m in zip(points, last or [m.original for m in maps], maps, strict=True):
         yield {
             "randomisation": tuple(cascade) or None,
-            "similarity": sanity.similarity(cascade, original),
-            "complexity_rise": sanity.complexity_rise(original, values) if cascade else None,
+            "similarity": sanity.similarity(cascade, m.original),
+            "complexity_rise": sanity.complexity_rise(m.original, values) if cascade else None,
         }
 
 
@@ -109,8 +108,8 @@ def _moved(maps: Sequence[Map]) -> Iterator[Facts]:
         others = sanity.Others(torch.stack(copies), noise)
         yield {
             "sensitivity": others.sensitivity(m.original[0]),
-            "repeatability": others.repeatability(m.original[0]),
-            "noise_similarity": others.unmoved(m.original[0]),
+            "repeatability": others.repeatability(m.ranked),
+            "noise_similarity": others.unmoved(m.ranked),
         }
 
 

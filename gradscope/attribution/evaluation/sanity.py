@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscope.attribution.diagnostics import Randomised
-from gradscope.attribution.evaluation.similarity import complexity, spearman
+from gradscope.attribution.evaluation.similarity import Ranked, complexity
 
 _POINTS = 5
 _COPIES = 3
@@ -98,13 +98,14 @@ def _kept(module: nn.Module) -> Iterator[None]:
             tensor.data.copy_(values)
 
 
-def compared(layer: str, values: Tensor, original: Tensor) -> Randomised:
+def compared(layer: str, values: Tensor, original: Ranked) -> Randomised:
     """A map of the cascade beside the original; correlations are 0 where one is constant."""
     values = torch.nan_to_num(values)
+    found = Ranked(values)
     return Randomised(
         layer=layer,
-        correlation=spearman(values, original),
-        magnitude_correlation=spearman(values.abs(), original.abs()),
+        correlation=found.correlation(original),
+        magnitude_correlation=found.magnitudes.correlation(original.magnitudes),
         constant=is_constant(values),
     )
 
@@ -147,13 +148,13 @@ class Others:
     copies: Tensor
     noise: Tensor
 
-    def repeatability(self, original: Tensor) -> float:
+    def repeatability(self, original: Ranked) -> float:
         """The mean rank correlation of the map with those of the copies."""
-        return float(np.mean([spearman(copy, original) for copy in self.copies]))
+        return float(np.mean([Ranked(copy).correlation(original) for copy in self.copies]))
 
-    def unmoved(self, original: Tensor) -> float:
+    def unmoved(self, original: Ranked) -> float:
         """The rank correlation of the map with that of noise: 1 if the picture does not matter."""
-        return spearman(self.noise, original)
+        return Ranked(self.noise).correlation(original)
 
     def sensitivity(self, original: Tensor) -> float | None:
         """The greatest |phi(x + e) - phi(x)| / |phi(x)| (L2) over the copies.

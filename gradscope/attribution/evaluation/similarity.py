@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,9 +13,30 @@ from torch import Tensor
 Doubles = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """A map's values, ranked once however many others they are compared with."""
+
+    values: Tensor
+
+    @cached_property
+    def ranks(self) -> Doubles:
+        """The values' ranks as one vector, ties sharing their mean rank."""
+        return _ranks(flattened(self.values))
+
+    @cached_property
+    def magnitudes(self) -> Ranked:
+        """The same without signs."""
+        return Ranked(self.values.abs()) if bool((self.values < 0).any()) else self
+
+    def correlation(self, other: Ranked) -> float:
+        """Spearman's rank correlation; 0 where a map is constant."""
+        return pearson(self.ranks, other.ranks)
+
+
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation, ties sharing their mean rank; 0 where a map is constant."""
-    return pearson(*(_ranks(flattened(values)) for values in (a, b)))
+    return Ranked(a).correlation(Ranked(b))
 
 
 def pearson(x: Doubles, y: Doubles) -> float:
