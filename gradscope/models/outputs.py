@@ -24,6 +24,9 @@ _BESIDE = frozenset(
      "prelogits", "backbone", "hidden", "state", "states", "token", "tokens", "mask", "masks")
 )  # fmt: skip
 
+#: Pixels of the input to one of a map of values, along an edge; with more it is of other things.
+_COARSEST = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -113,7 +116,7 @@ def _asked(found: Mapping[str, Tensor], wanted: str, fits: Callable[[Tensor], bo
 
 def _told_apart(found: Mapping[str, Tensor]) -> list[str]:
     """The names of outputs that are neither features nor what another is made from."""
-    plain = [name for name in found if not _BESIDE & set(_words(name))]
+    plain = [name for name in found if not is_beside(name)]
     left = plain or list(found)
     return [n for n in left if not any(_before(found[n], found[o]) for o in left if o != n)] or left
 
@@ -123,6 +126,17 @@ def _before(one: Tensor, other: Tensor) -> bool:
     if one.shape == other.shape:
         return made_from(one, other)
     return made_from(other, one)
+
+
+def is_beside(name: str) -> bool:
+    """Whether an output's name is that of something returned beside the answer."""
+    return not _BESIDE.isdisjoint(_words(name))
+
+
+def is_picture(maps: Tensor, inputs: Tensor) -> bool:
+    """Whether maps [N, h, w] are the inputs' [N, C, H, W], perhaps at a larger or smaller scale."""
+    (h, w), (height, width) = maps.shape[1:], inputs.shape[2:]
+    return h * width == w * height and _COARSEST * h >= height
 
 
 def _words(name: str) -> Sequence[str]:

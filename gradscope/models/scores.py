@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradscope.errors import UsageError
 from gradscope.models.graph import VIEWS, is_attended, is_residual, made_by
-from gradscope.models.outputs import Choice, choose, described, outputs
+from gradscope.models.outputs import Choice, choose, described, is_beside, outputs
 from gradscope.models.precision import HALF
 
 #: ``independent`` logits are of classes that do not exclude each other, a ``value`` is a number
@@ -112,10 +112,19 @@ def _form(answer: Any, found: Mapping[str, Tensor]) -> str:
 
 
 def _advice(found: Mapping[str, Tensor]) -> str:
-    if any("boxes" in name for name in found) or any(t.dim() == 3 for t in found.values()):
-        return "; if they are detections, --target box:0 explains the surest"
-    if any(tensor.dim() == 4 for tensor in found.values()):
+    told = {name: tensor for name, tensor in found.items() if not is_beside(name)}
+    if any("box" in name for name in found):
+        return "; --target box:0 explains the surest detection"
+    masks = any("mask" in name for name in found)
+    if not masks and any(tensor.dim() == 3 for tensor in told.values()):
+        return (
+            "; if they are detections, --target box:0 explains the surest, if a value at every "
+            "pixel, pixel:Y,X one of them"
+        )
+    if masks or any(tensor.dim() == 4 for tensor in told.values()):
         return ", scores at every position: --target mask:CLASS or pixel:Y,X explains some of them"
+    if found and not told:
+        return "; these are features, not scores: save the model with the head that reads them"
     return "; attribution needs one score for each class, [N, classes]: is it an image classifier?"
 
 

@@ -173,6 +173,61 @@ def test_a_single_map_of_scores_has_a_background(photo: Path, last: nn.Module | 
     agrees_with_captum(net, photo, lambda out: (out["out"][:, 0] * front).sum((1, 2)), masked)
 
 
+class Depth(nn.Module):
+    """One map [N, h, w] of a value, at half the input's size; and what it was read from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = Trunk(), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.trunk(x)
+        return {"predicted_depth": self.head(maps)[:, 0], "hidden_states": maps.flatten(2)}
+
+
+def test_a_pixel_of_a_map_of_values_is_that_value(photo: Path) -> None:
+    found = explained(Depth(), photo, "pixel:20,30")
+
+    agrees_with_captum(Depth(), photo, lambda out: out["predicted_depth"][:, 5, 7], found)
+    assert (found[0].target.probability, found[0].target.aim) == (None, "pixel:20,30")
+
+
+class Masks(nn.Module):
+    """MaskFormer's output: for each of five queries its classes, "nothing" last, and a mask."""
+
+    def __init__(self, *, nothing: bool = True) -> None:
+        super().__init__()
+        self.trunk, self.nothing = Trunk(), nothing
+        self.masks, self.kinds = nn.Conv2d(8, 5, 1), nn.Linear(8, 5 * 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = self.trunk(x)
+        kinds = self.kinds(maps.mean((2, 3))).view(-1, 5, 4)
+        kinds = kinds + (torch.tensor([0, 0, 0, 3.0]) if self.nothing else 0)
+        return {
+            "class_queries_logits": kinds, "masks_queries_logits": 9 * self.masks(maps),
+            "encoder_last_hidden_state": maps,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("nothing", [True, False])
+def test_masks_of_queries_are_summed_by_their_classes(photo: Path, nothing: bool) -> None:
+    """A query's number is no class."""
+    net = Masks(nothing=nothing).eval()
+
+    def maps(out: dict[str, Tensor]) -> Tensor:
+        kinds = out["class_queries_logits"]
+        likely = kinds.softmax(2)[..., :3] if nothing else kinds.sigmoid()
+        drawn = out["masks_queries_logits"].sigmoid()
+        return (likely[:, :, :, None, None] * drawn[:, :, None]).sum(1)
+
+    found = explained(net, photo, "pixel:20,30:2")
+
+    agrees_with_captum(net, photo, lambda out: maps(out)[:, 2, 5, 7], found)
+    most = int(maps(net(prepared(photo)))[0, :, 5, 7].argmax())
+    assert explained(net, photo, "pixel:20,30")[0].target.index == most
+
+
 # --- detection ------------------------------------------------------------------------------------
 
 
@@ -306,6 +361,54 @@ def test_a_box_of_a_query_is_its_logit(photo: Path) -> None:
 
     agrees_with_captum(net, photo, lambda out: out["pred_logits"][:, query, 2], found)
     assert found[0].target.probability == pytest.approx(float(first[query, 2]), rel=1e-4)
+
+
+class Focal(Queries):
+    """Queries whose classes are independent: none of them is "nothing", or says so (RT-DETR)."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = super().forward(x)
+        return out | {"pred_logits": out["pred_logits"] - torch.tensor([0, 0, 0, 99.0])}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_queries_without_a_class_of_nothing_have_independent_classes(
+    photo: Path, named: bool
+) -> None:
+    net = (Queries if named else Focal)().eval()
+    logits = net(prepared(photo))["pred_logits"][0].detach()
+    query = int(logits.amax(1).argmax())
+    labels = dict(enumerate("abcd")) if named else None
+
+    (found, _) = explained(net, photo, "box:0", labels=labels)
+
+    assert found.target.index == int(logits[query].argmax())
+    assert found.target.probability == pytest.approx(float(logits[query].max().sigmoid()), rel=1e-4)
+
+
+def test_the_class_of_nothing_is_not_explained(photo: Path) -> None:
+    net = Queries().eval()
+    net.heads.bias.data[3] = 9
+    logits = net(prepared(photo))["pred_logits"][0].detach()
+    query = int(logits.softmax(1)[:, :3].amax(1).argmax())
+
+    (found, _) = explained(net, photo, "box:0")
+
+    assert (int(logits[query].argmax()), found.target.index) == (3, int(logits[query, :3].argmax()))
+
+
+class Tokens(Trunk):
+    """Features of every patch, as a backbone without a head returns them."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"last_hidden_state": super().forward(x).flatten(2).transpose(1, 2)}
+
+
+class Signed(Trunk):
+    """The same without a name; no box has a negative width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).flatten(2).transpose(1, 2)
 
 
 class Final(nn.Module):
@@ -492,6 +595,16 @@ def test_a_function_has_to_return_a_number_for_each_image(wrong: Any) -> None:
         (Detector, "box:one", "it is written box:N"),
         (lambda: Detector(empty=True), "box:0", "0 detections in this picture"),
         (lambda: Anchors(rows=False), "top1", "--target box:0 explains the surest"),
+        (Queries, "top1", "--target box:0 explains the surest"),
+        (Queries, "pixel:0,0", "no scores at every position"),
+        (Tokens, "top1", "these are features, not scores"),
+        (Tokens, "box:0", "and no boxes"),
+        (Tokens, "pixel:0,0", "no scores at every position"),
+        (Signed, "box:0", "and no boxes"),
+        (Depth, "top1", "if a value at every pixel, pixel:Y,X one of them"),
+        (Depth, "box:0", "and no boxes"),
+        (Masks, "top1", "--target mask:CLASS or pixel:Y,X"),
+        (Masks, "box:0", "and no boxes"),
         (Encoder, "top1", "--target similar:IMAGE"),
         (Encoder, "pixel:0,0", "no scores at every position"),
         (Encoder, "channel:192", "class indices are 0 to 191"),

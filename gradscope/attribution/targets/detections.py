@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradscope.errors import UsageError
 from gradscope.models.model import Model
-from gradscope.models.outputs import choose, described, outputs
+from gradscope.models.outputs import choose, described, is_beside, is_picture, outputs
 from gradscope.models.scores import Scores, head_of, rows
 from gradscope.text import plural
 
@@ -26,6 +26,8 @@ from gradscope.text import plural
 _SUREST, _OVERLAP = 500, 0.5
 #: As many final boxes as exporters keep; more are anchors.
 _MOST_FINAL = 1000
+#: From this share of queries that see nothing on, the last class is taken for that.
+_NOTHING = 0.25
 
 Reading = Callable[[Any], Scores]
 
@@ -39,10 +41,19 @@ class Boxes:
     classes: Tensor
 
 
-def box_reading(number: int, answer: Any, model: Model) -> Reading:
+@dataclass(frozen=True, eq=False, slots=True)
+class Named:
+    """How later outputs are asked about one detection, and the class that it was found to be."""
+
+    reading: Reading
+    #: None for the surest of all the classes that are read.
+    best: int | None = None
+
+
+def box_reading(number: int, answer: Any, inputs: Tensor, model: Model) -> Named:
     """How later outputs are asked about the ``number``-th detection. Raises UsageError."""
     for form in (_listed, _final, _queries, _anchors):
-        found = form(number, answer, model)
+        found = form(number, answer, inputs, model)
         if found is not None:
             return found
     raise UsageError(
@@ -54,7 +65,7 @@ def box_reading(number: int, answer: Any, model: Model) -> Reading:
 # --- lists of boxes, which have no fixed place ----------------------------------------------------
 
 
-def _listed(number: int, answer: Any, _model: Model) -> Reading | None:
+def _listed(number: int, answer: Any, _inputs: Tensor, _model: Model) -> Named | None:
     return _matched(number, answer, _of_dictionaries) if _of_dictionaries(answer) else None
 
 
@@ -76,7 +87,7 @@ def _boxes(corners: Tensor, scores: Tensor, labels: Tensor | None) -> Boxes:
     return Boxes(corners[order], scores[order], classes)
 
 
-def _final(number: int, answer: Any, _model: Model) -> Reading | None:
+def _final(number: int, answer: Any, _inputs: Tensor, _model: Model) -> Named | None:
     return _matched(number, answer, _of_rows) if _of_rows(answer) else None
 
 
@@ -97,7 +108,7 @@ def _of_rows(answer: Any) -> list[Boxes] | None:
     return [_boxes(one[:, :4], one[:, 4], one[:, 5]) for one in image]
 
 
-def _matched(number: int, answer: Any, read: Callable[[Any], list[Boxes] | None]) -> Reading:
+def _matched(number: int, answer: Any, read: Callable[[Any], list[Boxes] | None]) -> Named:
     first = (read(answer) or [])[0]
     _check(number, len(first.scores))
     box = first.corners[number].detach()
@@ -107,7 +118,7 @@ def _matched(number: int, answer: Any, read: Callable[[Any], list[Boxes] | None]
         found = [_inside(one, box, classes) for one in read(later) or []]
         return Scores(torch.stack(found), "probabilities")
 
-    return reading
+    return Named(reading)
 
 
 def _inside(boxes: Boxes, box: Tensor, classes: int) -> Tensor:
@@ -138,7 +149,7 @@ def _check(number: int, count: int) -> None:
 # --- anchors and queries, which keep their place --------------------------------------------------
 
 
-def _queries(number: int, answer: Any, model: Model) -> Reading | None:
+def _queries(number: int, answer: Any, _inputs: Tensor, model: Model) -> Named | None:
     found = {name: t for name, t in outputs(answer).items() if t.dim() == 3}
     boxed = [name for name, t in found.items() if t.shape[2] == 4 and "box" in name]
     asked = {name: t for name, t in found.items() if name not in boxed}
@@ -148,16 +159,37 @@ def _queries(number: int, answer: Any, model: Model) -> Reading | None:
         return None
     name = logits.name
     first = found[name][0].detach()
-    # The last class of DETR is "nothing"; where classes are independent there is none.
-    sure = first.softmax(1)[:, :-1].amax(1) if model.names != first.shape[1] else first.amax(1)
+    nothing = has_nothing(first, model.names)
+    sure = (first.softmax(1)[:, :-1] if nothing else first).amax(1)
     _check(number, queries)
     place = int(sure.argsort(descending=True, stable=True)[number])
     head = head_of(found[name][:, place], first.shape[1], model.module)
-    return lambda later: Scores(rows(outputs(later)[name][:, place]), head)
+    if head == "logits" and not nothing:
+        head = "independent"
+    best = int(first[place][: first.shape[1] - nothing].argmax())
+    return Named(lambda later: Scores(rows(outputs(later)[name][:, place]), head), best)
 
 
-def _anchors(number: int, answer: Any, model: Model) -> Reading | None:
+def has_nothing(logits: Tensor, names: int) -> bool:
+    """Whether the last class of queries [Q, K] is "nothing", which excludes the others.
+
+    Without it classes are independent of each other, as focal losses train them. Names tell; else
+    most queries do, since there are more of them than objects.
+    """
+    classes = logits.shape[1]
+    if names in (classes, classes - 1):
+        return names < classes
+    return bool((logits.argmax(1) == classes - 1).double().mean() > _NOTHING)
+
+
+def _anchors(number: int, answer: Any, inputs: Tensor, model: Model) -> Named | None:
     found = outputs(answer)
+    if model.output is None:
+        found = {
+            n: t
+            for n, t in found.items()
+            if not (is_beside(n) or (t.dim() == 3 and is_picture(t, inputs)))
+        }
     chosen = choose(found, model.output, lambda t: t.dim() == 3 and min(t.shape[1:]) > 4)
     if chosen is None:
         return None
@@ -177,12 +209,15 @@ def _anchors(number: int, answer: Any, model: Model) -> Reading | None:
         return scores * values[..., 4:5] if boxed == 5 else scores
 
     first = anchors(answer)[0].detach()
+    if not bool((first[:, 2:4] > 0).all()):
+        # Boxes have a width and a height: these are other numbers.
+        return None
     places = _suppressed(first[:, :4], classes(first))
     _check(number, len(places))
     place = places[number]
     sure = bool(((classes(first) >= 0) & (classes(first) <= 1)).all())
     head = "probabilities" if sure else "independent"
-    return lambda later: Scores(rows(classes(anchors(later)[:, place])), head)  # type: ignore[arg-type]
+    return Named(lambda later: Scores(rows(classes(anchors(later)[:, place])), head))  # type: ignore[arg-type]
 
 
 def _suppressed(middles: Tensor, classes: Tensor) -> Sequence[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradscope.attribution.targets.aim import Aim, parse_aim
+from gradscope.attribution.targets.dense import dense_scores
 from gradscope.attribution.targets.detections import box_reading
 from gradscope.attribution.targets.texts import read_texts
 from gradscope.errors import UsageError
@@ -22,9 +23,8 @@ from gradscope.models.geometry import Geometry
 from gradscope.models.images import open_image
 from gradscope.models.labels import Labels, Ranked, parse_target
 from gradscope.models.outputs import choose, described, outputs
-from gradscope.models.precision import HALF
 from gradscope.models.probe import answer_of
-from gradscope.models.scores import Head, Scores, head_of, rows
+from gradscope.models.scores import Scores, head_of, rows
 from gradscope.models.vision import Vision
 from gradscope.text import listed, plural
 
@@ -84,42 +84,9 @@ def called(target: Callable[[Any], Tensor]) -> Reading:
 # --- scores at every position ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Dense:
-    """The output with scores at every position, and what they are."""
-
-    name: str
-    head: Head
-
-    def read(self, answer: Any) -> Tensor:
-        """The scores [N, K, h, w]; K at least 2, of a single map the background first."""
-        maps = outputs(answer)[self.name]
-        maps = maps.float() if maps.dtype in HALF else maps
-        if maps.shape[1] > 1:
-            return maps
-        return torch.cat([1 - maps if self.head == "probabilities" else -maps, maps], 1)
-
-
-def _dense(seen: Seen) -> _Dense:
-    found, model = outputs(seen.answer), seen.vision.model
-    chosen = choose(found, model.output, _is_dense)
-    if chosen is None:
-        raise UsageError(
-            f"the model returns {described(found)}, and no scores at every position [N, K, h, w], "
-            "as pixel:Y,X and mask:CLASS need"
-        )
-    one = found[chosen.name][:, :, 0, 0]
-    # Of a single map there are two classes.
-    return _Dense(chosen.name, head_of(one, max(2, one.shape[1]), model.module))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] > 1
-
-
 def _pixel(aim: Aim, seen: Seen) -> Read:
     """The scores at one pixel of the picture."""
-    dense = _dense(seen)
+    dense = dense_scores(seen.answer, seen.inputs, seen.vision.model)
     maps = dense.read(seen.answer)
     row, column = _at(aim, seen.geometry, (maps.shape[2], maps.shape[3]))
 
@@ -148,7 +115,7 @@ def _at(aim: Aim, geometry: Geometry, grid: tuple[int, int]) -> tuple[int, int]:
 
 def _mask(aim: Aim, seen: Seen) -> Read:
     """Each class's scores, summed over the pixels that the model gives to that class."""
-    dense = _dense(seen)
+    dense = dense_scores(seen.answer, seen.inputs, seen.vision.model)
     maps = dense.read(seen.answer).detach()[:1]
     classes = maps.shape[1]
     labels = seen.vision.labels(classes)
@@ -227,12 +194,17 @@ def _text(aim: Aim, seen: Seen) -> Read:
     return Read(reading, aim.of, texts.names)
 
 
+def _box(aim: Aim, seen: Seen) -> Read:
+    """The scores of one detection; its own class, not "nothing", is the likeliest."""
+    named = box_reading(aim.numbers[0], seen.answer, seen.inputs, seen.vision.model)
+    best = aim.of == "top1" and named.best is not None
+    return Read(named.reading, str(named.best) if best else aim.of)
+
+
 _READINGS: Mapping[str, Callable[[Aim, Seen], Read]] = {
     "pixel": _pixel,
     "mask": _mask,
-    "box": lambda aim, seen: Read(
-        box_reading(aim.numbers[0], seen.answer, seen.vision.model), aim.of
-    ),
+    "box": _box,
     "similar": _similar,
     "channel": _channel,
     "text": _text,
