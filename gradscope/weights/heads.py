@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from gradscope.spectra.marchenko import random_rank
 from gradscope.spectra.matrices import read
 from gradscope.statistics.dtypes import is_float
 from gradscope.statistics.layout import UnitLayout
+from gradscope.weights import inputs
 from gradscope.weights.family import place
 from gradscope.weights.layouts import as_rows
 from gradscope.weights.result import AttentionResult, Examined
@@ -29,13 +30,8 @@ _BESIDE = {
     "q_proj": ("k_proj", "v_proj"), "q_lin": ("k_lin", "v_lin"), "to_q": ("to_k", "to_v"),
     "wq": ("wk", "wv"), "query": ("key", "value"), "q": ("k", "v"),
 }  # fmt: skip
-#: Models that store a gain of 1 + w as w.
-_CENTRED = re.compile(r"gemma|qwen3_next", re.IGNORECASE)
-#: Norms whose output an attention takes, by the place beside the attention's module.
-_BEFORE = (
-    "input_layernorm", "ln_1", "norm1", "attention_norm", "attn_norm", "layernorm_before",
-    "self_attn_layer_norm", "norm_1",
-)  # fmt: skip
+#: What the gain and the offset of a norm are called.
+_LEAVES = (("weight", "bias"), ("gamma", "beta"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +98,10 @@ class Heads:
         """Names of all that the result of an attention can depend on, there or not."""
         for ref in filter(None, (found.query, found.key, found.value)):
             yield from (ref.name, _bias(ref))
-        yield from _norms(found.module)
-        for norm in _before(found.module):
-            yield from (f"{norm}.weight", f"{norm}.bias")
+        yield from inputs.against(found.module)
+        norms = (norm for pair in inputs.norms_of_queries(found.module) for norm in pair)
+        for norm in (*norms, *inputs.norms_before(found.module, self._config)):
+            yield from (f"{norm}.{leaf}" for leaves in _LEAVES for leaf in leaves)
 
     def result(self, found: Attention) -> AttentionResult:
         """What the heads of an attention can do.
@@ -115,10 +112,10 @@ class Heads:
             self._side(ref, rows)
             for ref, rows in zip((found.query, found.key), found.rows[:2], strict=True)
         )
-        value = None if found.value is None else self._side(found.value, found.rows[2])
-        given = self._input(found, query.matrix.shape[1])
-        seen = heads(query, key, found.size, given, None if value is None else value.matrix)
-        return self._described(found, seen)
+        value = None if found.value is None else self._side(found.value, found.rows[2]).matrix
+        query, key = self._from_norms(found, query, key)
+        scale = inputs.scale(found.module, found.size, self._config)
+        return self._described(found, heads(query, key, found.size, value, scale))
 
     def _side(self, ref: TensorRef, rows: Array | None) -> Side:
         seen, count, columns = as_rows(ref, self.layout(ref))
@@ -129,23 +126,39 @@ class Heads:
             return Side(matrix, bias)
         return Side(matrix[rows], None if bias is None else bias[rows])
 
-    def _input(self, found: Attention, width: int) -> Input | None:
-        """The norm before; None where none is known, or queries and keys are normed, too."""
-        if any(name in self.refs for name in _norms(found.module)):
+    def _from_norms(self, found: Attention, query: Side, key: Side) -> tuple[Side, Side]:
+        """Queries and keys with the norm that tells how long they can be, where one is known."""
+        module = found.module
+        if inputs.is_scaled_by_position(module, self._config):
+            return query, key
+        if any(name in self.refs for name in inputs.against(module)):
+            return query, key
+        for names in inputs.norms_of_queries(module):
+            q, k = (self._norm(module, name) for name in names)
+            if q is not None or k is not None:
+                fit = _fits(q, query, found.size) and _fits(k, key, found.size)
+                return (replace(query, normed=q), replace(key, normed=k)) if fit else (query, key)
+        width = query.matrix.shape[1]
+        for name in inputs.norms_before(module, self._config):
+            given = self._norm(module, name)
+            if given is not None and given.gain.shape == (width,):
+                return replace(query, given=given), replace(key, given=given)
+        return query, key
+
+    def _norm(self, module: str, name: str) -> Input | None:
+        gain_, offset_ = next(
+            (both for both in _LEAVES if f"{name}.{both[0]}" in self.refs), _LEAVES[0]
+        )
+        gain, offset = self.refs.get(f"{name}.{gain_}"), self.refs.get(f"{name}.{offset_}")
+        if gain is None:
             return None
-        for norm in _before(found.module):
-            gain = self.refs.get(f"{norm}.weight")
-            if gain is not None and gain.shape == (width,):
-                offset = self.refs.get(f"{norm}.bias")
-                added = None if offset is None else read(offset, 0, width)
-                return Input(read(gain, 0, width) + self._less, added)
-        return None
+        added = None if offset is None else read(offset, 0, offset.numel).reshape(offset.shape)
+        stored = read(gain, 0, gain.numel).reshape(gain.shape)
+        return Input(stored + inputs.less(module, self._config), added)
 
     @property
-    def _less(self) -> int:
-        """What gains are stored less of."""
-        kind = str(self.examined.document("config").get("model_type"))
-        return int(_CENTRED.search(kind) is not None)
+    def _config(self) -> Mapping[str, object]:
+        return self.examined.document("config")
 
     def _described(self, found: Attention, seen: Computed) -> AttentionResult:
         return AttentionResult(
@@ -175,15 +188,9 @@ def _bias(ref: TensorRef) -> str:
     return module + ("bias" if leaf in ("weight", "kernel") else f"{leaf}_bias")
 
 
-def _norms(module: str) -> Iterator[str]:
-    """The gains by which queries and keys are normed, in whatever models do so."""
-    yield from (f"{module}{name}.weight" for name in ("q_norm", "k_norm", "q_layernorm"))
-
-
-def _before(module: str) -> Iterator[str]:
-    """The norms whose output an attention may take."""
-    outer = place(module.rstrip("./"))[0]
-    yield from (outer + name for name in _BEFORE)
+def _fits(norm: Input | None, side: Side, size: int) -> bool:
+    """Whether a norm is one of heads of that size, or of all of them together."""
+    return norm is not None and norm.gain.size in (size, len(side.matrix))
 
 
 def _floats(values: Array) -> tuple[float, ...]:

@@ -77,9 +77,10 @@ class Dequantized(Record):
 
 
 class AttentionResult(Record):
-    """The logits qᵀk / √size of the heads of one attention whose heads are known.
+    """The logits of the heads of one attention whose heads are known: qᵀk / √size, or by what
+    else the model multiplies them, before positions are added.
 
-    What rests on the norm before it is None where none is known, or where queries are normed.
+    What rests on a norm, of the input or of queries and keys, is None where none is known.
     """
 
     input: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,11 @@ def side(count: int, seed: int, bias: bool) -> Side:
 def norm(seed: int, offset: bool) -> Input:
     rng = np.random.default_rng(seed)
     return Input(rng.normal(1, 0.5, WIDTH), rng.normal(0, 0.4, WIDTH) if offset else None)
+
+
+def of(side_: Side, given_: Input) -> Side:
+    """What a norm hands to queries or keys."""
+    return replace(side_, given=given_)
 
 
 def logits(query: Side, key: Side, given: Input, x: Array, y: Array) -> Array:
@@ -59,7 +65,7 @@ def test_no_logit_exceeds_its_bound(bias: bool, offset: bool, key_heads: int) ->
     given = norm(3, offset)
     rng = np.random.default_rng(4)
 
-    found = heads(query, key, SIZE, given)
+    found = heads(of(query, given), of(key, given), SIZE)
 
     assert found.bounds is not None
     for head in range(4):
@@ -93,7 +99,7 @@ def test_no_logit_of_any_attention_exceeds_its_bound_rotated_or_not(
     key = Side(rng.standard_t(2, (heads_ * size, width)), scale * rng.normal(size=heads_ * size))
     given_ = Input(rng.normal(0, 3, width), rng.normal(0, scale, width))
 
-    bounds = heads(query, key, size, given_).bounds
+    bounds = heads(of(query, given_), of(key, given_), size).bounds
 
     x, y = rng.standard_t(1, (2, 200, width))
     applied = []
@@ -112,7 +118,7 @@ def test_the_bound_is_met_where_queries_and_keys_are_the_same() -> None:
     query = side(2, 1, bias=False)
     given = Input(np.ones(WIDTH))
 
-    found = heads(query, query, SIZE, given)
+    found = heads(of(query, given), of(query, given), SIZE)
 
     for head in range(2):
         far = most_extreme(query, query, given, head, 1)
@@ -124,7 +130,7 @@ def test_the_bound_is_met_where_queries_and_keys_are_the_same() -> None:
 def test_norms_and_ranks_are_those_of_the_product() -> None:
     query, key = side(4, 5, bias=True), side(2, 6, bias=False)
 
-    found = heads(query, key, SIZE, None)
+    found = heads(query, key, SIZE)
 
     assert found.bounds is None
     assert found.typical is None
@@ -149,19 +155,19 @@ def test_the_ranks_of_each_side_are_those_of_its_own_heads(width: int) -> None:
     rng = np.random.default_rng(11)
     q, k, v = (rng.standard_t(3, (heads * SIZE, width)) for heads in (4, 2, 2))
 
-    found = heads(Side(q), Side(k), SIZE, None, v)
+    found = heads(Side(q), Side(k), SIZE, v)
 
     assert found.query_ranks == pytest.approx(by_svd(q), rel=1e-9)
     assert found.key_ranks == pytest.approx(by_svd(k), rel=1e-9)
     assert found.value_ranks == pytest.approx(by_svd(v), rel=1e-9)
-    assert heads(Side(q), Side(k), SIZE, None).value_ranks is None
+    assert heads(Side(q), Side(k), SIZE).value_ranks is None
 
 
 def test_a_head_of_zeros_has_no_dimensions() -> None:
     q = np.random.default_rng(12).normal(size=(2 * SIZE, WIDTH))
     q[:SIZE] = 0
 
-    found = heads(Side(q), Side(q), SIZE, None)
+    found = heads(Side(q), Side(q), SIZE)
 
     assert found.query_ranks[0] == found.ranks[0] == found.norms[0] == 0
 
@@ -171,9 +177,43 @@ def test_the_typical_logit_is_the_deviation_over_random_inputs() -> None:
     rng = np.random.default_rng(10)
     x, y = rng.normal(size=(2, 40_000, WIDTH))
 
-    found = heads(query, key, SIZE, given)
+    found = heads(of(query, given), of(key, given), SIZE)
 
     assert found.typical is not None
     np.testing.assert_allclose(
         logits(query, key, given, x, y).std(axis=1), found.typical, rtol=0.03
     )
+
+
+@pytest.mark.parametrize("shape", [(SIZE,), (4, SIZE), (4 * SIZE,)])
+@pytest.mark.parametrize("offset", [False, True])
+def test_no_logit_of_normed_queries_exceeds_its_bound(shape: tuple[int, ...], offset: bool) -> None:
+    """Each head's own norm (Qwen3, Cohere), and one of all heads together (OLMo 2)."""
+    rng = np.random.default_rng(3)
+    norms = [
+        Input(rng.normal(1, 0.5, shape), rng.normal(0, 0.4, shape) if offset else None)
+        for _ in range(2)
+    ]
+    together = shape == (4 * SIZE,)
+    rows = rng.standard_t(1, (2, 20_000, 4, SIZE))
+    rows[:, 0] = 1e-9  # all the length in one head, and in its greatest gain
+    greatest = [np.abs(n.gain.reshape(-1, SIZE))[-1 if n.gain.size == SIZE else 1] for n in norms]
+    for side_, gain in zip(rows, greatest, strict=True):
+        side_[0, 1, np.argmax(gain)] = 1
+
+    queries = [replace(side(4, s, bias=True), normed=n) for s, n in zip((1, 2), norms, strict=True)]
+    found = heads(queries[0], queries[1], SIZE)
+
+    made = []
+    for x, n in zip(rows, norms, strict=True):
+        axes = (1, 2) if together else (2,)
+        width = 4 * SIZE if together else SIZE
+        x = x / np.linalg.norm(x, axis=axes, keepdims=True) * math.sqrt(width)
+        gain, added = (0 if v is None else v.reshape(-1, SIZE) for v in (n.gain, n.offset))
+        y = x * gain + added
+        made.append(np.linalg.norm(y, axis=2))  # rotated, any two can point one way
+    lengths = made[0].max(axis=0) * made[1].max(axis=0) / math.sqrt(SIZE)
+    assert found.bounds is not None
+    assert (lengths <= found.bounds * (1 + 1e-9)).all()
+    if not offset:
+        assert lengths[1] == pytest.approx(found.bounds[1], rel=1e-6)

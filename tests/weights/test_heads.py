@@ -100,14 +100,130 @@ def test_keys_that_serve_several_queries_are_paired(tmp_path: Path) -> None:
     assert seen[1].qk_norms == pytest.approx(norms(q, k), rel=1e-9)
 
 
-def test_without_known_heads_or_norms_nothing_is_claimed(tmp_path: Path) -> None:
-    tensors = transformer(width=WIDTH)
-    assert attention(write(tmp_path / "alone.safetensors", tensors)) == []
+def test_without_known_heads_nothing_is_claimed(tmp_path: Path) -> None:
+    assert attention(write(tmp_path / "alone.safetensors", transformer(width=WIDTH))) == []
 
-    normed = {**tensors, f"{ATTN}.q_norm.weight": np.ones(SIZE, np.float32)}
-    seen = {a.module: a for a in attention(folder(tmp_path / "m", normed, LLAMA))}
-    assert seen[ATTN].logit_bounds is None
-    assert seen["model.layers.0.self_attn"].logit_bounds is not None
+
+def longest(w: Array, gain: Array) -> Array:
+    """By head the length of the longest query that an input of a gain has."""
+    return np.linalg.norm((w * gain).reshape(-1, SIZE, WIDTH), 2, (1, 2)) * math.sqrt(WIDTH)
+
+
+#: Kind of model, module of the attention, and the norm that hands it its input.
+BEFORE = [
+    ("llama", "model.layers.1.self_attn.{}_proj", "model.layers.1.input_layernorm"),
+    ("whisper", "model.encoder.layers.1.self_attn.{}_proj",
+     "model.encoder.layers.1.self_attn_layer_norm"),
+    ("clip", "vision_model.encoder.layers.1.self_attn.{}_proj",
+     "vision_model.encoder.layers.1.layer_norm1"),
+    ("vit", "vit.encoder.layer.1.attention.attention.{}", "vit.encoder.layer.1.layernorm_before"),
+    ("dinov2", "encoder.layer.1.attention.attention.{}", "encoder.layer.1.norm1"),
+    ("bert", "bert.encoder.layer.1.attention.self.{}", "bert.encoder.layer.0.output.LayerNorm"),
+    ("bert", "bert.encoder.layer.0.attention.self.{}", "bert.embeddings.LayerNorm"),
+    ("roberta-prelayernorm", "encoder.layer.1.attention.self.{}",
+     "encoder.layer.1.attention.LayerNorm"),
+    ("distilbert", "distilbert.transformer.layer.1.attention.{}_lin",
+     "distilbert.transformer.layer.0.output_layer_norm"),
+    ("t5", "encoder.block.1.layer.0.SelfAttention.{}", "encoder.block.1.layer.0.layer_norm"),
+]  # fmt: skip
+#: The same of what no convention tells.
+UNKNOWN = [
+    ("bart", "model.encoder.layers.1.self_attn.{}_proj",
+     "model.encoder.layers.1.self_attn_layer_norm"),
+    ("detr", "model.decoder.layers.1.self_attn.{}_proj",
+     "model.decoder.layers.1.self_attn_layer_norm"),
+    ("whisper", "model.decoder.layers.1.encoder_attn.{}_proj",
+     "model.decoder.layers.1.self_attn_layer_norm"),
+    ("t5", "decoder.block.1.layer.1.EncDecAttention.{}", "decoder.block.1.layer.1.layer_norm"),
+    ("diffusion", "blocks.1.attn2.to_{}", "blocks.1.norm1"),
+    ("torch", "layers.1.self_attn.{}_proj", "layers.1.norm1"),
+]  # fmt: skip
+
+
+def attending(module: str, norm: str, leaf: str = "weight") -> Tensors:
+    """The matrices of one attention, the norm before, and one after with a smaller gain."""
+    written = ("query", "key", "value") if module.endswith((".attention.{}", ".self.{}")) else "qkv"
+    made: Tensors = {
+        f"{module.format(part)}.weight": gaussian(WIDTH, WIDTH, seed=s)
+        for s, part in enumerate(written)
+    }
+    outer = module.rpartition(".")[0]
+    after = np.full(WIDTH, 1e-3, np.float32)
+    return {**made, f"{outer}.after_norm.weight": after, f"{norm}.{leaf}": 1 + gaussian(WIDTH)}
+
+
+@pytest.mark.parametrize("leaf", ["weight", "gamma"])
+@pytest.mark.parametrize(("kind", "module", "norm"), BEFORE)
+def test_the_norm_before_an_attention_is_that_of_its_kind_of_model(
+    kind: str, module: str, norm: str, leaf: str, tmp_path: Path
+) -> None:
+    tensors = attending(module, norm, leaf)
+
+    (seen,) = attention(folder(tmp_path / "m", tensors, {**LLAMA, "model_type": kind}))
+
+    q, k = list(tensors.values())[:2]
+    gain = tensors[f"{norm}.{leaf}"]
+    wanted = longest(q, gain) * longest(k, gain) / (1 if kind == "t5" else math.sqrt(SIZE))
+    assert seen.logit_bounds == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "module", "norm"), UNKNOWN)
+def test_where_no_convention_tells_the_input_no_bound_is_claimed(
+    kind: str, module: str, norm: str, tmp_path: Path
+) -> None:
+    """Of BART and DETR that norm comes after; keys across come from elsewhere."""
+    config = {**LLAMA, "model_type": kind}
+
+    (seen,) = attention(folder(tmp_path / "m", attending(module, norm), config))
+
+    assert seen.logit_bounds is seen.logit_rms is None
+
+
+@pytest.mark.parametrize(
+    ("said", "factor"),
+    [
+        ({}, 1 / math.sqrt(SIZE)),
+        ({"attention_multiplier": 0.5}, 0.5),
+        ({"query_pre_attn_scalar": 4}, 0.5),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1 / math.sqrt(SIZE)),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, None),
+    ],
+)
+def test_logits_are_scaled_as_the_configuration_says(
+    said: dict[str, object], factor: float | None, tmp_path: Path
+) -> None:
+    tensors = attending(*BEFORE[0][1:])
+
+    (seen,) = attention(folder(tmp_path / "m", tensors, {**LLAMA, **said}))
+
+    q, k, *_, gain = tensors.values()
+    if factor is None:
+        assert seen.logit_bounds is None
+    else:
+        wanted = longest(q, gain) * longest(k, gain) * factor
+        assert seen.logit_bounds == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "size", "bounded"),
+    [
+        (("q_norm", "k_norm"), SIZE, True),
+        (("q_layernorm", "k_layernorm"), WIDTH, True),
+        (("q_norm",), SIZE, False),
+        (("q_layernorm.norms.0", "k_layernorm.norms.0"), SIZE, False),
+    ],
+)
+def test_queries_that_are_normed_are_as_long_as_their_norm_lets_them(
+    names: tuple[str, ...], size: int, bounded: bool, tmp_path: Path
+) -> None:
+    gains = {f"{ATTN}.{n}.weight": np.full(size, 1.5, np.float32) for n in names}
+
+    seen = attention(folder(tmp_path / "m", {**transformer(width=WIDTH), **gains}, LLAMA))
+
+    bounds = {a.module: a.logit_bounds for a in seen}
+    assert bounds["model.layers.0.self_attn"] is not None
+    wanted = [1.5 * 1.5 * size / math.sqrt(SIZE)] * HEADS
+    assert bounds[ATTN] == (pytest.approx(wanted, rel=1e-6) if bounded else None)
 
 
 def scaled(factor: float, dtype: type = np.float32, heads: slice = slice(None)) -> Tensors:
